@@ -1,0 +1,124 @@
+"""The command line's entry: finds the command, reads `--recipe`, and tells mistakes in one line. See commands.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from . import __version__
+from .errors import UserError, suggest
+from .recipe import load_recipe
+
+HELP: dict[str, str] = {
+    "train DATA": "train one model",
+    "compare DATA": "train arms side by side and report the speed-up",
+    "evaluate RUN": "loss, perplexity, bits per byte on held-out data",
+    "generate RUN": "continue a prompt",
+    "report RUN...": "write report.html from run folders",
+    "info PRESET|RUN": "parameters, FLOPs and state that mixing adds",
+    "data list": "data sets known by name",
+    "data prepare DATA": "turn data into tokens, as training would",
+}
+
+
+# Kept free of tyro, so that it is instant.
+USAGE = "\n".join(
+    [
+        "usage: waveletgpt COMMAND ... [--help]",
+        "",
+        "Pre-train GPT-style models with multi-scale (wavelet) structure, and measure how much sooner they learn.",
+        "",
+        *(f"  {name:<20}{what}" for name, what in HELP.items()),
+        "",
+        "DATA is a file, a folder, an archive, a name from `waveletgpt data list`, or hf:OWNER/NAME.",
+        "Each command explains its options with --help.",
+    ]
+)
+
+
+def _defaults(kind: type, words: list[str]) -> Any:
+    """The command with the settings of its `--recipe` file as defaults, or None without one."""
+    path = None
+    for i, word in enumerate(words):
+        if word == "--recipe" and i + 1 < len(words):
+            path = words[i + 1]
+        elif word.startswith("--recipe="):
+            path = word.removeprefix("--recipe=")
+    names = {f.name for f in dataclasses.fields(kind)}
+    if path is None or "recipe" not in names:
+        return None
+    changes = load_recipe(path)
+    command: dict[str, Any] = {"recipe": path}
+    compare = changes.pop("compare", None) or {}
+    if not isinstance(compare, dict) or not set(compare) <= {"arms", "seeds"}:
+        raise UserError(f"{path}: `compare` holds `arms` and `seeds`, nothing else")
+    for name, value in [("data", changes.pop("data", None)), *compare.items()]:
+        if name in names and value is not None:
+            command[name] = tuple(map(str, value)) if isinstance(value, list) else value
+    default = kind()
+    return dataclasses.replace(default, settings=default.settings.override(changes, str(path)), **command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits 0, 1 (diverged), 2 (a mistake of the user's), 130 (interrupted)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    if words[0] in ("-V", "--version"):
+        print(f"waveletgpt {__version__}")
+        return
+    with plain_errors():
+        commands = {" ".join(name.split()[: 2 if name.startswith("data ") else 1]) for name in HELP}
+        size = 2 if words[0] == "data" and len(words) > 1 and not words[1].startswith("-") else 1
+        name = " ".join(words[:size])
+        if name == "data":
+            print("usage: waveletgpt data list | waveletgpt data prepare DATA [--help]")
+            if len(words) == 1:
+                sys.exit(2)
+            return
+        if name not in commands:
+            raise UserError(f'no command "{name}"; there are {", ".join(sorted(commands))}{suggest(name, commands)}')
+        import tyro
+
+        from .commands import COMMANDS
+
+        kind = COMMANDS[name]
+        default = _defaults(kind, words[size:])
+        options: dict[str, Any] = {} if default is None else {"default": default}
+        command = tyro.cli(kind, prog=f"waveletgpt {name}", args=words[size:], **options)
+        command.run()
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; so is a full disk or a missing permission."""
+    try:
+        yield
+    except UserError as error:
+        _stop(str(error), 2)
+    except KeyboardInterrupt:
+        _stop("stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _stop(f"{error.filename or 'file'}: {error.strerror or error}", 2)
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "Diverged":
+            _stop(str(error), 1)
+        if kind == "Interrupted":
+            _stop(f"{error}; go on with the same command and --resume", 130)
+        raise
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"waveletgpt: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,294 @@
+"""The commands. Each is a dataclass: its fields are the options, its docstring the help, `run` the work.
+
+Heavy libraries are imported inside `run`, so that --help is instant and a mistake is told before they load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from .data.settings import DataSettings
+from .errors import UserError, suggest
+from .recipe import Recipe
+
+DEFAULT_DATA = "python-stdlib"
+Flat = arg(name="")
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one model on DATA: a file, a folder, an archive, or a name from `waveletgpt data list`."""
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    out: str = "runs/train"
+    """Run folder to write."""
+    resume: bool = False
+    """Go on with the run in --out, exactly where it was saved."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from .training import train
+
+        store = prepare_quietly(self.data, self.settings)
+        run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
+        result = run.info["result"]
+        bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
+        say(
+            f"held-out loss {result['final_nll']:.4f} nats per token{bits}; {result['tokens_per_second']:,.0f} tokens/s"
+        )
+        say(f"run folder: {run.path}   (waveletgpt report {run.path}, waveletgpt generate {run.path})")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several arms on the same batches of DATA and report how much sooner each reaches the baseline's loss.
+
+    The first arm is the baseline. An arm is a mixing, with settings of its own if need be: none:n_layer=12,lr=1e-3
+    """
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    out: str = "runs/compare"
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first: none, fixed, learnable, ema, conv, shift, each with :name=value,... if need be."""
+    seeds: int = 1
+    """Seeds per arm, from --seed on."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from .compare import compare, parse_arms
+        from .summary import headline
+
+        parse_arms(self.arms, plain(self.settings))
+        store = prepare_quietly(self.data, self.settings)
+        summary = compare(
+            plain(self.settings),
+            store,
+            self.out,
+            data=self.data,
+            arms=self.arms,
+            seeds=self.seeds,
+            resume=self.resume,
+        )
+        print_summary(summary)
+        say(headline(summary))
+        say(f"report: {Path(self.out) / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss, perplexity and bits per byte of a run's model on held-out data."""
+
+    run_folder: Positional[str]
+    """Run folder."""
+    split: str = "validation"
+    """validation or test."""
+    windows: int | None = None
+    """Windows to read; default: the whole split, without overlap."""
+    batch_size: int = 16
+    """Windows at once."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from .evaluation import evaluate_run
+
+        value = evaluate_run(self.run_folder, self.split, self.windows, self.batch_size, self.device)
+        if self.json:
+            print(json.dumps(value, indent=1))
+            return
+        bits = f", {value['bits_per_byte']:.4f} bits per byte" if value["bits_per_byte"] else ""
+        say(
+            f"{value['split']}: {value['nll']:.4f} nats per token, perplexity {value['perplexity']:.3f}{bits} "
+            f"({value['tokens']:,} tokens)"
+        )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with a run's model."""
+
+    run_folder: Positional[str]
+    """Run folder."""
+    prompt: str | None = None
+    """Text to continue; default: a new document."""
+    tokens: int = 200
+    """New tokens at most."""
+    samples: int = 1
+    """How many samples."""
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that make up this probability."""
+    seed: int = 0
+    """Seed of the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def run(self) -> None:
+        from .evaluation import generate_from_run
+
+        rows = generate_from_run(
+            self.run_folder,
+            self.prompt,
+            tokens=self.tokens,
+            samples=self.samples,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            device=self.device,
+        )
+        for i, row in enumerate(rows):
+            if len(rows) > 1:
+                say(f"--- sample {i + 1}")
+            print(row)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html (and summary.json, curves.csv) from run folders or comparisons, without training."""
+
+    runs: Positional[tuple[str, ...]]
+    """Run folders, or folders that hold them."""
+    baseline: str | None = None
+    """Arm to compare with; default: "none" if there is one, else the first."""
+    out: str | None = None
+    """Folder to write; default: the first one given."""
+
+    def run(self) -> None:
+        from .report import write_report
+        from .runs import RunFolder, find_runs
+        from .summary import headline, write_summary
+
+        if not self.runs:
+            raise UserError("name at least one run folder")
+        found = [run for folder in self.runs for run in find_runs(folder) or [RunFolder.open(folder)]]
+        for folder in self.runs:
+            if not any(find_runs(folder)):
+                RunFolder.open(folder)
+        arms = list(dict.fromkeys(run.info["arm"] for run in found))
+        baseline = self.baseline or next((arm for arm in arms if arm.split(":")[0] == "none"), arms[0])
+        if baseline not in arms:
+            raise UserError(
+                f'--baseline: no arm "{baseline}" in these runs; there are {", ".join(arms)}{suggest(baseline, arms)}'
+            )
+        out = Path(self.out or self.runs[0])
+        summary = write_summary(out, found, baseline)
+        print_summary(summary)
+        say(headline(summary))
+        say(f"report: {write_report(out, found, baseline)}")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Parameters, FLOPs and state that mixing adds, and its windows, for a preset or a run."""
+
+    what: Positional[str] = "small"
+    """A preset (tiny, small, paper, gpt2) or a run folder."""
+    vocab_size: int = 256
+    """Vocabulary of a preset's model."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from .evaluation import print_info
+
+        print_info(self.what, plain(self.settings), self.vocab_size)
+
+
+@dataclass(frozen=True)
+class DataList:
+    """Data sets that are known by name."""
+
+    def run(self) -> None:
+        from .data.named import describe_named
+
+        print(describe_named())
+
+
+@dataclass(frozen=True)
+class DataPrepare:
+    """Turn DATA into a token store, as training would, and say where it is."""
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    modality: str | None = None
+    """text8, chars, bytes or bpe; default: the data set's own."""
+    source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
+
+    def run(self) -> None:
+        from .data import prepare
+
+        store = prepare(self.data, self.modality, self.source)
+        for split in ("train", "validation", "test"):
+            size = store.bytes_per_token(split)
+            say(
+                f"{split:>10}: {len(store.split(split)):>12,} tokens"
+                + (f", {size:.3f} bytes per token" if size else "")
+            )
+        say(f"vocabulary: {store.vocab_size} ({store.modality})")
+        say(f"token store: {store.path}")
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "compare": Compare,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "report": Report,
+    "info": Info,
+    "data list": DataList,
+    "data prepare": DataPrepare,
+}
+
+
+def plain(settings: Recipe) -> Recipe:
+    """The parsed settings as a `Recipe` proper."""
+    return Recipe(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Recipe)})
+
+
+def prepare_quietly(data: str, settings: Recipe) -> Any:
+    from .data import prepare
+
+    return prepare(data, settings.modality, settings.source)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .summary import summary_table
+
+    header, rows = summary_table(summary)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,114 @@
+"""A comparison: arms x seeds on the same batches, one run folder each, then summary and report.
+
+`summary.py` has the figures (pure functions over curves), `report.py` the page.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .configuration import MIXINGS
+from .errors import UserError
+from .recipe import Recipe, check_choice
+from .report import write_report
+from .runs import RunFolder, find_runs
+from .summary import write_summary
+
+if TYPE_CHECKING:
+    from .data import TokenStore
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a comparison: a mixing, and the settings it overrides (`none:n_layer=12,lr=1e-3`)."""
+
+    name: str
+    recipe: Recipe
+
+    def folder(self, seed: int) -> str:
+        return re.sub(r"[^A-Za-z0-9.=_-]+", "_", self.name) + f"-seed{seed}"
+
+
+def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
+    """The arms that `--arms` names; the first is the baseline.
+
+    Raises:
+        UserError: unknown mixing or setting, an arm given twice, no arm.
+    """
+    if not specs:
+        raise UserError("--arms needs at least one arm, such as `--arms none fixed`")
+    arms = []
+    for spec in specs:
+        mixing, _, rest = spec.partition(":")
+        check_choice("--arms", mixing, MIXINGS)
+        changes: dict[str, Any] = {"mixing": mixing}
+        for part in filter(None, rest.split(",")):
+            name, equals, value = part.partition("=")
+            if not equals:
+                raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
+            changes[name.strip()] = value.strip()
+        arms.append(Arm(spec, recipe.override(changes, f"--arms {spec}")))
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--arms names {name} twice")
+    return arms
+
+
+def compare(
+    recipe: Recipe,
+    store: TokenStore,
+    out: str | Path,
+    *,
+    data: str,
+    arms: list[str] | tuple[str, ...],
+    seeds: int = 1,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train every arm with every seed, and write summary.json, curves.csv and report.html in `out`.
+
+    Finished runs are kept and unfinished ones go on, so an interrupted comparison continues with `resume=True`. The
+    report is renewed after every run. An arm that diverges is reported as failed; the others go on.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        UserError: bad arms, an `out` that holds something else, settings other than the runs there have.
+        Interrupted: Ctrl-C; what was trained is saved.
+    """
+    from .training import Diverged, build_model, check_length, train
+
+    out = Path(out)
+    parsed = parse_arms(arms, recipe)
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    for arm in parsed:
+        check_length(store, build_model(arm.recipe, store).config.n_positions)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        there = "a comparison" if any(find_runs(out)) else "other files"
+        raise UserError(f"--out {out} already holds {there}; add --resume to go on with it, or name another folder")
+
+    runs: list[RunFolder] = []
+    summary: dict[str, Any] = {}
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        for arm in parsed:
+            folder = out / arm.folder(seed)
+            settings = arm.recipe.override({"seed": seed}, "--seeds")
+            try:
+                runs.append(train(settings, store, folder, data=data, arm=arm.name, resume=resume))
+            except Diverged as error:
+                print(f"waveletgpt: {arm.name} seed {seed}: {error}", file=sys.stderr)
+                runs.append(RunFolder(folder))
+            gc.collect()
+            if any(run.info["arm"] == parsed[0].name for run in runs):
+                summary = write_summary(out, runs, parsed[0].name)
+                write_report(out, runs, parsed[0].name)
+    return summary

@@ -1,0 +1,202 @@
+"""Settings of a WaveletGPT model: a GPT-2 or Llama decoder, plus how its hidden states are mixed over time.
+
+This file, `modeling.py`, `mixing.py` and the operator's definition travel inside every saved checkpoint, so it imports
+nothing else of the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+ARCHITECTURES = ("gpt2", "llama")
+MIXINGS = ("none", "fixed", "learnable", "ema", "conv", "shift")
+POSITION_EMBEDDINGS = ("learned", "sinusoidal", "rope", "none")
+
+
+def window_schedule(n: int, min_window: int, max_window: int, allocation: str = "uniform") -> list[int]:
+    """Windows of `n` mixed coordinates, finest first: powers of two from `min_window` to `max_window`.
+
+    With K levels, coordinate j has level floor(j K / n) (arXiv 2409.12924, Section 3; there 2 ... context). That is
+    `allocation="uniform"`, the same number of coordinates a level; `"geometric"` halves it from each level to the next
+    longer one, so that most coordinates have short windows.
+
+    Raises:
+        ValueError: a window that is no power of two, `max_window < min_window`, an unknown allocation.
+    """
+    for name, window in (("min_window", min_window), ("max_window", max_window)):
+        if window < 1 or window & (window - 1):
+            raise ValueError(f"{name}={window} is not a power of two (1, 2, 4, ...)")
+    if max_window < min_window:
+        raise ValueError(f"max_window={max_window} is smaller than min_window={min_window}")
+    levels = max_window.bit_length() - min_window.bit_length() + 1
+    if allocation == "uniform":
+        steps = [j * levels // n for j in range(n)]
+    elif allocation == "geometric":
+        # Share of level k: 2^-k of the sum over all levels.
+        whole = 1 - 2.0**-levels
+        bounds = [n * (1 - 2.0 ** -(k + 1)) / whole for k in range(levels)]
+        steps = [sum(j >= bound - 1e-9 for bound in bounds[:-1]) for j in range(n)]
+    else:
+        raise ValueError(f"mix_allocation={allocation!r} is unknown; use 'uniform' or 'geometric'")
+    return [min_window << step for step in steps]
+
+
+class WaveletGPTConfig(PreTrainedConfig):
+    """Configuration of a `WaveletGPTForCausalLM`. Names are GPT-2's; Llama's (`hidden_size`, ...) are aliases.
+
+    Args:
+        architecture: "gpt2" (learned positions, LayerNorm, GELU, biases) or "llama" (rotary positions, RMSNorm,
+            SwiGLU, no biases). Each sets the defaults of the fields that are None.
+        n_positions: context length trained on, in tokens.
+        n_kv_head: key/value heads (grouped queries); None: `n_head`.
+        n_inner: width of the feed-forward; None: 4 n_embd for gpt2, 8/3 n_embd rounded up to 32 for llama.
+        norm_position: "pre" (normalise each sub-layer's input) or "post" (its sum with the residual, as in 2017).
+        position_embedding: "learned", "sinusoidal", "rope" or "none"; None: the architecture's own.
+        mixing: what replaces coordinates of the hidden states over time: "none"; "fixed", causal means over windows of
+            powers of two; "learnable", the same windows with trained weights; "ema", exponential averages; and two
+            peers from the literature: "conv", a residual 4-tap depthwise convolution on all coordinates, and "shift",
+            the previous token's value (RWKV).
+        mix_fraction: share of the coordinates that are mixed.
+        min_window, max_window: shortest and longest window in tokens; `max_window=None` is the largest power of two
+            within `n_positions`. Equal values give a single-scale control.
+        mix_allocation: how coordinates are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
+        mix_edge: "zero" (values before the sequence count as 0) or "partial" (mean over the values that exist).
+        mix_sharing: for "learnable": one kernel per "coordinate" or per "level".
+        mix_placement: "block" (each block's output, as in the paper) or "input" (the normalised inputs of attention
+            and feed-forward).
+        mix_layers: "all", "inner" (all but the last block) or a list of block indices.
+        use_cache, tie_word_embeddings, ...: as in every Hugging Face configuration.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    model_type = "waveletgpt"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "n_ctx": "n_positions",
+    }
+
+    architecture: str = "gpt2"
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    n_inner: int | None = None
+    norm_position: str = "pre"
+    position_embedding: str | None = None
+    norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+    initializer_range: float = 0.02
+    rope_parameters: dict | None = None
+    mixing: str = "fixed"
+    mix_fraction: float = 0.5
+    min_window: int = 2
+    max_window: int | None = None
+    mix_allocation: str = "uniform"
+    mix_edge: str = "zero"
+    mix_sharing: str = "coordinate"
+    mix_placement: str = "block"
+    mix_layers: str | list[int] = "all"
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        self._check("architecture", ARCHITECTURES)
+        if self.position_embedding is None:
+            self.position_embedding = "learned" if self.architecture == "gpt2" else "rope"
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_inner is None:
+            self.n_inner = 4 * self.n_embd if self.architecture == "gpt2" else -(-8 * self.n_embd // 96) * 32
+        if self.max_window is None:
+            self.max_window = max(self.min_window, 1 << (self.n_positions.bit_length() - 1))
+        self._validate()
+        super().__post_init__(**kwargs)
+
+    def _check(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(choices)}")
+
+    def _validate(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        assert self.n_kv_head is not None
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even n_embd / n_head, got {self.n_embd} / {self.n_head}")
+        self._check("norm_position", ("pre", "post"))
+        self._check("position_embedding", POSITION_EMBEDDINGS)
+        self._check("mixing", MIXINGS)
+        self._check("mix_edge", ("zero", "partial"))
+        self._check("mix_sharing", ("coordinate", "level"))
+        self._check("mix_placement", ("block", "input"))
+        if not 0 < self.mix_fraction <= 1 or self.mix_fraction * self.n_embd < 1:
+            raise ValueError(f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a coordinate; "
+                             'mixing="none" turns mixing off')
+        if isinstance(self.mix_layers, str):
+            self._check("mix_layers", ("all", "inner"))
+        elif any(not 0 <= layer < self.n_layer for layer in self.mix_layers):
+            raise ValueError(f"mix_layers={self.mix_layers} names a block outside 0 ... {self.n_layer - 1}")
+        self.mix_windows()
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_mixed(self) -> int:
+        """Number of coordinates the mixer changes; they are the first ones of the embedding."""
+        return self.n_embd if self.mixing == "conv" else round(self.mix_fraction * self.n_embd)
+
+    def mix_windows(self) -> list[int]:
+        """Window in tokens of every mixed coordinate; for "ema", which has none, an empty list."""
+        if self.mixing in ("none", "ema"):
+            return []
+        if self.mixing in ("conv", "shift"):
+            return [4 if self.mixing == "conv" else 2] * self.n_mixed
+        assert self.max_window is not None
+        return window_schedule(self.n_mixed, self.min_window, self.max_window, self.mix_allocation)
+
+    def mixes(self, layer: int) -> bool:
+        """Whether block `layer` mixes."""
+        if self.mixing == "none":
+            return False
+        if isinstance(self.mix_layers, str):
+            return self.mix_layers == "all" or layer < self.n_layer - 1
+        return layer in self.mix_layers
+
+    # What the cache of transformers asks for: blocks that mix remember inputs beside keys and values.
+
+    @property
+    def layer_types(self) -> list[str]:
+        return ["hybrid" if self.mixes(layer) else "full_attention" for layer in range(self.n_layer)]
+
+    @property
+    def number_of_conv_states(self) -> int:
+        return 2 if self.mix_placement == "input" else 1
+
+
+__all__ = ["WaveletGPTConfig"]

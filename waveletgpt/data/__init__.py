@@ -1,0 +1,104 @@
+"""Data: files, folders, archives, data sets by name -> a token store on disk.
+
+    store = prepare("my-texts/", "bytes")
+    store.split("train")            # tokens, memory-mapped
+
+A further kind of data is one file in this package, with a class like `Modality`, and one line in `MODALITIES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from waveletgpt.data.hub import PREFIX, Hub
+from waveletgpt.data.modality import Modality, SampleFile
+from waveletgpt.data.named import NAMED, NamedSet, fetch
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources import Document, Files, Source
+from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, exclusive, remove_leftovers
+from waveletgpt.data.text import TEXT
+from waveletgpt.errors import UserError, suggest
+
+__all__ = [
+    "MODALITIES", "NAMED", "SPLITS", "DataSettings", "Document", "Modality", "NamedSet", "SampleFile", "Source",
+    "StoreWriter", "TokenStore", "find", "prepare",
+]  # fmt: skip
+
+MODALITIES: dict[str, Modality] = {modality.name: modality for modality in TEXT}
+DEFAULT_MODALITY = "chars"
+
+
+def prepare(
+    data: str | os.PathLike[str],
+    modality: str | None = None,
+    settings: DataSettings | None = None,
+    progress: bool = True,
+) -> TokenStore:
+    """The tokens of `data`: made once, and found again as long as neither its content nor the settings change.
+
+    `data` is a file, a folder, a name in `NAMED`, or `hf:owner/name`; `modality` a name in `MODALITIES` (default: that
+    of the named set, else `chars`). Any number of processes may ask at once. Raises UserError for what cannot be used.
+    """
+    settings = settings or DataSettings()
+    if modality is not None and modality not in MODALITIES:
+        raise UserError(f'no modality "{modality}": there are {", ".join(MODALITIES)}{suggest(modality, MODALITIES)}')
+    try:
+        return _prepare(str(data), modality, settings, progress)
+    except OSError as error:
+        place = error.filename or settings.cache
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full at {settings.cache}: free some space or set --data.cache-dir") from error
+        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set --data.cache-dir") from error
+
+
+def _prepare(data: str, modality: str | None, settings: DataSettings, progress: bool) -> TokenStore:
+    source = find(data, settings, progress)
+    named = NAMED.get(source.name)
+    chosen = modality or ("bpe" if settings.tokenizer else named.modality if named else DEFAULT_MODALITY)
+    kind = MODALITIES[chosen]
+    identity = {
+        "format": FORMAT,
+        "modality": chosen,
+        "content": source.key(settings.cache),
+        "gives_splits": isinstance(source, Files) and source.gives_splits,
+        **{
+            name: getattr(settings, name)
+            for name in ("column", "include", "exclude", "validation_fraction", "test_fraction")
+        },
+        **kind.identity(settings),
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0])[:40].strip("-") or "data"
+    path = settings.cache / "stores" / f"{name}-{chosen}-{fingerprint[:16]}"
+    with contextlib.suppress(UserError):
+        return TokenStore.open(path)
+    with exclusive(path):
+        with contextlib.suppress(UserError):  # another process made it meanwhile
+            return TokenStore.open(path)
+        remove_leftovers(path)
+        with StoreWriter(path, modality=chosen, fingerprint=fingerprint, identity=identity) as writer:
+            kind.prepare(source, settings, writer, progress)
+    return TokenStore.open(path)
+
+
+def find(data: str, settings: DataSettings, progress: bool = True) -> Source:
+    """What `data` names: a path that exists, else a named set (downloaded if need be), else one of the hub.
+
+    Raises UserError if it names nothing.
+    """
+    if Path(data).exists():
+        return Files(Path(data), settings)
+    if data in NAMED:
+        return fetch(NAMED[data], settings, progress)
+    if data.startswith(PREFIX):
+        return Hub(data, settings)
+    raise UserError(
+        f'"{data}" is no file, folder or named data set: see waveletgpt data list, or write hf:owner/name'
+        f"{suggest(data, NAMED)}"
+    )

@@ -1,0 +1,105 @@
+"""Data sets that are known by name. Licences are theirs: nothing of them is part of this project."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from waveletgpt.data.download import download, verify
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources import Files
+from waveletgpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set: where it is, how to know it, and what to make of it."""
+
+    name: str
+    description: str
+    modality: str
+    """The modality it is prepared in unless another is asked for."""
+    licence: str
+    url: str | None
+    """Its address; None if it is on every machine."""
+    file: str = ""
+    """The name a copy has, in the cache or in `--data.data-dir`."""
+    size: int | None = None
+    """Bytes of that file."""
+    sha256: str | None = None
+    """Its hash; None if none is published: then the first download's is recorded beside it and holds from then on."""
+    include: str | None = None
+    exclude: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    """The set's own splits: file name -> split. Without, it is divided like any other data."""
+
+    def path(self, settings: DataSettings) -> Path:
+        """Where a download of it lies, or will lie."""
+        return settings.cache / "downloads" / self.name / self.file
+
+
+def _python_source() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+# Sizes and hashes: text8 and enwik8 as in the Hugging Face hub's and many others' records of the originals, WikiText as
+# in Salesforce's original archive (of which the address is its author's copy), Shakespeare as in the repository.
+NAMED = {
+    named.name: named
+    for named in (
+        NamedSet(
+            "python-stdlib", "source of the Python standard library, 10 MB, on every machine", "bytes", "PSF-2.0", None,
+            include="*.py",
+            exclude="site-packages/*,dist-packages/*,test/*,*/test/*,tests/*,*/tests/*,idlelib/*,lib2to3/*,turtledemo/*,"
+            "_sysconfigdata*",
+        ),
+        NamedSet(
+            "text8", "Wikipedia of 2006 as a-z and space, 100 MB", "text8", "CC BY-SA 3.0",
+            "http://mattmahoney.net/dc/text8.zip", "text8.zip", 31_344_016,
+            "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+        ),
+        NamedSet(
+            "enwik8", "Wikipedia of 2006 with its markup, 100 MB", "bytes", "CC BY-SA 3.0",
+            "http://mattmahoney.net/dc/enwik8.zip", "enwik8.zip", 36_445_475,
+            "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+        ),
+        NamedSet(
+            "wikitext-103", "good and featured articles of Wikipedia, raw, 540 MB, in its own splits", "bpe",
+            "CC BY-SA 3.0", "https://wikitext.smerity.com/wikitext-103-raw-v1.zip", "wikitext-103-raw-v1.zip",
+            191_984_949, "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+            splits={"wiki.train.raw": "train", "wiki.valid.raw": "validation", "wiki.test.raw": "test"},
+        ),
+        NamedSet(
+            "tiny-shakespeare", "40,000 lines of Shakespeare, 1 MB", "chars", "public domain",
+            "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
+            "tinyshakespeare/input.txt", "input.txt", 1_115_394,
+            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        ),
+    )
+}  # fmt: skip
+
+
+def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Files:
+    """The set's files: those on this machine, else downloaded, in either case verified.
+
+    Raises UserError if it cannot be reached, if a copy isn't what it should be, or if `data_dir` has none.
+    """
+    globs = replace(
+        settings,
+        include=settings.include or named.include,
+        exclude=",".join(filter(None, (settings.exclude, named.exclude))) or None,
+    )
+    if named.url is None:
+        return Files(_python_source(), globs, named.name)
+    if settings.data_dir:
+        path = Path(settings.data_dir).expanduser() / named.file
+        if not path.is_file():
+            mend = f"get it from {named.url}, or leave --data.data-dir out"
+            raise UserError(f"no {named.file} in {settings.data_dir}: {mend}")
+        verify(path, size=named.size, sha=named.sha256, name=str(path), cache=settings.cache)
+    else:
+        path = download(
+            named.url, named.path(settings), size=named.size, sha=named.sha256, progress=progress, cache=settings.cache
+        )
+    return Files(path, globs, named.name, named.splits)

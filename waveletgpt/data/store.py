@@ -1,0 +1,262 @@
+"""The token store: a folder of memory-mapped tokens, the same for every modality.
+
+    tokens-train.bin  tokens-validation.bin  tokens-test.bin    uint16, or uint32 where the vocabulary needs it
+    meta.json                                                   what it holds and where that came from
+    tokenizer/                                                  Hugging Face files, if the modality has a tokenizer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from waveletgpt.errors import UserError, suggest
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+
+
+class TokenStore:
+    """Tokens on disk, in three splits that don't overlap. Open it with `TokenStore.open(path)`."""
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self.meta = meta
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TokenStore:
+        """The store in the folder `path`.
+
+        Raises UserError if there is none, or if it is not whole.
+        """
+        folder = Path(path)
+        mend = "prepare the data again"
+        try:
+            meta = json.loads((folder / "meta.json").read_bytes())
+            if meta["format"] != FORMAT:
+                raise UserError(f"{folder} has format {meta['format']}, this version reads format {FORMAT}: {mend}")
+            width = np.dtype(meta["dtype"]).itemsize
+            expected = {f"tokens-{split}.bin": int(meta["splits"][split]["tokens"]) * width for split in SPLITS}
+            expected |= {f"tokenizer/{name}": size for name, size in meta["tokenizer_files"].items()}
+            str(meta["modality"]), int(meta["vocab_size"]), str(meta["fingerprint"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{folder} is not a token store (no meta.json in it): {mend}") from None
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): {mend}") from None
+        for name, size in expected.items():
+            file = folder / name
+            if not file.is_file():
+                raise UserError(f"{file} is missing: {mend}")
+            if file.stat().st_size != size:
+                raise UserError(f"{file} is truncated, {file.stat().st_size:,} bytes instead of {size:,}: {mend}")
+        return cls(folder, meta)
+
+    @property
+    def modality(self) -> str:
+        return str(self.meta["modality"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.meta["vocab_size"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the data's content and the settings that made these tokens."""
+        return str(self.meta["fingerprint"])
+
+    def split(self, name: str) -> np.ndarray:
+        """The tokens of "train", "validation" or "test": a read-only memory map, 1-D, uint16 or uint32."""
+        if name not in SPLITS:
+            raise UserError(f'no split "{name}": there are {", ".join(SPLITS)}{suggest(name, SPLITS)}')
+        dtype = np.dtype(self.meta["dtype"])
+        if not self.meta["splits"][name]["tokens"]:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(self.path / f"tokens-{name}.bin", dtype=dtype, mode="r")
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of normalised text per token (bits per byte = nats per token / ln 2 / this); None if not text."""
+        counts = self.meta["splits"][split]
+        return counts["bytes"] / counts["tokens"] if counts.get("bytes") and counts["tokens"] else None
+
+    def load_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer saved with the tokens; None for a modality without one."""
+        if not self.meta.get("tokenizer_files"):
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split} {self.meta['splits'][split]['tokens']:,}" for split in SPLITS)
+        return f"TokenStore({str(self.path)!r}, {self.modality}, vocabulary {self.vocab_size:,}, tokens: {sizes})"
+
+
+class StoreWriter:
+    """Writes a store in bounded memory and publishes it in one step, so that a half-made one is never seen.
+
+        with StoreWriter(path, modality="bytes", fingerprint=key) as writer:
+            writer.begin(vocab_size=257)
+            writer.append("train", tokens, documents=1, size=1000)
+            writer.finish(source={...})
+
+    Everything is written in a temporary folder beside `path`, which also offers `scratch` for intermediate files;
+    leaving the block without `finish` removes it, and `remove_leftovers` what a killed process left.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, modality: str, fingerprint: str, identity: dict[str, Any] | None = None
+    ) -> None:
+        """`identity` is what `fingerprint` is the hash of: content and settings, recorded so that one can read them."""
+        self.path = Path(path)
+        self.identity = identity or {}
+        self.modality = modality
+        self.fingerprint = fingerprint
+        self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> StoreWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = _temporary_folder(self.path)
+        self.scratch = self.folder / "scratch"
+        self.scratch.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # on a full disk closing flushes, and fails, again
+                file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the modality saves its tokenizer's files."""
+        return self.folder / "tokenizer"
+
+    def begin(self, vocab_size: int) -> None:
+        """Set the number of distinct tokens, which decides how many bytes a token takes."""
+        self.vocab_size = vocab_size
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self._files = {split: (self.folder / f"tokens-{split}.bin").open("wb") for split in SPLITS}
+
+    def append(self, split: str, tokens: np.ndarray, *, documents: int = 0, size: int = 0) -> None:
+        """Add `tokens` (1-D integers in 0 .. vocab_size-1), which end `documents` documents and stand for `size` bytes.
+
+        Raises ValueError for a token that is out of range.
+        """
+        if len(tokens):
+            if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+                raise ValueError(f"token out of range 0 .. {self.vocab_size - 1}: {tokens.min()} .. {tokens.max()}")
+            self._files[split].write(np.ascontiguousarray(tokens, self.dtype).data)
+        counts = self.counts[split]
+        counts["tokens"] += len(tokens)
+        counts["documents"] += documents
+        counts["bytes"] += size
+
+    def finish(self, **meta: Any) -> None:
+        """Publish the store; `meta` is recorded in meta.json. If another process was first, its store stays."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        shutil.rmtree(self.scratch)
+        tokenizer = {file.name: file.stat().st_size for file in sorted(self.tokenizer_folder.glob("*"))}
+        content = {
+            "format": FORMAT,
+            "modality": self.modality,
+            "vocab_size": self.vocab_size,
+            "dtype": self.dtype.name,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "splits": self.counts,
+            "tokenizer_files": tokenizer,
+            **meta,
+        }
+        (self.folder / "meta.json").write_text(json.dumps(content, indent=1) + "\n")
+        for path in [self.folder / "meta.json", *(self.tokenizer_folder / name for name in tokenizer)]:
+            _sync(path)
+        _sync(self.folder)
+        _publish(self.folder, self.path)
+
+
+def _temporary_folder(path: Path) -> Path:
+    # The host and process in the name tell a later run whether the writer is still alive.
+    prefix = f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _publish(folder: Path, path: Path) -> None:
+    for _ in range(3):
+        try:
+            folder.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+            with contextlib.suppress(UserError):
+                TokenStore.open(path)
+                return
+            # What stands there is not whole: put it aside, so that the name is never without a way to be renamed onto.
+            aside = _temporary_folder(path)
+            with contextlib.suppress(FileNotFoundError):  # another process put it aside first
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            _sync(path.parent)
+            return
+    raise OSError(f"cannot put the new store at {path}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary folders for the store at `path` that killed processes of this machine left."""
+    start = f".{path.name}.tmp-{socket.gethostname()}-"
+    for folder in path.parent.glob(f".{path.name}.tmp-*"):
+        process = folder.name.removeprefix(start).split("-")[0]
+        if folder.name.startswith(start) and process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Let one process at a time prepare the store at `path`; the others wait and then find it made.
+
+    Only saves double work: where locks don't exist, publishing is still atomic.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (path.parent / f".{path.name}.lock").open("wb") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,409 @@
+"""The decoder: GPT-2 or Llama blocks with a mixer, as Hugging Face models.
+
+Baseline and wavelet model are one class that differ in `config.mixing`.
+
+Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration import WaveletGPTConfig
+from .mixing import Mixer, Mixers
+
+
+def _norm(config: WaveletGPTConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.architecture == "gpt2" else nn.RMSNorm
+    return kind(config.n_embd, eps=config.norm_epsilon)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads and `n_kv_head` key/value heads; one projection makes all three."""
+
+    def __init__(self, config: WaveletGPTConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer
+        self.head_dim = config.head_dim
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.num_key_value_groups = config.n_head // config.n_kv_head
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        bias = config.architecture == "gpt2"
+        self.qkv_proj = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden.shape[:-1]
+        qkv = self.qkv_proj(hidden).view(*shape, -1, self.head_dim)
+        query, key, value = (part.transpose(1, 2) for part in qkv.split(self.heads, dim=-2))
+        if rotary is not None:
+            query, key = apply_rotary_pos_emb(query, key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attn_pdrop if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(out.reshape(*shape, -1).contiguous()), weights
+
+
+class FeedForward(nn.Module):
+    """GELU feed-forward (GPT-2), or SwiGLU (Llama), whose gate and value come from one projection."""
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__()
+        self.gated = config.architecture == "llama"
+        self.up_proj = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=not self.gated)
+        self.out_proj = nn.Linear(config.n_inner, config.n_embd, bias=not self.gated)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self.up_proj(hidden)
+        if self.gated:
+            gate, value = hidden.chunk(2, dim=-1)
+            return self.out_proj(nn.functional.silu(gate) * value)
+        return self.out_proj(nn.functional.gelu(hidden, approximate="tanh"))
+
+
+class Block(GradientCheckpointingLayer):
+    """One decoder block, then its mixer."""
+
+    def __init__(self, config: WaveletGPTConfig, layer: int):
+        super().__init__()
+        self.layer_idx = layer
+        self.post_norm = config.norm_position == "post"
+        self.norm_1 = _norm(config)
+        self.attention = Attention(config, layer)
+        self.norm_2 = _norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.mixers = Mixers(config, layer)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        seen: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        context = {
+            "seen": seen,
+            "padding_mask": padding_mask,
+            "cache": past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None,
+        }
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            x = self.mixers.at("attention", x, **context)
+            return self.dropout(self.attention(x, attention_mask, rotary, past_key_values, **kwargs)[0])
+
+        def feed(x: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.feed_forward(self.mixers.at("feed_forward", x, **context)))
+
+        if self.post_norm:
+            hidden = self.norm_1(hidden + attend(hidden))
+            hidden = self.norm_2(hidden + feed(hidden))
+        else:
+            hidden = hidden + attend(self.norm_1(hidden))
+            hidden = hidden + feed(self.norm_2(hidden))
+        return self.mixers.at("output", hidden, **context)
+
+
+class WaveletGPTPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what the Hugging Face tools ask about the models."""
+
+    config_class = WaveletGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["Block"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar = {"hidden_states": Block, "attentions": Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mixer):
+            module.reset_parameters(init)
+        elif isinstance(module, Attention | FeedForward):
+            # Each block adds two terms to the residual stream: scaled so that its variance stays put (GPT-2, 2.3).
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.out_proj.weight, mean=0.0, std=std)
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in Hugging Face; the code goes along, so that `trust_remote_code=True` loads it without this package."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration.WaveletGPTConfig",
+            "AutoModel": "modeling.WaveletGPTModel",
+            "AutoModelForCausalLM": "modeling.WaveletGPTForCausalLM",
+        }
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            here = Path(__file__).parent
+            # Loaded from a checkpoint this file has its siblings beside it, the operator as one file.
+            operator = here / "ops" / "reference.py" if (here / "ops").is_dir() else here / "ops.py"
+            for source, name in (
+                (here / "configuration.py", "configuration.py"),
+                (here / "mixing.py", "mixing.py"),
+                (Path(__file__), "modeling.py"),
+                (operator, "ops.py"),
+            ):
+                shutil.copyfile(source, Path(save_directory) / name)
+
+
+class WaveletGPTModel(WaveletGPTPreTrainedModel):
+    """Embeddings, blocks and final norm. See `WaveletGPTConfig` for the variants."""
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions = (
+            nn.Embedding(config.n_positions, config.n_embd) if config.position_embedding == "learned" else None
+        )
+        self.rotary = LlamaRotaryEmbedding(config) if config.position_embedding == "rope" else None
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def _positions(
+        self, hidden: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, past: int
+    ) -> torch.Tensor:
+        """(B or 1, T) index of each token among the real ones of its row."""
+        T = hidden.shape[1]
+        if position_ids is None:
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+            return torch.arange(past, past + T, device=hidden.device)[None]
+        if self.config.mixing != "none" and not torch.compiler.is_compiling() and T > 1:
+            resets = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 0)
+            if bool(resets.any()):
+                raise ValueError(
+                    "position_ids start again inside a row (packed documents): mixing would average across them; "
+                    'give one document per row, or use mixing="none"'
+                )
+        return position_ids
+
+    def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int) -> torch.Tensor:
+        """Token embeddings plus absolute positions, where the scheme has them."""
+        if self.embed_positions is not None:
+            if total > self.config.n_positions:
+                raise ValueError(
+                    f"{total} tokens exceed n_positions={self.config.n_positions} of the learned positions; "
+                    'shorten the input, or train with position_embedding "rope", "sinusoidal" or "none"'
+                )
+            hidden = hidden + self.embed_positions(positions)
+        elif self.config.position_embedding == "sinusoidal":
+            hidden = hidden * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(hidden.dtype)
+        return self.dropout(hidden)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of input_ids (B, T), or of inputs_embeds (B, T, E).
+
+        Args:
+            attention_mask: (B, S + T), 0 at padding; or the dict of masks that `generate` prepares.
+            position_ids: (B, T); None counts the real tokens.
+            past_key_values: a cache made with `DynamicCache(config=model.config)` or `StaticCache(...)`.
+
+        Raises:
+            ValueError: packed documents, sequences beyond learned positions, a cache without mixing states.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if any(key in kwargs for key in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")) and self.config.mixing != "none":
+            raise ValueError("packed documents (cu_seq_lens) would be averaged across; give one document per row")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        positions = self._positions(hidden, attention_mask, position_ids, past)
+
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            masks = create_masks(self.config, hidden, attention_mask, past_key_values, positions)
+        hidden = self._embed(hidden, positions, past + hidden.shape[1])
+        rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None
+
+        for block in self.blocks:
+            hidden = block(
+                hidden,
+                attention_mask=masks["full_attention"],
+                rotary=rotary,
+                past_key_values=past_key_values,
+                seen=positions + 1,
+                padding_mask=masks["linear_attention"],
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """Fixed positions of Vaswani et al. 2017, Section 3.5: sines in the first half of the width, cosines in the second.
+
+    positions (B, T) -> (B, T, width), float32.
+    """
+    half = (width + 1) // 2
+    frequencies = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10000.0) / half))
+    angles = positions[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
+
+
+def create_masks(
+    config: WaveletGPTConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor | None]:
+    """The attention's mask, and the (B, T) padding mask of the mixers, both None where nothing is masked."""
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    return {
+        "full_attention": create_causal_mask(**arguments),
+        "linear_attention": create_recurrent_attention_mask(**arguments) if config.mixing != "none" else None,
+    }
+
+
+class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__(config)
+        self.model = WaveletGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T or logits_to_keep, V) in the model's dtype, and the loss in nats per token if asked for.
+
+        Args:
+            labels: (B, T), shifted here as in every Hugging Face model; -100 is ignored.
+            shift_labels: (B, T) in place of `labels`, already shifted: the target of each position.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: WaveletGPTConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor | None]:
+        # Blocks with and without a mixer take the same pair, so the library's table of layer types does not apply.
+        return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+
+AutoConfig.register("waveletgpt", WaveletGPTConfig, exist_ok=True)
+AutoModel.register(WaveletGPTConfig, WaveletGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(WaveletGPTConfig, WaveletGPTForCausalLM, exist_ok=True)
+
+__all__ = ["WaveletGPTForCausalLM", "WaveletGPTModel", "WaveletGPTPreTrainedModel"]

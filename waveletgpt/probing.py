@@ -1,0 +1,110 @@
+"""What a trained model does inside: hidden states before and after mixing, and learned kernels, as NumPy arrays.
+
+Shapes: T tokens, E embedding, C mixed coordinates (the first C of E).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One block's hidden states on a probe: `before` and `after` its (first) mixer, both (T, E)."""
+
+    block: int
+    before: np.ndarray
+    after: np.ndarray
+    n_mixed: int
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A learned kernel: `taps[j]` weighs the value j tokens ago."""
+
+    block: int
+    window: int
+    taps: np.ndarray
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What `look_inside` found; `mixed` is None for a model that does not mix or without a probe."""
+
+    mixed: Mixed | None
+    kernels: list[Kernel]
+    text: str
+
+
+def look_inside(path: Path, probe: Sequence[int]) -> Insight:
+    """Load a saved causal LM and run it once on `probe` (token ids, cut to its context).
+
+    The hidden states are those of the middle block among those that mix. Where kernels differ by coordinate, the
+    middle coordinate of each window stands for it.
+
+    Raises:
+        Exception: whatever loading raises for a broken checkpoint.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from .mixing import LearnableMean, Mixer
+    from .modeling import WaveletGPTForCausalLM
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: Any = WaveletGPTForCausalLM.from_pretrained(path)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model = model.eval().float()
+    mixers = [
+        (block.layer_idx, next(module for module in block.modules() if isinstance(module, Mixer)))
+        for block in model.model.blocks
+        if any(isinstance(module, Mixer) for module in block.modules())
+    ]
+    kernels = [
+        Kernel(block, kernel.shape[-1], (kernel[len(kernel) // 2] if kernel.ndim == 2 else kernel).detach().numpy())
+        for block, mixer in mixers
+        if isinstance(mixer, LearnableMean)
+        for kernel in mixer.kernels
+    ]
+    ids = list(probe)[: model.config.n_positions]
+    if not mixers or not ids:
+        return Insight(None, kernels, "")
+    block, mixer = mixers[len(mixers) // 2]
+    seen: list[tuple[Any, Any]] = []
+    hook = mixer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    try:
+        with torch.no_grad():
+            model(torch.tensor([ids]), use_cache=False)
+    finally:
+        hook.remove()
+    before, after = (x[0].float().numpy() for x in seen[0])
+    return Insight(Mixed(block, before, after, mixer.n_mixed, mixer.windows), kernels, _decode(path, ids))
+
+
+def _decode(path: Path, ids: list[int]) -> str:
+    """The probe as text, or nothing where the run has no tokenizer (audio, images)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return str(AutoTokenizer.from_pretrained(path).decode(ids))
+    except Exception:  # any failure only costs the caption
+        return ""
+
+
+def frequency_response(taps: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """|H(f)| in dB of a causal filter at `frequencies` in cycles per token; never under -200 dB."""
+    import numpy as np
+
+    phases = np.exp(-2j * np.pi * np.outer(frequencies, np.arange(len(taps))))
+    return 20 * np.log10(np.maximum(np.abs(phases @ taps), 1e-10))

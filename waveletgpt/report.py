@@ -1,0 +1,318 @@
+"""Run folders -> report.html: one self-contained page with the result, the curves, what happens inside, and the set-up.
+
+The page loads nothing and runs no script (its Content-Security-Policy forbids both). Every string of a recipe, of the
+data or of a sample is escaped on its way in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .pictures import swatch
+from .report_figures import (
+    difference_figure,
+    embedding_figure,
+    kernel_figures,
+    loss_figures,
+    schedule_figure,
+)
+from .runs import RunFolder, write_atomically
+from .summary import Record, flatten, read_records, settings_of, summarize_records
+from .summary_text import TABLE_HEADER, arm_sentence, duration, headline, plural, plus_minus, quantity, summary_table
+
+_INSIGHTS = 4  # at most so many models are loaded and drawn: each costs seconds and about 150 kB
+
+
+def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = None) -> Path:
+    """Write report.html into `out`, atomically, for one run or for a comparison; return its path.
+
+    Args:
+        runs: run folders in the order in which the arms are to appear.
+        baseline: name of the arm to compare with. None takes the arm "none" if there are others beside it.
+
+    Raises:
+        UserError: if there is no run, or the runs cannot be compared.
+    """
+    records = read_records(runs)
+    names = list(dict.fromkeys(record.arm for record in records))
+    if baseline is None and len(names) > 1 and "none" in names:
+        baseline = "none"
+    summary = summarize_records(records, baseline)
+    path = Path(out) / "report.html"
+    write_atomically(path, render(records, summary))
+    return path
+
+
+def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
+    """The page as text."""
+    names = list(summary["arms"])
+    # Grey is the baseline's; the others take the palette in order.
+    others = [name for name in names if name != summary["baseline"]]
+    styles = {name: 0 if name == summary["baseline"] else 1 + others.index(name) for name in names}
+    inside, troubles = _inside(records, names)
+    sections = [
+        ("curves", "Learning curves", _curves(records, summary, styles)),
+        ("arms", "The arms in numbers", _arms(summary, styles)),
+        ("mixing", "What is mixed", schedule_figure(records, styles) + inside["mixing"]),
+        ("kernels", "Learned kernels", inside["kernels"]),
+        ("samples", "Samples", _samples(records, styles)),
+        ("setup", "Set-up", _setup(records, summary)),
+        ("terms", "How the numbers are defined", _TERMS),
+    ]
+    sections = [section for section in sections if section[2]]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
+    template = Template(resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(f"WaveletGPT: {summary['data'].get('name') or 'run'}, {' vs '.join(names)}"),
+        header=_header(records, summary, troubles) + f'<nav aria-label="Sections">{links}</nav>',
+        main="".join(
+            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{body}</section>'
+            for key, title, body in sections
+        ),
+        footer=f"Written by waveletgpt {escape(str(summary['environment'].get('waveletgpt') or ''))} from "
+        f"{plural(len(records), 'run folder')}; summary.json and curves.csv hold the numbers.",
+    )
+
+
+def rich(text: str) -> str:
+    """Escaped text in which `name` in backticks is set as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+
+
+# ------------------------------------------------------------------------------------------------------------- header
+
+
+def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequence[str]) -> str:
+    recipe, data = summary["recipe"], summary["data"]
+    facts = [data.get("name"), data.get("modality"), recipe.get("architecture"), recipe.get("preset")]
+    parts = [f'<p class="brand"><b>WaveletGPT</b> · {escape(" · ".join(str(f) for f in facts if f))}</p>']
+    best = headline(summary)
+    parts.append(f"<h1>{rich(best)}</h1>")
+    others = [n for n in summary["arms"] if n != summary["baseline"] and arm_sentence(summary, n) != best]
+    if others:
+        items = "".join(f"<li>{rich(arm_sentence(summary, name))}</li>" for name in others)
+        parts.append(f'<ul class="others">{items}</ul>')
+    parts.append(_tiles(summary))
+    notes = [*summary["notes"], *troubles]
+    if notes:
+        items = "".join(f"<li>{rich(note)}</li>" for note in notes)
+        parts.append(f'<aside class="notes"><b>Before you believe it</b><ul>{items}</ul></aside>')
+    return "\n".join(parts)
+
+
+def _tiles(summary: dict[str, Any]) -> str:
+    """The few numbers to take away: of the arm in the headline, or of the only one."""
+    arms = summary["arms"]
+    compared = {n: a for n, a in arms.items() if a.get("step_speedup") is not None}
+    tiles: list[tuple[str, str, str]] = []
+    if compared:
+        name = max(compared, key=lambda n: compared[n]["step_speedup"])
+        arm, base = arms[name], arms[summary["baseline"]]
+        step = arm["same_performance_step"]["mean"]
+        tiles.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
+        if arm["time_speedup"] is not None:
+            time = f"{duration(arm['same_performance_seconds'])} of {duration(base['seconds'])}"
+            tiles.append(("Time speed-up", f"{arm['time_speedup']:.2f}×", time))
+        difference = arm["final_nll_difference"]
+        ci = difference["ci95"]
+        doubt = "one seed: chance unknown" if ci is None else f"95 % interval ±{ci:.3f} over seeds"
+        tiles.append(("Final loss", f"{difference['mean']:+.3f}".replace("-", "−"), f"nats per token; {doubt}"))
+        if arm["extra_parameters"] is not None:
+            flops = arm["flops_per_token"], base["flops_per_token"]
+            share = f"{100 * (flops[0] / flops[1] - 1):+.2g} % FLOPs per token" if all(flops) else ""
+            tiles.append(("Added parameters", quantity(arm["extra_parameters"]) if arm["extra_parameters"] else "0",
+                          share))  # fmt: skip
+    elif len(arms) == 1:
+        arm = next(iter(arms.values()))
+        tiles.append(("Final loss", plus_minus(arm["final_nll"]), "nats per token, held out"))
+        if arm["bits_per_byte"] is not None:
+            tiles.append(("Bits per byte", f"{arm['bits_per_byte']:.3f}", "held out"))
+        tiles.append(("Parameters", quantity(arm["parameters"]), f"{quantity(arm['flops_per_token'])} FLOPs per token"))
+        speed = arm["tokens_per_second"]
+        tiles.append(("Training", duration(arm["seconds"]), "" if speed is None else f"{speed:,.0f} tokens per second"))
+    items = "".join(
+        f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(s)}</small></dd></div>" for t, v, s in tiles
+    )
+    return f'<dl class="tiles">{items}</dl>' if items else ""
+
+
+# ------------------------------------------------------------------------------------------------- curves and numbers
+
+
+def _curves(records: Sequence[Record], summary: dict[str, Any], styles: dict[str, int]) -> str:
+    return loss_figures(records, summary, styles) + difference_figure(records, summary, styles)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str, label: str) -> str:
+    """A table of HTML cells in its own scrolling box; the first cell of a row is its header."""
+    header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label, quote=True)}"><table class="{css}">'
+        f"<thead><tr>{header}</tr></thead><tbody>{_rows(rows)}</tbody></table></div>"
+    )
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    return "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+
+
+def _arms(summary: dict[str, Any], styles: dict[str, int]) -> str:
+    _, rows = summary_table(summary)
+    keep = [i for i in range(len(TABLE_HEADER)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
+    cells = []
+    for row in rows:
+        name = f'{swatch(styles[row[0]])}<span title="{escape(row[0], quote=True)}">{escape(row[0])}</span>'
+        # The shares in brackets go under the number, or the table gets too wide.
+        others = [re.sub(r" (\(.*\))$", r"<small>\1</small>", escape(row[i])) for i in keep[1:]]
+        cells.append([name, *others])
+    table = _table([TABLE_HEADER[i] for i in keep], cells, "arms", "Numbers of every arm")
+    per_seed = "; ".join(
+        f"`{name}` " + ", ".join(f"{loss:.4f}" for loss in arm["final_nll"]["per_seed"])
+        for name, arm in summary["arms"].items()
+        if len(arm["seeds"]) > 1
+    )
+    note = f'<p class="small">Final loss by seed: {rich(per_seed)}.</p>' if per_seed else ""
+    return table + note
+
+
+# ------------------------------------------------------------------------------------------------------------- inside
+
+
+def _inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Pictures that need the trained models; what cannot be loaded becomes a note, not a failure of the report."""
+    html = {"mixing": "", "kernels": ""}
+    troubles: list[str] = []
+    looked = 0
+    for name in names:
+        record = next((r for r in records if r.arm == name and r.usable), None)
+        mixing = str((record.info.get("recipe") or {}).get("mixing") or "") if record else "none"
+        if record is None or mixing == "none" or looked == _INSIGHTS:
+            continue
+        looked += 1
+        try:
+            from .probing import look_inside
+
+            insight = look_inside(RunFolder(record.path).model_path(), record.info.get("probe") or [])
+        except Exception as error:  # a checkpoint may be broken in any way
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            troubles.append(f"The model of `{name}` could not be pictured: {reason[0][:300]}")
+            continue
+        html["mixing"] += embedding_figure(name, insight)
+        html["kernels"] += kernel_figures(name, insight.kernels)
+    return html, troubles
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def _text_sample(folder: Path, sample: dict[str, Any]) -> str:
+    text, prompt = str(sample.get("text", "")), str(sample.get("prompt") or "")
+    start = f"<mark>{escape(prompt)}</mark>" if prompt else ""
+    return f'<p class="text">{start}{escape(text.removeprefix(prompt))}</p>'
+
+
+def _other_sample(folder: Path, sample: dict[str, Any]) -> str:
+    what = f"{sample.get('kind')}: {sample.get('file') or sample.get('text') or 'nothing to show'}"
+    return f'<p class="text">{escape(what)}</p>'
+
+
+# How a sample of each kind is shown: (run folder, entry of samples.json) -> HTML. A modality adds its own line.
+SAMPLE_RENDERERS: dict[str, Callable[[Path, dict[str, Any]], str]] = {"text": _text_sample}
+
+
+def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
+    """Samples of every arm side by side, prompt by prompt; of each arm the first seed that has any."""
+    found: dict[str, tuple[Record, list[dict[str, Any]]]] = {}
+    for record in records:
+        if record.arm not in found:
+            try:
+                samples = [s for s in RunFolder(record.path).samples() if isinstance(s, dict)]
+            except (OSError, ValueError, TypeError):
+                samples = []
+            if samples:
+                found[record.arm] = record, samples
+    html = ""
+    for row in range(max((len(samples) for _, samples in found.values()), default=0)):
+        cards = ""
+        for arm, (record, samples) in found.items():
+            if row < len(samples):
+                sample = samples[row]
+                show = SAMPLE_RENDERERS.get(str(sample.get("kind", "text")), _other_sample)
+                cards += (
+                    f'<article class="sample"><h4>{swatch(styles[arm])}{escape(arm)}, seed {record.seed}</h4>'
+                    f"{show(record.path, sample)}</article>"
+                )
+        html += f'<div class="samples">{cards}</div>'
+    return html and f"<p>What the trained models wrote, same prompts and same random seed; prompts in grey.</p>{html}"
+
+
+# ------------------------------------------------------------------------------------------------------------- set-up
+
+
+def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
+    by_arm: dict[str, Record] = {}
+    for record in records:
+        by_arm.setdefault(record.arm, record)
+    settings = {arm: settings_of(record.info) for arm, record in by_arm.items()}
+    keys = list(dict.fromkeys(key for values in settings.values() for key in values))
+    differing = [k for k in keys if len({repr(values.get(k)) for values in settings.values()}) > 1]
+    parts = []
+    if differing:
+        rows = [[escape(arm), *(_value(values.get(key)) for key in differing)] for arm, values in settings.items()]
+        parts.append("<h3>What differs between the arms</h3>")
+        parts.append(_table([escape(key) for key in differing], rows, "key", "Settings that differ between arms"))
+    first = next(iter(settings.values()))
+    seeds = sorted({record.seed for record in records})
+    common = {"seeds": ", ".join(map(str, seeds))} | {k: v for k, v in first.items() if k not in differing}
+    model = {key: value for key, value in (records[0].info.get("model") or {}).items() if key != "windows"}
+    parts.append('<div class="columns">')
+    parts.append(_facts("Recipe, the same for all" if len(by_arm) > 1 else "Recipe", common))
+    parts.append("<div>" + _facts("Data", flatten(summary["data"])) + _facts("Environment", summary["environment"]))
+    parts.append(_facts(f"Model of {records[0].arm}", model) + "</div></div>")
+    commands = list(dict.fromkeys(str(r.info.get("command") or "") for r in records))
+    text = "\n".join(command for command in commands if command)
+    if text:
+        parts.append(f'<h3>To run it again</h3><pre tabindex="0">{escape(text)}</pre>')
+    return "".join(parts)
+
+
+def _facts(title: str, values: dict[str, Any]) -> str:
+    rows = [[escape(str(key)), _value(value)] for key, value in values.items()]
+    return f'<div><h3>{escape(title)}</h3><table class="key"><tbody>{_rows(rows)}</tbody></table></div>' if rows else ""
+
+
+def _value(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, float) and math.isfinite(value):
+        return escape(f"{value:.6g}")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return f"{value:,}"
+    return escape(str(value))
+
+
+_TERMS = """<dl class="terms">
+<dt>Loss</dt><dd>Mean negative log-likelihood in nats per token on held-out data, over a fixed set of windows that is
+the same for all arms. Bits per byte divide it by ln 2 and by the bytes a token stands for, so that vocabularies can be
+compared.</dd>
+<dt>Same-performance step</dt><dd>The first step at which an arm's held-out loss is at or below the final loss of the
+baseline with the same seed, linearly interpolated between evaluations. The mean over seeds exists only if every seed
+got there.</dd>
+<dt>Step speed-up</dt><dd>The baseline's number of steps divided by the mean same-performance step.</dd>
+<dt>Time speed-up</dt><dd>The baseline's training seconds divided by the arm's training seconds up to its
+same-performance step, each charged its own seconds per step. Evaluation, saving and sampling do not count.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds. “vs baseline” is the mean of the differences seed by seed, so what
+a seed does to both arms cancels. With one seed there is none. The 95 % interval is Student's t over those
+differences.</dd>
+<dt>FLOPs per token</dt><dd>Counted from the architecture, mixing included; the share in brackets is against the
+baseline.</dd>
+</dl>"""

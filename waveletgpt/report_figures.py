@@ -1,0 +1,309 @@
+"""Figures of the report, from records and their summary. Each function returns HTML, or "" where there is nothing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from .pictures import (
+    NARROW,
+    Axis,
+    Drop,
+    Line,
+    Point,
+    chart,
+    heat_map,
+    heat_map_png,
+    responsive,
+    shorten,
+    swatch,
+)
+from .probing import Insight, Kernel, Mixed, frequency_response
+from .summary import Record, interpolate
+from .summary_text import duration
+
+Styles = dict[str, int]
+# (step, training seconds, loss)
+Curve = Sequence[tuple[float, float, float]]
+
+
+def figure(drawing: str, caption: str, legend: str = "") -> str:
+    """A drawing with its caption (HTML) and, on phones, the key to its lines."""
+    return f"<figure>{legend}{drawing}<figcaption>{caption}</figcaption></figure>" if drawing else ""
+
+
+def legend(styles: Styles) -> str:
+    items = "".join(f"<li>{swatch(style)}{escape(name)}</li>" for name, style in styles.items())
+    return f'<ul class="legend narrow">{items}</ul>'
+
+
+# -------------------------------------------------------------------------------------------------------- loss curves
+
+
+def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
+    """Mean over seeds at the steps of the first curve that all of them cover."""
+    if len(curves) == 1:
+        return list(curves[0])
+    out = []
+    for step, _, _ in curves[0]:
+        seconds = [v for c in curves if (v := interpolate([(s, t) for s, t, _ in c], step)) is not None]
+        losses = [v for c in curves if (v := interpolate([(s, loss) for s, _, loss in c], step)) is not None]
+        if len(seconds) == len(losses) == len(curves):
+            out.append((step, statistics.fmean(seconds), statistics.fmean(losses)))
+    return out
+
+
+def _loss_lines(records: Sequence[Record], styles: Styles, pick: Callable[[tuple], Point]) -> list[Line]:
+    lines = []
+    for name, style in styles.items():
+        group = [r for r in records if r.arm == name and r.curve]
+        counted = [r.curve for r in group if r.usable]
+        if len(counted) > 1:
+            lines += [Line([pick(p) for p in curve], style, kind="seed") for curve in counted]
+        if counted:
+            lines.append(Line([pick(p) for p in mean_curve(counted)], style, name))
+        for record in group:
+            if not record.usable:
+                label = "" if counted else f"{shorten(name, 20)} ({record.info.get('status')})"
+                lines.append(Line([pick(p) for p in record.curve], style, label, "broken"))
+    return lines
+
+
+def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """Limits that show the part where arms differ: the steep fall at the very start is left above the frame."""
+    end = max((p[0] for line in lines for p in line.points), default=1.0)
+    finite = [[p for p in line.points if math.isfinite(p[1])] for line in lines]
+    lows = [min(y for _, y in points) for points in finite if points]
+    if not lows:
+        return 0.0, 1.0
+    early = [next((y for x, y in points if x >= 0.07 * end), points[-1][1]) for points in finite if points]
+    low = min(lows)
+    # A run that diverged must not squeeze the others.
+    high = min(max(early), low + 3 * (statistics.median(early) - low) + 1e-3)
+    pad = 0.06 * (high - low)
+    return low - pad, high + pad
+
+
+def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Styles) -> str:
+    """Held-out loss over steps and over training seconds, with the same-performance lines."""
+    by_step = _loss_lines(records, styles, lambda p: (p[0], p[2]))
+    if not by_step:
+        return ""
+    base = summary["arms"].get(summary["baseline"]) or {}
+    target = (base.get("final_nll") or {}).get("mean")
+    level = None
+    if target is not None and len(styles) > 1:
+        level = (float(target), f"final loss of {shorten(str(summary['baseline']), 24)}: {target:.3f}")
+    compared = level is not None
+    low, high = loss_range(by_step)
+    y = Axis("held-out loss, nats per token", low, high)
+    said = ", ".join(
+        f"{name} ends at {arm['final_nll']['mean']:.3f}"
+        for name, arm in summary["arms"].items()
+        if arm["final_nll"]["mean"] is not None
+    )
+    seeds = "Thin lines: one seed each; bold: their mean. " if any(line.kind == "seed" for line in by_step) else ""
+    crosses = (
+        "A cross ends a run that stopped early and does not count. "
+        if any(line.kind == "broken" for line in by_step)
+        else ""
+    )
+    cut = "The first steps, above the frame, are cut off. " if any(
+        p[1] > high for line in by_step for p in line.points
+    ) else ""  # fmt: skip
+    vertical = "Vertical lines: where each arm has the baseline's final loss. " if compared else ""
+
+    def drops(key: Callable[[dict[str, Any]], float | None], text: Callable[[dict[str, Any]], str]) -> list[Drop]:
+        found = []
+        for name, arm in summary["arms"].items():
+            at = key(arm) if compared and name != summary["baseline"] else None
+            if at is not None:
+                found.append(Drop(at, styles[name], f"{shorten(name, 18)}: {text(arm)}"))
+        return found
+
+    step_drops = drops(
+        lambda arm: arm["same_performance_step"]["mean"],
+        lambda arm: f"{arm['same_performance_step']['mean']:.0f} ({arm['step_speedup']:.2f}x)",
+    )
+    end = max((p[0] for line in by_step for p in line.points), default=1.0)
+    steps = responsive(
+        lambda width: chart(by_step, width, Axis("training step", 0, end or 1), y, level=level, drops=step_drops,
+                            name=f"Held-out loss against training steps: {said}.")
+    )  # fmt: skip
+    longest = max((p[1] for r in records for p in r.curve), default=1.0)
+    unit, size = ("s", 1.0) if longest < 120 else ("min", 60.0) if longest < 7200 else ("h", 3600.0)
+    by_time = _loss_lines(records, styles, lambda p: (p[1] / size, p[2]))
+    time_drops = drops(
+        lambda arm: None if arm["time_speedup"] is None else arm["same_performance_seconds"] / size,
+        lambda arm: f"{duration(arm['same_performance_seconds'])} ({arm['time_speedup']:.2f}x)",
+    )
+    times = responsive(
+        lambda width: chart(by_time, width, Axis(f"training time, {unit}", 0, longest / size or 1), y, level=level,
+                            drops=time_drops, name=f"Held-out loss against training time in {unit}: {said}.")
+    )  # fmt: skip
+    key = legend(styles) if len(styles) > 1 else ""
+    return figure(steps, f"Held-out loss by training step. {vertical}{seeds}{crosses}{cut}", key) + figure(
+        times, "The same by training time; evaluation, saving and sampling are not counted.", key
+    )
+
+
+def difference_figure(records: Sequence[Record], summary: dict[str, Any], styles: Styles) -> str:
+    """Loss of every arm minus the baseline's at the same step, seed by seed."""
+    base = {r.seed: r for r in records if r.arm == summary["baseline"] and r.usable}
+    lines = []
+    for name, style in styles.items():
+        curves: list[list[tuple[float, float, float]]] = []
+        for record in records:
+            if record.arm == name and record.usable and record.seed in base and name != summary["baseline"]:
+                reference = base[record.seed].losses
+                pairs = [(s, loss, interpolate(reference, s)) for s, loss in record.losses]
+                curves.append([(s, 0.0, loss - other) for s, loss, other in pairs if other is not None])
+        curves = [curve for curve in curves if curve]
+        if len(curves) > 1:
+            lines += [Line([(s, d) for s, _, d in curve], style, kind="seed") for curve in curves]
+        if curves:
+            lines.append(Line([(s, d) for s, _, d in mean_curve(curves)], style, name))
+    if not lines:
+        return ""
+    end = max(p[0] for line in lines for p in line.points) or 1.0
+    late = [y for line in lines for x, y in line.points if x >= 0.07 * end and math.isfinite(y)] or [0.0]
+    low, high = min(0.0, *late), max(0.0, *late)
+    pad = 0.06 * (high - low) or 0.1
+    drawing = responsive(
+        lambda width: chart(lines, width, Axis("training step", 0, end),
+                            Axis("loss minus the baseline's, nats per token", low - pad, high + pad),
+                            height=270 if width > 500 else 240, level=(0.0, ""),
+                            name="Loss of each arm minus the baseline's loss at the same step")
+    )  # fmt: skip
+    caption = "Difference to the baseline of the same seed at the same step: below zero is better."
+    return figure(drawing, caption, legend({n: s for n, s in styles.items() if n != summary["baseline"]}))
+
+
+# ------------------------------------------------------------------------------------------------------------- mixing
+
+
+def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
+    """Window of every coordinate, one line per distinct schedule."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    width_of = 1
+    for name in styles:
+        model = next((r.info.get("model") or {} for r in records if r.arm == name), {})
+        windows = tuple(int(w) for w in model.get("windows") or ())
+        if windows and min(windows) >= 1:
+            found.setdefault(windows, []).append(name)
+            width_of = max(width_of, int(model.get("n_embd") or len(windows)), len(windows))
+    if not found:
+        return ""
+    lines = []
+    for windows, names in found.items():
+        points: list[Point] = []
+        for j, window in enumerate([*windows, *([1] * (width_of - len(windows)))]):
+            points += [(j, math.log2(window)), (j + 1, math.log2(window))]
+        corners = [p for i, p in enumerate(points) if i in (0, len(points) - 1)
+                   or not points[i - 1][1] == p[1] == points[i + 1][1]]  # fmt: skip
+        lines.append(Line(corners, styles[names[0]], ", ".join(names), "plain"))
+    top = max(1, math.ceil(max(math.log2(max(w)) for w in found)))
+    ticks = [(float(k), f"{2**k:,}") for k in range(0, top + 1, 1 if top <= 10 else 2)]
+    text = "; ".join(f"{', '.join(names)}: {min(w)} to {max(w)}" for w, names in found.items())
+    drawing = responsive(
+        lambda width: chart(lines, width, Axis("embedding coordinate", 0, width_of),
+                            Axis("window, tokens", -0.15, top + 0.15, ticks), height=260,
+                            name=f"Window of every mixed coordinate, in tokens: {text}")
+    )  # fmt: skip
+    key = legend({", ".join(names): styles[names[0]] for names in found.values()})
+    return figure(drawing, "Window of each embedding coordinate; 1 means that the coordinate is left alone.", key)
+
+
+def embedding_figure(arm: str, insight: Insight) -> str:
+    """The paper's Figure 3: one block's output on the probe, before and after mixing."""
+    import numpy as np
+
+    if insight.mixed is None:
+        return ""
+    mixed = insight.mixed
+    before, after = mixed.before[:256].T, mixed.after[:256].T
+    every = max(1, math.ceil(before.shape[0] / 256))
+    before, after = before[::every], after[::every]
+    limit = float(np.nanpercentile(np.abs(before), 98)) or 1.0
+    rows, columns = before.shape
+    panels = "".join(
+        heat_map(heat_map_png(values, limit), rows, columns, _bands(mixed, every, rows), title=title,
+                 name=f"{title} of block {mixed.block + 1} of {arm}: {rows} coordinates by {columns} tokens")
+        for title, values in (("before mixing", before), ("after mixing", after))
+    )  # fmt: skip
+    stride = f" Every {every}th coordinate." if every > 1 else ""
+    excerpt = f" Text: <q>{escape(shorten(insight.text, 160))}</q>" if insight.text else ""
+    return figure(
+        f'<div class="pair">{panels}</div>',
+        f"<b>{escape(arm)}</b>, block {mixed.block + 1}: every row is one coordinate of the hidden state, every column "
+        f"a token of a held-out excerpt; blue is negative, red positive, on one scale for both (full colour at "
+        f"±{limit:.2g}). At the right: the window of the rows.{stride}{excerpt}",
+    )
+
+
+def _bands(mixed: Mixed, every: int, rows: int) -> list[tuple[int, int, str]]:
+    """Runs of rows with the same window: (first, after the last, label)."""
+    if not mixed.windows:
+        end = -(-mixed.n_mixed // every)
+        bands = [(0, end, "mixed")]
+    else:
+        labels = [f"w={w}" for w in mixed.windows[::every]]
+        starts = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]]
+        bands = [(a, b, labels[a]) for a, b in zip(starts, [*starts[1:], len(labels)], strict=True)]
+    return bands if bands[-1][1] >= rows else [*bands, (bands[-1][1], rows, "as is")]
+
+
+def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
+    """Impulse and frequency responses of learned kernels against the mean of the same length."""
+    import numpy as np
+
+    if not kernels:
+        return ""
+    windows = sorted({k.window for k in kernels})
+    windows = sorted({windows[0], windows[len(windows) // 2], windows[-1]})
+    blocks = sorted({k.block for k in kernels})
+    blocks = sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]})
+    charts = []
+    for window in windows:
+        shown = [("mean (Haar)", 0, np.full(window, 1 / window))]
+        for style, block in enumerate(blocks, 1):
+            taps = [k.taps for k in kernels if k.block == block and k.window == window]
+            shown += [(f"block {block + 1}", style, np.asarray(taps[0], dtype=float))] if taps else []
+        impulse = [Line(list(zip(map(float, range(window)), map(float, taps), strict=True)), style, label)
+                   for label, style, taps in shown]  # fmt: skip
+        values = [y for line in impulse for _, y in line.points]
+        low, high = min(0.0, *values), max(0.0, *values)
+        pad = 0.08 * (high - low or 1)
+        steps = [0, window // 2, window - 1] if window > 2 else [0, 1]
+        charts.append(
+            chart(impulse, NARROW, Axis("tokens ago", 0, window - 1 or 1, [(s, str(s)) for s in steps]),
+                  Axis(f"window {window}: weight", low - pad, high + pad), height=230,
+                  name=f"Impulse response of learned kernels with window {window}")
+        )  # fmt: skip
+        octaves = np.linspace(math.log2(1 / (4 * window)), -1, 160)
+        response = [
+            Line(list(zip(octaves.tolist(), gains.tolist(), strict=True)), style, label)
+            for label, style, taps in shown
+            for gains in [frequency_response(taps, 2.0**octaves)]
+        ]
+        slowest = int(math.log2(4 * window))
+        marks = [(-float(k), f"1/{2**k}") for k in range(slowest, 0, -max(1, math.ceil(slowest / 5)))]
+        peak = max(0.0, *(y for line in response for _, y in line.points))
+        charts.append(
+            chart(response, NARROW, Axis("cycles per token", -slowest, -1, marks),
+                  Axis(f"window {window}: response, dB", -50, peak + 3), height=230,
+                  name=f"Frequency response of learned kernels with window {window}")
+        )  # fmt: skip
+    key = "".join(
+        f"<li>{swatch(style)}{escape(label)}</li>"
+        for label, style in [("mean (Haar)", 0), *((f"block {b + 1}", i) for i, b in enumerate(blocks, 1))]
+    )
+    return figure(
+        f'<ul class="legend">{key}</ul><div class="multiples">{"".join(charts)}</div>',
+        f"<b>{escape(arm)}</b>: learned kernels against the plain mean they started from. Left of each pair: weight of "
+        "each past token; right: the filter's gain by frequency. Where every coordinate has its own kernel, the middle "
+        "one of its window is drawn.",
+    )

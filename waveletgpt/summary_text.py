@@ -1,0 +1,158 @@
+"""The numbers of summary.json in words: sentences and tables for terminals, Markdown and the report."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def arm_sentence(summary: dict[str, Any], name: str) -> str:
+    """One sentence on how an arm did against the baseline, in plain words; arm names stand in backticks."""
+    arm, base = summary["arms"][name], summary["arms"].get(summary["baseline"])
+    seeds = len(arm["seeds"])
+    loss = arm["final_nll"]["mean"]
+    if not seeds or loss is None:
+        return f"`{name}` has no finished run to count."
+    if base is None or name == summary["baseline"] or not base["seeds"]:
+        return f"`{name}` ended at {loss:.3f} nats per token after {arm['steps']} steps; {plural(seeds, 'seed')}."
+    same = arm["same_performance_step"]
+    target, steps = base["final_nll"]["mean"], summary["steps"]
+    difference = arm["final_nll_difference"]
+    if same["mean"] is None:
+        gap = f"{abs(difference['mean']):.3f} nats {'above' if difference['mean'] > 0 else 'below'} it"
+        if same["reached"]:
+            return (
+                f"`{name}` reached the baseline's final loss {target:.3f} with {same['reached']} of "
+                f"{plural(seeds, 'seed')} only, so it has no speed-up; it ended {gap} on average."
+            )
+        return (
+            f"`{name}` never reached the baseline's final loss {target:.3f} in {arm['steps']} steps; "
+            f"it ended {gap}; {plural(seeds, 'seed')}."
+        )
+    text = (
+        f"`{name}` reached the baseline's final loss {target:.3f} after {same['mean']:.0f} of {steps} steps: "
+        f"{_times(arm['step_speedup'], 'fewer steps', 'more steps', 'as many steps')}"
+    )
+    if arm["time_speedup"] is not None:
+        text += f", {_times(arm['time_speedup'], 'less time', 'more time', 'the same time')}"
+    text += f"; {plural(seeds, 'seed')}"
+    ci = difference["ci95"]
+    if ci is not None and abs(difference["mean"]) <= ci:
+        text += ", and the difference in final loss is within what seeds differ by chance"
+    return text + "."
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The result in one sentence: the arm with the largest step speed-up, or that none got there."""
+    arms, baseline = summary["arms"], summary["baseline"]
+    others = [name for name in arms if name != baseline and arms[name]["seeds"]]
+    if baseline is None or not others or not arms[baseline]["seeds"]:
+        return arm_sentence(summary, next((n for n in arms if arms[n]["seeds"]), next(iter(arms))))
+    reached = [name for name in others if arms[name].get("step_speedup") is not None]
+    if reached:
+        best = max(reached, key=lambda name: arms[name]["step_speedup"])
+        return arm_sentence(summary, best)
+    if len(others) == 1:
+        return arm_sentence(summary, others[0])
+    target = arms[baseline]["final_nll"]["mean"]
+    return (
+        f"None of {len(others)} arms reached the baseline's final loss {target:.3f} with all of their seeds in "
+        f"{summary['steps']} steps."
+    )
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _times(ratio: float, fewer: str, more: str, same: str) -> str:
+    if abs(ratio - 1) < 0.005:
+        return same
+    return f"{ratio:.2f}x {fewer}" if ratio > 1 else f"{1 / ratio:.2f}x {more}"
+
+
+def quantity(value: float | None) -> str:
+    """1213440 -> "1.21 M"; None -> a dash."""
+    if value is None:
+        return "–"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words: "42 s", "12.3 min", "1.50 h"; None -> a dash."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
+
+
+TABLE_HEADER = [
+    "arm", "parameters", "FLOPs/token", "tokens/s", "training", "final nll", "vs baseline", "bits/byte",
+    "same-performance step", "step speed-up", "time speed-up",
+]  # fmt: skip
+
+
+def summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of short strings, one row per arm: for a terminal, Markdown, or the report."""
+    base = summary["arms"].get(summary["baseline"])
+    rows = []
+    for name, arm in summary["arms"].items():
+        compared = base is not None and name != summary["baseline"]
+        same = arm.get("same_performance_step", {})
+        difference = arm.get("final_nll_difference", {})
+        if not compared:
+            reached = "baseline" if name == summary["baseline"] else "–"
+        elif same["mean"] is not None:
+            reached = f"{same['mean']:.0f} of {summary['steps']}"
+        elif not arm["seeds"] or not base["seeds"]:  # type: ignore[index]
+            reached = "–"
+        else:
+            reached = f"never ({same['reached']} of {len(arm['seeds'])} seeds)" if same["reached"] else "never"
+        rows.append(
+            [
+                name,
+                quantity(arm["parameters"]) + (_share(arm, base, "parameters") if compared else ""),
+                quantity(arm["flops_per_token"]) + (_share(arm, base, "flops_per_token") if compared else ""),
+                "–" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:,.0f}",
+                duration(arm["seconds"]),
+                plus_minus(arm["final_nll"]),
+                plus_minus(difference, sign=True) if difference else "",
+                "–" if arm["bits_per_byte"] is None else f"{arm['bits_per_byte']:.3f}",
+                reached,
+                _speedup(arm.get("step_speedup")) if compared else "",
+                _speedup(arm.get("time_speedup")) if compared else "",
+            ]
+        )
+    return list(TABLE_HEADER), rows
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """`summary_table` as Markdown, without columns that say nothing."""
+    header, rows = summary_table(summary)
+    keep = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
+    cells = [[row[i].replace("|", "\\|") for i in keep] for row in rows]
+    lines = [[header[i] for i in keep], ["---"] * len(keep), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plus_minus(value: dict[str, Any], *, sign: bool = False) -> str:
+    """{"mean", "std"} as "1.523 ± 0.004"; without the second part where it is unknown."""
+    if value.get("mean") is None:
+        return "–"
+    text = f"{value['mean']:+.3f}" if sign else f"{value['mean']:.3f}"
+    return text if value.get("std") is None else f"{text} ± {value['std']:.3f}"
+
+
+def _share(arm: dict[str, Any], base: dict[str, Any] | None, key: str) -> str:
+    if base is None or not base[key] or arm[key] is None:
+        return ""
+    share = arm[key] / base[key] - 1
+    return " (+0 %)" if share == 0 else f" ({100 * share:+.2g} %)"
+
+
+def _speedup(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x"

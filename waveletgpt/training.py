@@ -1,0 +1,593 @@
+"""The one trainer: a recipe and a token store in, a run folder out (`runs.py` says what is in it).
+
+A thin layer over the transformers `Trainer`, which brings DDP, FSDP, bf16, compilation and accumulation. Added here:
+batches that depend on the seed and the step alone, checkpoints that appear whole or not at all, a clock that counts
+training only, and plain words when something goes wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import set_seed
+from transformers.utils import logging as transformers_logging
+
+from .configuration import WaveletGPTConfig
+from .cost import describe
+from .data import TokenStore
+from .environment import command, environment
+from .errors import UserError
+from .mixing import Mixer
+from .modeling import WaveletGPTForCausalLM
+from .progress import ProgressBar
+from .recipe import Recipe
+from .runs import RunFolder, write_json
+
+STAGING = ".saving"
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run is saved and can go on."""
+
+
+class RandomWindows(Dataset):
+    """`length` windows of `context` + 1 tokens at random offsets; item i depends on (seed, i) alone.
+
+    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, length: int, seed: int):
+        self.tokens, self.context, self.length, self.seed = tokens, context, length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # A counter-based generator: no state to save, no order to keep.
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, index]))
+        return window(self.tokens, int(random.integers(len(self.tokens) - self.context)), self.context)
+
+
+class FixedWindows(Dataset):
+    """`length` windows of `context` + 1 tokens spread evenly over `tokens`, without overlap where there is room."""
+
+    def __init__(self, tokens: np.ndarray, context: int, length: int | None):
+        whole = max(1, (len(tokens) - 1) // context)
+        length = whole if length is None else min(length, whole)
+        self.tokens, self.context = tokens, context
+        self.starts = [i * whole // length * context for i in range(length)]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return window(self.tokens, self.starts[index], self.context)
+
+
+def window(tokens: np.ndarray, start: int, context: int) -> dict[str, torch.Tensor]:
+    """Inputs (T,) from `start` on, and the target of each: the token after it."""
+    piece = torch.from_numpy(tokens[start : start + context + 1].astype(np.int64))
+    return {"input_ids": piece[:-1], "shift_labels": piece[1:]}
+
+
+class Clock:
+    """Seconds of training: runs from `start`, stands still inside `paused`."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.before, self.since = seconds, None
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def read(self) -> float:
+        return self.before + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self.before, self.since = self.read(), None
+        try:
+            yield
+        finally:
+            self.start()
+
+
+class RunTrainer(Trainer):
+    """`Trainer` that writes a run folder."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, tokens_per_step: int, **kwargs: Any):
+        self.run, self.recipe, self.tokens_per_step = run, recipe, tokens_per_step
+        self.clock = Clock()
+        self._output_dir: str | None = None
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Matrices only: no biases, no norms, and no mixing kernels, which decay would pull away from averages."""
+        mixers = {
+            f"{name}.{inner}"
+            for name, module in model.named_modules()
+            if isinstance(module, Mixer)
+            for inner, _ in module.named_parameters()
+        }
+        return [n for n, p in model.named_parameters() if p.ndim >= 2 and n not in mixers]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.paused():
+            return super()._evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._output_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Written beside its place, then moved there: a killed run leaves whole checkpoints only."""
+        step = self.state.global_step
+        staging = self.run.path / STAGING
+        seconds = self.clock.read()
+        with self.clock.paused(), disk_errors(self.run.path):
+            self._output_dir = str(staging)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._output_dir = None
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                folder = staging / f"checkpoint-{step}"
+                write_json(folder / "clock.json", {"seconds": seconds})
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                publish(folder, self.run.path / folder.name)
+                for _, old in self.run.checkpoints()[: -self.recipe.training.keep_checkpoints]:
+                    shutil.rmtree(old, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl, watches for NaN, and turns Ctrl-C into a saved stop."""
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+        self.interrupted = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.clock.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if control.should_save or control.should_evaluate:
+            # A loss that is no number is noticed before it is saved.
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            if not math.isfinite(logs["loss"]):
+                raise Diverged(
+                    f"the training loss became {logs['loss']} by step {state.global_step} "
+                    f"(lr {logs['learning_rate']:.3g}, gradient norm {logs.get('grad_norm')}); "
+                    f"try a lower --lr than {self.trainer.recipe.lr:g}, a longer --training.warmup-steps, or fp32"
+                )
+        elif "eval_loss" in logs:
+            row = {"nll": logs["eval_loss"]}
+            if not math.isfinite(logs["eval_loss"]):
+                raise Diverged(f"the held-out loss became {logs['eval_loss']} at step {state.global_step}; "
+                               f"try a lower --lr than {self.trainer.recipe.lr:g}")
+        else:
+            return
+        if state.is_world_process_zero:
+            step = state.global_step
+            tokens = step * self.trainer.tokens_per_step
+            seconds = round(self.trainer.clock.read(), 4)
+            self.trainer.run.append_metrics({"step": step, "tokens": tokens, "seconds": seconds, **row})
+
+
+def train(
+    recipe: Recipe,
+    store: TokenStore,
+    out: str | Path,
+    *,
+    data: str,
+    arm: str | None = None,
+    resume: bool = False,
+    show_progress: bool = True,
+) -> RunFolder:
+    """Train one model and leave a run folder at `out`.
+
+    Args:
+        data: the name or path the store was made of, for the record.
+        arm: name of the arm in a comparison; default: the mixing.
+        resume: go on from the newest checkpoint of `out`; a finished run is left as it is.
+
+    Raises:
+        UserError: bad settings, too little data, an `out` that holds another run, resuming with other settings, a
+            broken checkpoint, a full disk.
+        Diverged: the loss became NaN or infinite; run.json says so, earlier checkpoints are kept.
+        Interrupted: Ctrl-C; a checkpoint was saved first.
+    """
+    transformers_logging.disable_progress_bar()
+    # A comparison trains arm after arm in one process; each starts from its own precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    run = RunFolder(out)
+    main = int(os.environ.get("RANK", 0)) == 0
+    device_arguments = choose_device(recipe)
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
+    checkpoint = find_start(run, recipe, store, resume) if run.exists() else start_folder(run)
+    if run.finished:
+        return run
+
+    model = build_model(recipe, store)
+    context = model.config.n_positions
+    check_length(store, context)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    sequences = recipe.batch_size * recipe.training.accumulation * processes
+    info: dict[str, Any] = {
+        "status": "running",
+        "arm": arm or recipe.mixing,
+        "seed": recipe.seed,
+        "command": command(),
+        "recipe": {"data": data, **recipe.as_dict()},
+        "data": describe_data(store, data),
+        "model": describe(model),
+        "environment": environment(),
+        "probe": [int(t) for t in store.split("validation")[:context]],
+    }
+    if main:
+        with disk_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(run.path / STAGING, ignore_errors=True)
+            run.write_info(info)
+            run.truncate_metrics(checkpoint[0] if checkpoint else -1)
+
+    trainer = RunTrainer(
+        run,
+        recipe,
+        sequences * context,
+        model=model,
+        args=training_arguments(recipe, run.path, device_arguments),
+        train_dataset=RandomWindows(store.split("train"), context, recipe.max_steps * sequences, recipe.seed),
+        eval_dataset=FixedWindows(store.split("validation"), context, recipe.training.eval_windows),
+        processing_class=store.load_tokenizer(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    if show_progress and main:
+        trainer.add_callback(ProgressBar(trainer, info["arm"], recipe.seed))
+    if checkpoint:
+        trainer.clock.before = json.loads((checkpoint[1] / "clock.json").read_text())["seconds"]
+
+    try:
+        with stop_signals(recorder), quiet_resume(), disk_errors(run.path):
+            trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
+    except Diverged as error:
+        if main:
+            run.update_info(status="failed", error=str(error))
+        raise
+    if recorder.interrupted and trainer.state.global_step < recipe.max_steps:
+        if main:
+            run.update_info(status="interrupted")
+        raise Interrupted(f"saved {run.path} at step {trainer.state.global_step} of {recipe.max_steps}")
+    finish(trainer, run, store, recipe, main)
+    return run
+
+
+def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recipe, main: bool) -> None:
+    """Put the final model, samples and result into the run folder; `status` turns "finished" last."""
+    staging = run.path / STAGING
+    with disk_errors(run.path):
+        trainer.save_model(str(staging))
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            # The weights move last: with them the folder counts as a model.
+            for file in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                # run.json says what the pickled arguments of transformers say, and is safe to read.
+                if file.is_file() and file.name != TRAINING_ARGS_NAME:
+                    os.replace(file, run.path / file.name)
+            shutil.rmtree(staging, ignore_errors=True)
+            from .generation import sample_run
+
+            write_json(run.path / "samples.json", sample_run(trainer.accelerator.unwrap_model(trainer.model), store, recipe))
+            run.update_info(status="finished", result=result(run, store))
+    trainer.accelerator.wait_for_everyone()
+
+
+def result(run: RunFolder, store: TokenStore) -> dict[str, Any]:
+    """Final held-out loss and speed. Tokens per second: median over the logging intervals, so that neither compilation
+    nor a busy moment counts."""
+    rows = run.metrics()
+    last = [row for row in rows if "nll" in row][-1]
+    ticks = [row for row in rows if "loss" in row]
+    rates = [
+        (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"])
+        for a, b in zip(ticks, ticks[1:], strict=False)
+        if b["seconds"] > a["seconds"]
+    ]
+    size = store.bytes_per_token("validation")
+    return {
+        "final_nll": last["nll"],
+        "bits_per_byte": last["nll"] / math.log(2) / size if size else None,
+        "seconds": last["seconds"],
+        "tokens_per_second": statistics.median(rates) if rates else last["tokens"] / max(last["seconds"], 1e-9),
+        "steps": last["step"],
+        "tokens": last["tokens"],
+    }
+
+
+def build_model(recipe: Recipe, store: TokenStore) -> WaveletGPTForCausalLM:
+    """A freshly initialised model; the same seed gives the same weights to all arms, where they share them.
+
+    Raises:
+        UserError: settings that contradict each other.
+    """
+    tokenizer = store.load_tokenizer()
+    special = getattr(tokenizer, "eos_token_id", None)
+    try:
+        config = WaveletGPTConfig(
+            vocab_size=store.vocab_size,
+            bos_token_id=special,
+            eos_token_id=special,
+            pad_token_id=special,
+            **recipe.model_settings(),
+        )
+    except ValueError as error:
+        raise UserError(f"model settings: {error}") from None
+    set_seed(recipe.seed)
+    return WaveletGPTForCausalLM(config)
+
+
+def training_arguments(recipe: Recipe, folder: Path, device: dict[str, Any]) -> TrainingArguments:
+    """The recipe in the words of transformers."""
+    t = recipe.training
+    schedules: dict[str, tuple[str, dict[str, Any]]] = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        "linear": ("linear", {}),
+        "constant": ("constant_with_warmup", {}),
+        "plateau": ("reduce_lr_on_plateau", {"factor": 0.1, "patience": 3}),
+    }
+    schedule, schedule_arguments = schedules[t.schedule]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=t.accumulation,
+        learning_rate=recipe.lr,
+        weight_decay=t.weight_decay,
+        adam_beta2=t.beta2,
+        max_grad_norm=t.clip,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_arguments,
+        warmup_steps=0 if t.schedule == "plateau" else recipe.warmup_steps,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=t.log_every,
+        eval_strategy="steps",
+        eval_steps=recipe.eval_every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        bf16=t.precision == "bf16",
+        torch_compile=t.compile,
+        fsdp=t.fsdp,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=t.workers,
+        label_names=["shift_labels"],
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="no",
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        log_level="error",
+        **device,
+    )
+
+
+def choose_device(recipe: Recipe) -> dict[str, Any]:
+    """TrainingArguments that select the device.
+
+    Raises:
+        UserError: a device this machine or this torch does not have.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if recipe.device != "auto" and not available[recipe.device]:
+        have = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"--device {recipe.device}: this torch ({torch.__version__}) finds none; it has {have}")
+    if recipe.device == "cpu" or (recipe.device == "auto" and not any((available["cuda"], available["mps"]))):
+        distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        return {"use_cpu": True, **({"ddp_backend": "gloo"} if distributed else {})}
+    return {}
+
+
+def start_folder(run: RunFolder) -> None:
+    """Refuse an output folder that holds something else."""
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--out {run.path} is a file; name a folder")
+    if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
+        raise UserError(f"--out {run.path} is not empty and holds no run; name another folder")
+
+
+def find_start(run: RunFolder, recipe: Recipe, store: TokenStore, resume: bool) -> tuple[int, Path] | None:
+    """The newest checkpoint (step, folder) to go on from; None: from the start.
+
+    Raises:
+        UserError: not asked to resume, other settings or data than the run has, a broken checkpoint.
+    """
+    info = run.info
+    if not resume:
+        raise UserError(f"--out {run.path} already holds a run ({info['status']}); add --resume to go on with it, "
+                        "or name another folder")
+    recorded = {k: v for k, v in info["recipe"].items() if k != "data"}
+    for name, now, then in differences(recipe.as_dict(), recorded):
+        raise UserError(f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
+                        "use its settings, or another --out")
+    if info["data"]["fingerprint"] != store.fingerprint:
+        raise UserError(f"--resume with other data: {run.path} was trained on {info['data']['name']} "
+                        f"({info['data']['fingerprint'][:12]}), this is {store.fingerprint[:12]}; use another --out")
+    checkpoints = run.checkpoints()
+    if not checkpoints:
+        return None
+    step, folder = checkpoints[-1]
+    problem = checkpoint_problem(folder)
+    if problem:
+        raise UserError(f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before")
+    return step, folder
+
+
+# Settings that change where and how fast a run computes, not what it computes.
+_FREE = ("device", "training.threads", "training.workers", "training.keep_checkpoints", "source.cache_dir", "source.data_dir")
+
+
+def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, value now, value then) of every setting that differs and matters."""
+    for name, value in now.items():
+        if isinstance(value, dict):
+            yield from differences(value, then.get(name) or {}, f"{prefix}{name}.")
+        elif value != then.get(name) and prefix + name not in _FREE:
+            yield prefix + name, value, then.get(name)
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("config.json", "trainer_state.json", "clock.json"):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{name} is missing or cut short"
+    shards = list(folder.glob("*.safetensors"))
+    if not shards and not list(folder.glob("pytorch_model_fsdp*")):
+        return "it has no weights"
+    for shard in shards:
+        try:
+            with safe_open(shard, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"{shard.name} is cut short"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if (folder / name).is_file():
+            try:
+                torch.load(folder / name, map_location="meta", weights_only=True)
+            except Exception:  # torch raises half a dozen kinds on a broken archive
+                return f"{name} is cut short"
+    return None
+
+
+def check_length(store: TokenStore, context: int) -> None:
+    """Raises UserError unless train and validation hold a window."""
+    for split in ("train", "validation"):
+        have = len(store.split(split))
+        if have < context + 1:
+            raise UserError(f"the {split} split has {have} tokens, a window needs {context + 1}; "
+                            "give more data, or a shorter --model.n-positions")
+
+
+def describe_data(store: TokenStore, data: str) -> dict[str, Any]:
+    """The `data` part of run.json."""
+    return {
+        "name": data,
+        "modality": store.modality,
+        "fingerprint": store.fingerprint,
+        "store": str(store.path),
+        "vocab_size": store.vocab_size,
+        "bytes_per_token": {split: store.bytes_per_token(split) for split in ("train", "validation", "test")},
+        "splits": store.meta.get("splits"),
+        "source": store.meta.get("source"),
+    }
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Move a finished folder to its place, through to the disk; whatever was there goes after it is replaced."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():
+        os.replace(place, old)
+    os.replace(folder, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write, which libraries report in several ways, into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in (28, 122) or any(
+            word in text for word in ("No space left", "os error 28", "file write failed", "unexpected pos")
+        )
+        if full:
+            raise UserError(f"no room left to write in {path}; free some space and go on with --resume: "
+                            "the checkpoints before are whole") from None
+        if isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | IsADirectoryError) and str(
+            path
+        ) in text:
+            raise UserError(f"cannot write in {path}: {error.strerror}; name another --out") from None
+        raise
+
+
+@contextlib.contextmanager
+def stop_signals(recorder: Recorder) -> Iterator[None]:
+    """Ctrl-C or SIGTERM saves and stops at the end of the step; a second one stops at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if recorder.interrupted:
+            raise KeyboardInterrupt
+        recorder.interrupted = True
+        print("\nsaving, then stopping (once more to stop at once)", file=sys.stderr)
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
+    except ValueError:
+        pass  # Not the main thread: signals stay whose they are.
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def quiet_resume() -> Iterator[None]:
+    """Tied weights make resuming warn of a missing key that is not missing."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*missing keys.*")
+        yield
