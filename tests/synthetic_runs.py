@@ -23,6 +23,7 @@ def make_run(
     fingerprint: str = "abc123",
     parameters: int = 1_213_440,
     extra_parameters: int = 0,
+    max_steps: int = 1200,
     recipe: dict[str, Any] | None = None,
     **info: Any,
 ) -> RunFolder:
@@ -37,10 +38,10 @@ def make_run(
             "status": status,
             "arm": arm,
             "seed": seed,
-            "command": f"waveletgpt compare reviews.txt --arms none fixed --seeds 3 --max-steps {last}",
+            "command": f"waveletgpt compare reviews.txt --arms none fixed --seeds 3 --max-steps {max_steps}",
             "recipe": {
                 "data": "reviews.txt", "modality": "text8", "preset": "small", "mixing": arm.split(":")[0],
-                "architecture": "gpt2", "max_steps": last, "batch_size": 16, "lr": 2e-3, "seed": seed,
+                "architecture": "gpt2", "max_steps": max_steps, "batch_size": 16, "lr": 2e-3, "seed": seed,
                 "model": {"n_embd": 128, "n_layer": 6, "n_head": 4, "max_window": 256}, **(recipe or {}),
             },
             "data": {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -90,8 +93,27 @@ def main(arguments: list[str] | None = None) -> None:
         kind = COMMANDS[name]
         default = _defaults(kind, words[size:])
         options: dict[str, Any] = {} if default is None else {"default": default}
-        command = tyro.cli(kind, prog=f"waveletgpt {name}", args=words[size:], **options)
+        with one_line_usage_errors(name):
+            command = tyro.cli(kind, prog=f"waveletgpt {name}", args=words[size:], **options)
         command.run()
+
+
+@contextlib.contextmanager
+def one_line_usage_errors(name: str) -> Iterator[None]:
+    """tyro tells a mistyped option in a box of many lines; keep what it says, in one."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│╭╰╮╯─ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue()).splitlines()]
+        first = [line for line in lines if line][1:] or ["bad options"]
+        message = " ".join(itertools.takewhile(lambda line: not line.startswith(("Perhaps", "For full", "Argument helptext")), first))
+        near = next((line.split()[0] for line in lines[lines.index(first[0]) :] if line.startswith("--")), None)
+        hint = f'; did you mean "{near}"?' if near and "Unrecognized" in message else f"; see waveletgpt {name} --help"
+        raise UserError(message.rstrip(".") + hint) from None
 
 
 @contextlib.contextmanager

@@ -210,14 +210,14 @@ class Info:
 
     what: Positional[str] = "small"
     """A preset (tiny, small, paper, gpt2) or a run folder."""
-    vocab_size: int = 256
-    """Vocabulary of a preset's model."""
+    vocabulary: int = 256
+    """Vocabulary of a preset's model, in tokens."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
         from .evaluation import print_info
 
-        print_info(self.what, plain(self.settings), self.vocab_size)
+        print_info(self.what, plain(self.settings), self.vocabulary)
 
 
 @dataclass(frozen=True)

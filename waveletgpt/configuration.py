@@ -154,8 +154,10 @@ class WaveletGPTConfig(PreTrainedConfig):
         self._check("mix_sharing", ("coordinate", "level"))
         self._check("mix_placement", ("block", "input"))
         if not 0 < self.mix_fraction <= 1 or self.mix_fraction * self.n_embd < 1:
-            raise ValueError(f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a coordinate; "
-                             'mixing="none" turns mixing off')
+            raise ValueError(
+                f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a coordinate; "
+                'mixing="none" turns mixing off'
+            )
         if isinstance(self.mix_layers, str):
             self._check("mix_layers", ("all", "inner"))
         elif any(not 0 <= layer < self.n_layer for layer in self.mix_layers):

@@ -58,7 +58,9 @@ def _revision() -> str | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
     try:
         revision = git("rev-parse", "--short=12", "HEAD")

@@ -38,8 +38,10 @@ def generate_tokens(
     config = model.config
     if config.position_embedding == "learned" and len(prompt) + tokens > config.n_positions:
         if len(prompt) >= config.n_positions:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model's learned positions end at "
-                            f"{config.n_positions}; shorten it")
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the model's learned positions end at "
+                f"{config.n_positions}; shorten it"
+            )
         tokens = config.n_positions - len(prompt)
     was_training, device = model.training, model.device
     model.eval()

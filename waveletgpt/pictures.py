@@ -22,13 +22,16 @@ Point = tuple[float, float]
 
 STYLES = 8
 _DASHES = ("", "", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 4")
-WIDE, NARROW = 960, 360
+WIDE, NARROW, HALF = 1000, 360, 440
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `kind`: "mean" (bold, with markers), "seed" (thin), "broken" (thin, ends in a cross: a run that
-    stopped), "plain" (bold, without markers) or "dots" (small squares). `label` stands at its right end."""
+    """A curve; its label stands at its right end.
+
+    `kind`: "mean" (bold, a marker now and then), "seed" (thin), "broken" (thin, ends in a cross: a run that stopped),
+    "plain" (bold, no markers), "fine" (lighter, with markers) or "taps" (the same, a marker at each point).
+    """
 
     points: Sequence[Point]
     style: int
@@ -144,8 +147,8 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def text_width(text: str, size: float = 12.5) -> float:
-    """Rough width in pixels of a sans-serif text."""
-    return 0.56 * size * len(text)
+    """Width in pixels of a bold sans-serif text, on the generous side: the reader's font is not known."""
+    return 0.63 * size * len(text)
 
 
 def shorten(text: str, length: int) -> str:
@@ -185,13 +188,14 @@ def chart(
         drops: vertical lines from that level to the x axis.
     """
     small = width < 500
-    labels = [] if small else [line for line in lines if line.label and line.points]
-    right = 14.0 if not labels else min(210.0, 24 + max(text_width(shorten(line.label, 30)) for line in labels))
+    labels = [] if small else [line for line in lines if line.label and line.points and line.kind != "broken"]
+    right = 14.0 if not labels else 22 + max(text_width(shorten(line.label, 24)) for line in labels)
     y_ticks = y.ticks if y.ticks is not None else round_ticks(y.low, y.high, 5)
     x_ticks = x.ticks if x.ticks is not None else round_ticks(x.low, x.high, 4 if small else 8)
     left = 10 + max([text_width(text, 11.5) for _, text in y_ticks], default=20)
-    height = height or (300 if small else 400)
-    frame = Frame(x, y, left, 26, width - left - right, height - 26 - 44, band=17 * len(drops) + (8 if drops else 0))
+    band = 17 * len(drops) + (8 if drops else 0)
+    height = (height or (260 if small else 350)) + band
+    frame = Frame(x, y, left, 26, width - left - right, height - 26 - 44, band)
     frame.parts.append(f'<text class="axis-title" x="0" y="12">{escape(y.title)}</text>')
     for value, text in y_ticks:
         at = frame.py(value)
@@ -237,10 +241,7 @@ def _curve(frame: Frame, line: Line) -> str:
             pieces.append([])
     css = style_class(line.style)
     out = []
-    if line.kind == "dots":
-        out += [f'<rect class="dot" x="{x - 1.5:.1f}" y="{y - 3:.1f}" width="3" height="6"/>' for x, y in shown]
-        return f'<g class="{css}">{"".join(out)}</g>'
-    shape = {"mean": "mean", "plain": "mean"}.get(line.kind, "seed")
+    shape = {"mean": "mean", "plain": "mean", "fine": "fine", "taps": "fine"}.get(line.kind, "seed")
     path = "".join(
         f'<polyline class="{shape}" points="{" ".join(piece)}"{_dash(line.style)}/>' for piece in pieces if piece
     )
@@ -248,7 +249,9 @@ def _curve(frame: Frame, line: Line) -> str:
         f'<svg x="{frame.left:.1f}" y="{frame.top:.1f}" width="{frame.width:.1f}" height="{frame.height:.1f}">'
         f"{path}</svg>"
     )
-    if line.kind == "mean" and shown:
+    if line.kind == "taps":
+        out += [marker(line.style, *at, 3) for at in shown]
+    if line.kind in ("mean", "fine") and shown:
         # Markers at even distances, shifted by style so that those of close curves do not hide each other.
         gap = frame.width / 6
         due = frame.left + gap * (0.5 + 0.13 * line.style)
@@ -260,22 +263,27 @@ def _curve(frame: Frame, line: Line) -> str:
     if line.kind == "broken" and shown:
         x, y = shown[-1]
         out.append(f'<path class="cross" d="M{x - 4:.1f},{y - 4:.1f}l8,8m0,-8l-8,8"/>')
+        if line.label:
+            out.append(f'<text class="label halo" x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(line.label)}</text>')
     return f'<g class="{css}">{"".join(out)}</g>'
 
 
 def _drops(frame: Frame, drops: Sequence[Drop], level: float) -> list[str]:
-    """Same-performance lines: the earliest one's label stands highest, so that labels and lines seldom cross."""
-    out = []
+    """Same-performance lines, then their labels in rows of their own, over the lines that cross them."""
+    lines, labels = [], []
     for row, drop in enumerate(sorted(drops, key=lambda d: d.x)):
         x, y = frame.px(drop.x), frame.bottom - frame.band + 8 + 17 * row + 9
         fits = x + 6 + text_width(drop.label) < frame.left + frame.width
-        out.append(
-            f'<g class="{style_class(drop.style)}"><line class="drop" x1="{x:.1f}" x2="{x:.1f}" '
-            f'y1="{frame.py(level):.1f}" y2="{frame.bottom:.1f}"/>{marker(drop.style, x, frame.py(level), 4.2)}'
-            f'<text class="label halo" x="{x + 6 if fits else x - 6:.1f}" y="{y:.1f}" '
-            f'text-anchor="{"start" if fits else "end"}">{escape(drop.label)}</text></g>'
+        css = style_class(drop.style)
+        lines.append(
+            f'<g class="{css}"><line class="drop" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.py(level):.1f}" '
+            f'y2="{frame.bottom:.1f}"/>{marker(drop.style, x, frame.py(level), 4.2)}</g>'
         )
-    return out
+        labels.append(
+            f'<text class="label halo {css}" x="{x + 6 if fits else x - 6:.1f}" y="{y:.1f}" '
+            f'text-anchor="{"start" if fits else "end"}">{escape(drop.label)}</text>'
+        )
+    return lines + labels
 
 
 def _end_labels(frame: Frame, lines: Sequence[Line]) -> list[str]:
@@ -291,7 +299,7 @@ def _end_labels(frame: Frame, lines: Sequence[Line]) -> list[str]:
         out.append(
             f'<g class="{style_class(line.style)}"><line class="leader" x1="{x + 5:.1f}" y1="{y:.1f}" '
             f'x2="{edge + 14:.1f}" y2="{place:.1f}"/><text class="label" x="{edge + 18:.1f}" y="{place + 4:.1f}">'
-            f"{escape(shorten(line.label, 30))}<title>{escape(line.label)}</title></text></g>"
+            f"{escape(shorten(line.label, 24))}<title>{escape(line.label)}</title></text></g>"
         )
     return out
 
@@ -316,7 +324,7 @@ def heat_map_png(values: np.ndarray, limit: float) -> str:
 
 def heat_map(png: str, rows: int, columns: int, bands: Sequence[tuple[int, int, str]], *, title: str, name: str) -> str:
     """A heat map with its row bands named at the right edge: (first row, row after the last, label)."""
-    width, height, top, right = 460.0, 330.0, 24.0, 62.0
+    width, height, top, right = 410.0, 290.0, 24.0, 58.0
     plot_width = width - right - 2
     parts = [
         f'<text class="axis-title" x="0" y="13">{escape(title)}</text>',

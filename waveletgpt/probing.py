@@ -102,9 +102,15 @@ def _decode(path: Path, ids: list[int]) -> str:
         return ""
 
 
-def frequency_response(taps: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """|H(f)| in dB of a causal filter at `frequencies` in cycles per token; never under -200 dB."""
+def frequency_response(taps: np.ndarray, octaves: np.ndarray, averaged: int = 9) -> np.ndarray:
+    """Gain in dB of a causal filter around frequencies of 2**octaves cycles per token (evenly spaced octaves).
+
+    Power is averaged over `averaged` frequencies within each point's share of the axis: a long filter has more lobes
+    near the highest frequencies than a picture has pixels. Never under -200 dB.
+    """
     import numpy as np
 
-    phases = np.exp(-2j * np.pi * np.outer(frequencies, np.arange(len(taps))))
-    return 20 * np.log10(np.maximum(np.abs(phases @ taps), 1e-10))
+    share = octaves[1] - octaves[0]
+    around = octaves[:, None] + share * (np.arange(averaged) - averaged // 2) / averaged
+    phases = np.exp(-2j * np.pi * np.minimum(2.0**around, 0.5)[..., None] * np.arange(len(taps)))
+    return 10 * np.log10(np.maximum((np.abs(phases @ taps) ** 2).mean(-1), 1e-20))

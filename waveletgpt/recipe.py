@@ -88,6 +88,9 @@ class TrainingSettings:
     """Batches added up before each step."""
     precision: str = "fp32"
     """"fp32" or "bf16" (autocast; weights stay fp32)."""
+    attention: str = "sdpa"
+    """Attention code: "sdpa", "eager" (the faster on CPUs in bf16, at short contexts), "flash_attention_2",
+    "flex_attention"."""
     compile: bool = False
     """torch.compile the model."""
     fsdp: str | None = None
@@ -145,6 +148,8 @@ class Recipe:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("training.schedule", self.training.schedule, ("cosine", "linear", "constant", "plateau"))
         check_choice("training.precision", self.training.precision, ("fp32", "bf16"))
+        kinds = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+        check_choice("training.attention", self.training.attention, kinds)
         positive = {
             "max_steps": self.max_steps,
             "batch_size": self.batch_size,

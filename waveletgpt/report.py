@@ -6,6 +6,7 @@ data or of a sample is escaped on its way in.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,17 @@ from .report_figures import (
 )
 from .runs import RunFolder, write_atomically
 from .summary import Record, flatten, read_records, settings_of, summarize_records
-from .summary_text import TABLE_HEADER, arm_sentence, duration, headline, plural, plus_minus, quantity, summary_table
+from .summary_text import (
+    TABLE_HEADER,
+    arm_sentence,
+    duration,
+    headline,
+    headline_arm,
+    plural,
+    plus_minus,
+    quantity,
+    summary_table,
+)
 
 _INSIGHTS = 4  # at most so many models are loaded and drawn: each costs seconds and about 150 kB
 
@@ -54,8 +65,8 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     """The page as text."""
     names = list(summary["arms"])
     # Grey is the baseline's; the others take the palette in order.
-    others = [name for name in names if name != summary["baseline"]]
-    styles = {name: 0 if name == summary["baseline"] else 1 + others.index(name) for name in names}
+    others = [name for name in names if name != summary["baseline"] or len(names) == 1]
+    styles = {name: 1 + others.index(name) if name in others else 0 for name in names}
     inside, troubles = _inside(records, names)
     sections = [
         ("curves", "Learning curves", _curves(records, summary, styles)),
@@ -93,9 +104,9 @@ def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequen
     recipe, data = summary["recipe"], summary["data"]
     facts = [data.get("name"), data.get("modality"), recipe.get("architecture"), recipe.get("preset")]
     parts = [f'<p class="brand"><b>WaveletGPT</b> · {escape(" · ".join(str(f) for f in facts if f))}</p>']
-    best = headline(summary)
-    parts.append(f"<h1>{rich(best)}</h1>")
-    others = [n for n in summary["arms"] if n != summary["baseline"] and arm_sentence(summary, n) != best]
+    parts.append(f"<h1>{rich(headline(summary))}</h1>")
+    told = (summary["baseline"], headline_arm(summary))
+    others = [name for name, arm in summary["arms"].items() if name not in told and arm["seeds"]]
     if others:
         items = "".join(f"<li>{rich(arm_sentence(summary, name))}</li>" for name in others)
         parts.append(f'<ul class="others">{items}</ul>')
@@ -103,34 +114,32 @@ def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequen
     notes = [*summary["notes"], *troubles]
     if notes:
         items = "".join(f"<li>{rich(note)}</li>" for note in notes)
-        parts.append(f'<aside class="notes"><b>Before you believe it</b><ul>{items}</ul></aside>')
+        parts.append(f'<aside class="notes"><b>What to keep in mind</b><ul>{items}</ul></aside>')
     return "\n".join(parts)
 
 
 def _tiles(summary: dict[str, Any]) -> str:
     """The few numbers to take away: of the arm in the headline, or of the only one."""
-    arms = summary["arms"]
-    compared = {n: a for n, a in arms.items() if a.get("step_speedup") is not None}
+    arms, name = summary["arms"], headline_arm(summary)
+    arm, base = arms.get(name) or {}, arms.get(summary["baseline"]) or {}
     tiles: list[tuple[str, str, str]] = []
-    if compared:
-        name = max(compared, key=lambda n: compared[n]["step_speedup"])
-        arm, base = arms[name], arms[summary["baseline"]]
+    difference = arm.get("final_nll_difference") or {}
+    if difference.get("mean") is not None:
         step = arm["same_performance_step"]["mean"]
-        tiles.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
+        if step is None:
+            tiles.append(("Same-performance step", "never", f"in {summary['steps']} steps"))
+        else:
+            tiles.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
         if arm["time_speedup"] is not None:
             time = f"{duration(arm['same_performance_seconds'])} of {duration(base['seconds'])}"
             tiles.append(("Time speed-up", f"{arm['time_speedup']:.2f}×", time))
-        difference = arm["final_nll_difference"]
         ci = difference["ci95"]
         doubt = "one seed: chance unknown" if ci is None else f"95 % interval ±{ci:.3f} over seeds"
-        tiles.append(("Final loss", f"{difference['mean']:+.3f}".replace("-", "−"), f"nats per token; {doubt}"))
-        if arm["extra_parameters"] is not None:
-            flops = arm["flops_per_token"], base["flops_per_token"]
-            share = f"{100 * (flops[0] / flops[1] - 1):+.2g} % FLOPs per token" if all(flops) else ""
-            tiles.append(("Added parameters", quantity(arm["extra_parameters"]) if arm["extra_parameters"] else "0",
-                          share))  # fmt: skip
-    elif len(arms) == 1:
-        arm = next(iter(arms.values()))
+        change = f"{difference['mean']:+.3f}".replace("-", "−")
+        tiles.append(("Final loss", change, f"nats per token; {doubt}"))
+        added, share = arm["extra_parameters"], _added_share(arm, base)
+        tiles.append(("Parameters of mixing", quantity(added) if added else "0", share))
+    elif len(arms) == 1 and arm.get("seeds"):
         tiles.append(("Final loss", plus_minus(arm["final_nll"]), "nats per token, held out"))
         if arm["bits_per_byte"] is not None:
             tiles.append(("Bits per byte", f"{arm['bits_per_byte']:.3f}", "held out"))
@@ -141,6 +150,11 @@ def _tiles(summary: dict[str, Any]) -> str:
         f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(s)}</small></dd></div>" for t, v, s in tiles
     )
     return f'<dl class="tiles">{items}</dl>' if items else ""
+
+
+def _added_share(arm: dict[str, Any], base: dict[str, Any]) -> str:
+    ours, theirs = arm.get("flops_per_token"), base.get("flops_per_token")
+    return f"{100 * (ours / theirs - 1):+.2g} % FLOPs per token" if ours and theirs else ""
 
 
 # ------------------------------------------------------------------------------------------------- curves and numbers
@@ -171,8 +185,8 @@ def _arms(summary: dict[str, Any], styles: dict[str, int]) -> str:
     cells = []
     for row in rows:
         name = f'{swatch(styles[row[0]])}<span title="{escape(row[0], quote=True)}">{escape(row[0])}</span>'
-        # The shares in brackets go under the number, or the table gets too wide.
-        others = [re.sub(r" (\(.*\))$", r"<small>\1</small>", escape(row[i])) for i in keep[1:]]
+        # What qualifies a number goes under it, or the table gets too wide.
+        others = [re.sub(r" ((\(|±|of ).*)$", r"<small>\1</small>", escape(row[i].replace("-", "−"))) for i in keep[1:]]
         cells.append([name, *others])
     table = _table([TABLE_HEADER[i] for i in keep], cells, "arms", "Numbers of every arm")
     per_seed = "; ".join(
@@ -217,7 +231,7 @@ def _inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, 
 def _text_sample(folder: Path, sample: dict[str, Any]) -> str:
     text, prompt = str(sample.get("text", "")), str(sample.get("prompt") or "")
     start = f"<mark>{escape(prompt)}</mark>" if prompt else ""
-    return f'<p class="text">{start}{escape(text.removeprefix(prompt))}</p>'
+    return f'<p class="text">{start}{escape(text)}</p>'
 
 
 def _other_sample(folder: Path, sample: dict[str, Any]) -> str:
@@ -252,7 +266,8 @@ def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
                     f"{show(record.path, sample)}</article>"
                 )
         html += f'<div class="samples">{cards}</div>'
-    return html and f"<p>What the trained models wrote, same prompts and same random seed; prompts in grey.</p>{html}"
+    intro = "Same prompts and same random seed for all arms; prompts in grey." if len(found) > 1 else "Prompts in grey."
+    return html and f"<p>{intro}</p>{html}"
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -269,15 +284,22 @@ def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
     if differing:
         rows = [[escape(arm), *(_value(values.get(key)) for key in differing)] for arm, values in settings.items()]
         parts.append("<h3>What differs between the arms</h3>")
-        parts.append(_table([escape(key) for key in differing], rows, "key", "Settings that differ between arms"))
+        parts.append(_table(["arm", *map(escape, differing)], rows, "key", "Settings that differ between arms"))
     first = next(iter(settings.values()))
     seeds = sorted({record.seed for record in records})
-    common = {"seeds": ", ".join(map(str, seeds))} | {k: v for k, v in first.items() if k not in differing}
-    model = {key: value for key, value in (records[0].info.get("model") or {}).items() if key != "windows"}
-    parts.append('<div class="columns">')
-    parts.append(_facts("Recipe, the same for all" if len(by_arm) > 1 else "Recipe", common))
-    parts.append("<div>" + _facts("Data", flatten(summary["data"])) + _facts("Environment", summary["environment"]))
-    parts.append(_facts(f"Model of {records[0].arm}", model) + "</div></div>")
+    # What is None is left to the preset; the model's own configuration says what came of it.
+    common = {"seeds": ", ".join(map(str, seeds))}
+    common |= {key: value for key, value in first.items() if key not in differing and value is not None}
+    shown = next((r for r in records if r.arm != summary["baseline"] and r.usable), records[0])
+    parts += [
+        '<div class="columns">',
+        _facts("Recipe, the same for all arms" if len(by_arm) > 1 else "Recipe", common),
+        _facts("Data", flatten({k: v for k, v in summary["data"].items() if k not in ("splits", "bytes_per_token")})),
+        _splits(summary["data"]),
+        _facts("Environment", summary["environment"]),
+        _facts(f"Model of {shown.arm}", _configuration(shown)),
+        "</div>",
+    ]
     commands = list(dict.fromkeys(str(r.info.get("command") or "") for r in records))
     text = "\n".join(command for command in commands if command)
     if text:
@@ -285,9 +307,35 @@ def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def _configuration(record: Record) -> dict[str, Any]:
+    """The resolved settings of a run's model, from its config.json; its sizes alone where there is none yet."""
+    model = {key: value for key, value in (record.info.get("model") or {}).items() if key != "windows"}
+    try:
+        config = json.loads((RunFolder(record.path).model_path() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return model
+    skip = ("architectures", "auto_map", "transformers_version", "model_type", "use_cache")
+    return flatten({key: value for key, value in {**model, **config}.items() if key not in skip})
+
+
 def _facts(title: str, values: dict[str, Any]) -> str:
     rows = [[escape(str(key)), _value(value)] for key, value in values.items()]
-    return f'<div><h3>{escape(title)}</h3><table class="key"><tbody>{_rows(rows)}</tbody></table></div>' if rows else ""
+    if not rows:
+        return ""
+    return f'<div><h3>{escape(title)}</h3><table class="key facts"><tbody>{_rows(rows)}</tbody></table></div>'
+
+
+def _splits(data: dict[str, Any]) -> str:
+    """Size of train, validation and test as a small table."""
+    splits, sizes = data.get("splits") or {}, data.get("bytes_per_token") or {}
+    columns = list(dict.fromkeys(key for split in splits.values() for key in split))
+    rows = [
+        [escape(name), *(escape(quantity(split.get(key))) for key in columns), _value(sizes.get(name))]
+        for name, split in splits.items()
+    ]
+    head = "".join(f"<th>{escape(title)}</th>" for title in ["split", *columns, "bytes/token"])
+    table = f'<table class="key"><thead><tr>{head}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
+    return f"<div>{table}</div>" if rows else ""
 
 
 def _value(value: Any) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from .pictures import (
-    NARROW,
+    HALF,
     Axis,
     Drop,
     Line,
@@ -74,6 +74,8 @@ def _loss_lines(records: Sequence[Record], styles: Styles, pick: Callable[[tuple
 
 def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits that show the part where arms differ: the steep fall at the very start is left above the frame."""
+    # Runs that stopped early count only where there are no others.
+    lines = [line for line in lines if line.kind != "broken"] or lines
     end = max((p[0] for line in lines for p in line.points), default=1.0)
     finite = [[p for p in line.points if math.isfinite(p[1])] for line in lines]
     lows = [min(y for _, y in points) for points in finite if points]
@@ -83,7 +85,7 @@ def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
     low = min(lows)
     # A run that diverged must not squeeze the others.
     high = min(max(early), low + 3 * (statistics.median(early) - low) + 1e-3)
-    pad = 0.06 * (high - low)
+    pad = 0.06 * (high - low) if high - low > 1e-2 else 0.1
     return low - pad, high + pad
 
 
@@ -227,10 +229,12 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     before, after = mixed.before[:256].T, mixed.after[:256].T
     every = max(1, math.ceil(before.shape[0] / 256))
     before, after = before[::every], after[::every]
-    limit = float(np.nanpercentile(np.abs(before), 98)) or 1.0
+    # Coordinates differ in size by orders of magnitude: each gets the scale it has before mixing, in both pictures.
+    center, size = before.mean(1, keepdims=True), before.std(1, keepdims=True)
+    before, after = ((values - center) / np.maximum(size, 1e-12) for values in (before, after))
     rows, columns = before.shape
     panels = "".join(
-        heat_map(heat_map_png(values, limit), rows, columns, _bands(mixed, every, rows), title=title,
+        heat_map(heat_map_png(values, 2.5), rows, columns, _bands(mixed, every, rows), title=title,
                  name=f"{title} of block {mixed.block + 1} of {arm}: {rows} coordinates by {columns} tokens")
         for title, values in (("before mixing", before), ("after mixing", after))
     )  # fmt: skip
@@ -239,8 +243,8 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     return figure(
         f'<div class="pair">{panels}</div>',
         f"<b>{escape(arm)}</b>, block {mixed.block + 1}: every row is one coordinate of the hidden state, every column "
-        f"a token of a held-out excerpt; blue is negative, red positive, on one scale for both (full colour at "
-        f"±{limit:.2g}). At the right: the window of the rows.{stride}{excerpt}",
+        "a token of a held-out excerpt. Red is above and blue below the coordinate's mean before mixing, full colour at "
+        f"2.5 of its standard deviations, in both pictures. At the right: the window of the rows.{stride}{excerpt}",
     )
 
 
@@ -272,28 +276,29 @@ def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
         for style, block in enumerate(blocks, 1):
             taps = [k.taps for k in kernels if k.block == block and k.window == window]
             shown += [(f"block {block + 1}", style, np.asarray(taps[0], dtype=float))] if taps else []
-        impulse = [Line(list(zip(map(float, range(window)), map(float, taps), strict=True)), style, label)
+        impulse = [Line(list(zip(map(float, range(window)), map(float, taps), strict=True)), style, label,
+                        "taps" if window <= 16 else "fine")
                    for label, style, taps in shown]  # fmt: skip
         values = [y for line in impulse for _, y in line.points]
         low, high = min(0.0, *values), max(0.0, *values)
         pad = 0.08 * (high - low or 1)
         steps = [0, window // 2, window - 1] if window > 2 else [0, 1]
         charts.append(
-            chart(impulse, NARROW, Axis("tokens ago", 0, window - 1 or 1, [(s, str(s)) for s in steps]),
+            chart(impulse, HALF, Axis("tokens ago", 0, window - 1 or 1, [(s, str(s)) for s in steps]),
                   Axis(f"window {window}: weight", low - pad, high + pad), height=230,
                   name=f"Impulse response of learned kernels with window {window}")
         )  # fmt: skip
-        octaves = np.linspace(math.log2(1 / (4 * window)), -1, 160)
+        octaves = np.linspace(math.log2(1 / (4 * window)), -1, 120)
         response = [
-            Line(list(zip(octaves.tolist(), gains.tolist(), strict=True)), style, label)
+            Line(list(zip(octaves.tolist(), gains.tolist(), strict=True)), style, label, "fine")
             for label, style, taps in shown
-            for gains in [frequency_response(taps, 2.0**octaves)]
+            for gains in [frequency_response(taps, octaves)]
         ]
         slowest = int(math.log2(4 * window))
         marks = [(-float(k), f"1/{2**k}") for k in range(slowest, 0, -max(1, math.ceil(slowest / 5)))]
         peak = max(0.0, *(y for line in response for _, y in line.points))
         charts.append(
-            chart(response, NARROW, Axis("cycles per token", -slowest, -1, marks),
+            chart(response, HALF, Axis("cycles per token", -slowest, -1, marks),
                   Axis(f"window {window}: response, dB", -50, peak + 3), height=230,
                   name=f"Frequency response of learned kernels with window {window}")
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """A run folder: everything about one trained model, on disk. Training writes it; `compare` and `report` read nothing else.
 
-    run.json          resolved recipe, arm, seed, data, model size, environment, command, result   (see `RunFolder.info`)
+    run.json          resolved recipe, arm, seed, data, model size, environment, command, result (see `RunFolder.info`)
     metrics.jsonl     one line per logging or evaluation: {"step", "tokens", "seconds", "loss" | "nll", ...}
     samples.json      what the trained model generated: [{"prompt", "text"}, ...]
     checkpoint-STEP/  Hugging Face format with tokenizer, plus what resuming needs

@@ -38,7 +38,10 @@ __all__ = [
 SCHEMA = 1
 
 # Recipe keys that may differ between the seeds of one arm: where and how a run was made, not what was trained.
-_INCIDENTAL = {"seed", "out", "resume", "recipe", "data_dir", "arm", "arms", "seeds", "progress", "quiet", "force"}
+_INCIDENTAL = {
+    "seed", "data", "device", "training.threads", "training.workers", "training.keep_checkpoints", "source.cache_dir",
+    "source.data_dir",
+}  # fmt: skip
 
 # Two-sided 95 % points of Student's t by degrees of freedom; beyond the table 2.0 is close enough.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -182,7 +185,7 @@ def _measured_on(info: dict[str, Any]) -> tuple[str, str]:
     windows = {
         key: value
         for key, value in flatten(info.get("recipe") or {}).items()
-        if key.split(".")[-1] in ("eval_windows", "eval_batches", "eval_tokens", "eval_split")
+        if key.split(".")[-1] in ("eval_windows", "eval_split")
     }
     windows["context"] = model.get("n_positions")
     name = f"{data.get('name')}, fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
@@ -231,9 +234,13 @@ def summarize_records(records: Sequence[Record], baseline: str | None) -> dict[s
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record.arm, []).append(record)
-    if baseline is not None and baseline not in arms:
-        raise UserError(f"no run of the baseline arm {baseline!r}; the arms are {', '.join(arms)}")
     notes: list[str] = []
+    if baseline is not None and baseline not in arms:
+        namesakes = [name for name in arms if name.startswith(f"{baseline} (")]
+        if not namesakes:
+            raise UserError(f"no run of the baseline arm {baseline!r}; the arms are {', '.join(arms)}")
+        notes.append(f"Several different runs are called `{baseline}`; the baseline is `{namesakes[0]}`.")
+        baseline = namesakes[0]
     base = {r.seed: r for r in arms[baseline] if r.usable} if baseline is not None else {}
     if baseline is not None and not base:
         notes.append(f"No run of the baseline `{baseline}` has finished, so nothing can be compared with it yet.")
@@ -308,15 +315,16 @@ def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, An
 def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> list[str]:
     notes = []
     for record in group:
-        status = record.info.get("status")
-        why = record.info.get("error")
-        tail = f": {why}" if why else ""
+        status, why = record.info.get("status"), record.info.get("error")
+        tail = f": {why}" if why else "."
         if status != "finished":
             at = f" at step {record.curve[-1][0]}" if record.curve else ""
-            stands = "is not finished" if status == "running" else f"is {status}"
-            notes.append(f"`{name}` seed {record.seed} {stands}{at} and does not count{tail}.")
+            stands = {"failed": f"failed{at}", "interrupted": f"was interrupted{at}"}.get(
+                str(status), f"is not finished{at and f' (it is{at})'}"
+            )
+            notes.append(f"`{name}` seed {record.seed} {stands}, so it does not count{tail}")
         elif not record.usable:
-            notes.append(f"`{name}` seed {record.seed} has no finite held-out loss and does not count{tail}.")
+            notes.append(f"`{name}` seed {record.seed} has no finite held-out loss, so it does not count{tail}")
         elif base and record.seed not in base:
             notes.append(f"`{name}` seed {record.seed} does not count: the baseline has no finished run of this seed.")
     missing = sorted(set(base) - {record.seed for record in group})
@@ -328,13 +336,14 @@ def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> li
 def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[int, Record]) -> list[str]:
     """What a reader has to know before believing the speed-ups."""
     notes = []
-    if base and len(base) == 1:
+    if len(base) == 1 and len(arms) > 1:
         notes.append("One seed only: nothing here says how much of a difference is chance.")
     early = [s for r in base.values() if (s := same_performance_step(r.losses, r.losses[-1][1])) and s < 0.95 * r.steps]
-    if early:
+    if early and len(arms) > 1:
+        step, steps = statistics.fmean(early), max(r.steps for r in base.values())
         notes.append(
-            f"The baseline `{baseline}` itself first had its final loss at step {statistics.mean(early):.0f}: its loss "
-            "was flat or rising at the end, so the speed-ups partly measure steps it did not need."
+            f"The baseline `{baseline}` had its own final loss first at step {step:.0f} of {steps} and then gained "
+            f"nothing: counted to there, the speed-ups would be {100 * (1 - step / steps):.0f} % smaller."
         )
     everyone = [r for group in arms.values() for r in group if r.usable]
     # A batch of another size makes a step something else; the ratio of steps then says little.

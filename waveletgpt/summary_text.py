@@ -42,23 +42,36 @@ def arm_sentence(summary: dict[str, Any], name: str) -> str:
     return text + "."
 
 
-def headline(summary: dict[str, Any]) -> str:
-    """The result in one sentence: the arm with the largest step speed-up, or that none got there."""
+def best_arm(summary: dict[str, Any]) -> str | None:
+    """The arm with the largest step speed-up; None where no arm has one."""
+    speedups = {name: arm["step_speedup"] for name, arm in summary["arms"].items() if arm.get("step_speedup")}
+    return max(speedups, key=lambda name: speedups[name]) if speedups else None
+
+
+def headline_arm(summary: dict[str, Any]) -> str | None:
+    """The arm that the headline is about; None where it is about all of them."""
     arms, baseline = summary["arms"], summary["baseline"]
     others = [name for name in arms if name != baseline and arms[name]["seeds"]]
+    if best_arm(summary) is not None:
+        return best_arm(summary)
     if baseline is None or not others or not arms[baseline]["seeds"]:
-        return arm_sentence(summary, next((n for n in arms if arms[n]["seeds"]), next(iter(arms))))
-    reached = [name for name in others if arms[name].get("step_speedup") is not None]
-    if reached:
-        best = max(reached, key=lambda name: arms[name]["step_speedup"])
-        return arm_sentence(summary, best)
-    if len(others) == 1:
-        return arm_sentence(summary, others[0])
-    target = arms[baseline]["final_nll"]["mean"]
-    return (
-        f"None of {len(others)} arms reached the baseline's final loss {target:.3f} with all of their seeds in "
-        f"{summary['steps']} steps."
-    )
+        return next((name for name in arms if arms[name]["seeds"]), next(iter(arms)))
+    return others[0] if len(others) == 1 else None
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The result in one sentence: of the arm with the largest step speed-up, or that none got there."""
+    arms, name = summary["arms"], headline_arm(summary)
+    others = sum(bool(arm["seeds"]) for other, arm in arms.items() if other != summary["baseline"])
+    if name is None:
+        target = arms[summary["baseline"]]["final_nll"]["mean"]
+        return (
+            f"None of {others} arms reached the baseline's final loss {target:.3f} with all of their seeds in "
+            f"{summary['steps']} steps."
+        )
+    # The best of many is partly luck, so the reader is told how many there were.
+    chosen = f"; best of {others} arms" if others > 1 and name == best_arm(summary) else ""
+    return f"{arm_sentence(summary, name)[:-1]}{chosen}."
 
 
 def plural(n: int, noun: str) -> str:
@@ -91,8 +104,8 @@ def duration(seconds: float | None) -> str:
 
 
 TABLE_HEADER = [
-    "arm", "parameters", "FLOPs/token", "tokens/s", "training", "final nll", "vs baseline", "bits/byte",
-    "same-performance step", "step speed-up", "time speed-up",
+    "arm", "final nll", "vs baseline", "same-performance step", "step speed-up", "time speed-up", "bits/byte",
+    "parameters", "FLOPs/token", "tokens/s", "training",
 ]  # fmt: skip
 
 
@@ -105,7 +118,7 @@ def summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         same = arm.get("same_performance_step", {})
         difference = arm.get("final_nll_difference", {})
         if not compared:
-            reached = "baseline" if name == summary["baseline"] else "–"
+            reached = "baseline" if name == summary["baseline"] and len(summary["arms"]) > 1 else "–"
         elif same["mean"] is not None:
             reached = f"{same['mean']:.0f} of {summary['steps']}"
         elif not arm["seeds"] or not base["seeds"]:  # type: ignore[index]
@@ -115,16 +128,16 @@ def summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 name,
+                plus_minus(arm["final_nll"]),
+                plus_minus(difference, sign=True) if difference else "",
+                reached,
+                _speedup(arm.get("step_speedup")) if compared else "",
+                _speedup(arm.get("time_speedup")) if compared else "",
+                "–" if arm["bits_per_byte"] is None else f"{arm['bits_per_byte']:.3f}",
                 quantity(arm["parameters"]) + (_share(arm, base, "parameters") if compared else ""),
                 quantity(arm["flops_per_token"]) + (_share(arm, base, "flops_per_token") if compared else ""),
                 "–" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:,.0f}",
                 duration(arm["seconds"]),
-                plus_minus(arm["final_nll"]),
-                plus_minus(difference, sign=True) if difference else "",
-                "–" if arm["bits_per_byte"] is None else f"{arm['bits_per_byte']:.3f}",
-                reached,
-                _speedup(arm.get("step_speedup")) if compared else "",
-                _speedup(arm.get("time_speedup")) if compared else "",
             ]
         )
     return list(TABLE_HEADER), rows

@@ -8,6 +8,7 @@ training only, and plain words when something goes wrong.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -193,8 +194,10 @@ class Recorder(TrainerCallback):
         elif "eval_loss" in logs:
             row = {"nll": logs["eval_loss"]}
             if not math.isfinite(logs["eval_loss"]):
-                raise Diverged(f"the held-out loss became {logs['eval_loss']} at step {state.global_step}; "
-                               f"try a lower --lr than {self.trainer.recipe.lr:g}")
+                raise Diverged(
+                    f"the held-out loss became {logs['eval_loss']} at step {state.global_step}; "
+                    f"try a lower --lr than {self.trainer.recipe.lr:g}"
+                )
         else:
             return
         if state.is_world_process_zero:
@@ -310,7 +313,9 @@ def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recip
             shutil.rmtree(staging, ignore_errors=True)
             from .generation import sample_run
 
-            write_json(run.path / "samples.json", sample_run(trainer.accelerator.unwrap_model(trainer.model), store, recipe))
+            write_json(
+                run.path / "samples.json", sample_run(trainer.accelerator.unwrap_model(trainer.model), store, recipe)
+            )
             run.update_info(status="finished", result=result(run, store))
     trainer.accelerator.wait_for_everyone()
 
@@ -323,7 +328,7 @@ def result(run: RunFolder, store: TokenStore) -> dict[str, Any]:
     ticks = [row for row in rows if "loss" in row]
     rates = [
         (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"])
-        for a, b in zip(ticks, ticks[1:], strict=False)
+        for a, b in itertools.pairwise(ticks)
         if b["seconds"] > a["seconds"]
     ]
     size = store.bytes_per_token("validation")
@@ -356,7 +361,11 @@ def build_model(recipe: Recipe, store: TokenStore) -> WaveletGPTForCausalLM:
     except ValueError as error:
         raise UserError(f"model settings: {error}") from None
     set_seed(recipe.seed)
-    return WaveletGPTForCausalLM(config)
+    try:
+        config._attn_implementation = recipe.training.attention
+        return WaveletGPTForCausalLM(config)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"training.attention={recipe.training.attention}: {error}") from None
 
 
 def training_arguments(recipe: Recipe, folder: Path, device: dict[str, Any]) -> TrainingArguments:
@@ -441,27 +450,42 @@ def find_start(run: RunFolder, recipe: Recipe, store: TokenStore, resume: bool) 
     """
     info = run.info
     if not resume:
-        raise UserError(f"--out {run.path} already holds a run ({info['status']}); add --resume to go on with it, "
-                        "or name another folder")
+        raise UserError(
+            f"--out {run.path} already holds a run ({info['status']}); add --resume to go on with it, "
+            "or name another folder"
+        )
     recorded = {k: v for k, v in info["recipe"].items() if k != "data"}
     for name, now, then in differences(recipe.as_dict(), recorded):
-        raise UserError(f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
-                        "use its settings, or another --out")
+        raise UserError(
+            f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
+            "use its settings, or another --out"
+        )
     if info["data"]["fingerprint"] != store.fingerprint:
-        raise UserError(f"--resume with other data: {run.path} was trained on {info['data']['name']} "
-                        f"({info['data']['fingerprint'][:12]}), this is {store.fingerprint[:12]}; use another --out")
+        raise UserError(
+            f"--resume with other data: {run.path} was trained on {info['data']['name']} "
+            f"({info['data']['fingerprint'][:12]}), this is {store.fingerprint[:12]}; use another --out"
+        )
     checkpoints = run.checkpoints()
     if not checkpoints:
         return None
     step, folder = checkpoints[-1]
     problem = checkpoint_problem(folder)
     if problem:
-        raise UserError(f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before")
+        raise UserError(
+            f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before"
+        )
     return step, folder
 
 
 # Settings that change where and how fast a run computes, not what it computes.
-_FREE = ("device", "training.threads", "training.workers", "training.keep_checkpoints", "source.cache_dir", "source.data_dir")
+_FREE = (
+    "device",
+    "training.threads",
+    "training.workers",
+    "training.keep_checkpoints",
+    "source.cache_dir",
+    "source.data_dir",
+)
 
 
 def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -505,8 +529,10 @@ def check_length(store: TokenStore, context: int) -> None:
     for split in ("train", "validation"):
         have = len(store.split(split))
         if have < context + 1:
-            raise UserError(f"the {split} split has {have} tokens, a window needs {context + 1}; "
-                            "give more data, or a shorter --model.n-positions")
+            raise UserError(
+                f"the {split} split has {have} tokens, a window needs {context + 1}; "
+                "give more data, or a shorter --model.n-positions"
+            )
 
 
 def describe_data(store: TokenStore, data: str) -> dict[str, Any]:
@@ -551,11 +577,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             word in text for word in ("No space left", "os error 28", "file write failed", "unexpected pos")
         )
         if full:
-            raise UserError(f"no room left to write in {path}; free some space and go on with --resume: "
-                            "the checkpoints before are whole") from None
-        if isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | IsADirectoryError) and str(
-            path
-        ) in text:
+            raise UserError(
+                f"no room left to write in {path}; free some space and go on with --resume: "
+                "the checkpoints before are whole"
+            ) from None
+        if (
+            isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | IsADirectoryError)
+            and str(path) in text
+        ):
             raise UserError(f"cannot write in {path}: {error.strerror}; name another --out") from None
         raise
 

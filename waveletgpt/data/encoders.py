@@ -264,12 +264,21 @@ def load(name: str) -> Any:
     return tokenizer
 
 
-def tokenizer_identity(name: str) -> str:
-    """The name of a tokenizer on the hub; for a folder, a hash of its files."""
-    folder = Path(name)
+def no_settings(settings: DataSettings) -> dict[str, Any]:
+    """Nothing to set, and no tokenizer to name."""
+    if settings.tokenizer:
+        raise UserError(f'tokenizer "{settings.tokenizer}" goes with --modality bpe only: leave one of the two out')
+    return {}
+
+
+def bpe_settings(settings: DataSettings) -> dict[str, Any]:
+    """The size to train, or the tokenizer: its name on the hub, for a folder a hash of its files."""
+    if not settings.tokenizer:
+        return {"vocab_size": settings.vocab_size}
+    folder = Path(settings.tokenizer)
     if not folder.is_dir():
-        return name
+        return {"tokenizer": settings.tokenizer}
     content = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
         content.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-    return content.hexdigest()
+    return {"tokenizer": content.hexdigest()}

@@ -97,8 +97,8 @@ class Spool:
 
     def _character_start(self, position: int) -> int:
         self._text.seek(position)
-        following = self._text.read(3)
-        return position + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
+        following = self._text.read(3)  # a character has at most three bytes after its first
+        return position + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
     def pieces(self, cut: Callable[[bytes], int], only: str | None = None) -> Iterator[Piece]:
         """The documents in order, in pieces of about `BLOCK` bytes; with `only`, those of one split.

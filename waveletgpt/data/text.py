@@ -94,19 +94,14 @@ class TextModality:
     description: str
     normaliser: Callable[[], Normaliser]
     fit: Callable[[Spool, DataSettings], encoders.Encoder]
-    settings: tuple[str, ...] = ()
+    identify: Callable[[DataSettings], dict[str, Any]] = encoders.no_settings
     """The settings, beyond the shared ones, that change the tokens."""
     binary: bool = False
     """Whether any file will do."""
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """The settings that change this modality's tokens."""
-        if settings.tokenizer and "tokenizer" not in self.settings:
-            raise UserError(f'tokenizer "{settings.tokenizer}" goes with --modality bpe, not with {self.name}')
-        chosen = {name: getattr(settings, name) for name in self.settings}
-        if settings.tokenizer:
-            chosen = {"tokenizer": encoders.tokenizer_identity(settings.tokenizer)}
-        return chosen
+        return self.identify(settings)
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Read the source and write tokens and tokenizer; bytes per split are those of the normalised text.
@@ -189,5 +184,5 @@ TEXT = (
     TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars),
     TextModality("bytes", "the 256 bytes, of text or of any file (256 + 1)", AsIs, encoders.fit_bytes, binary=True),
     TextModality("bpe", "byte-pair encoding trained on the data, or --data.tokenizer", Utf8, encoders.fit_bpe,
-                 ("vocab_size",)),
+                 encoders.bpe_settings),
 )  # fmt: skip

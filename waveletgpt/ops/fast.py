@@ -1,79 +1,394 @@
-"""first version"""
+"""The fast path, in plain torch: tuned for CPU caches, and correct on any device.
+
+Each computation is an operator of its own (`torch.ops.waveletgpt.*`), so that `torch.compile` calls it as it is
+instead of unrolling its loops.
+
+Shapes: B batch, T tokens, C mixed coordinates, n coordinates that share the window w.
+"""
+
+import operator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from . import reference
+from torch.autograd.function import once_differentiable
 
-def _steps(s, groups, reverse):
-    # s (B,T,C) acc dtype, sorted windows. returns mean
-    T = s.shape[1]
-    out = torch.empty_like(s)
-    start = 0
-    d = 1
-    cur = s
-    for w, at, _ in groups:
-        n = len(at)
-        off = start
-        while d < w and d < T:
-            new = torch.empty(s.shape[0], T, s.shape[2]-start, dtype=s.dtype, device=s.device)
-            if reverse:
-                torch.add(cur[:, :-d], cur[:, d:], out=new[:, :-d]); new[:, -d:] = cur[:, -d:]
-            else:
-                torch.add(cur[:, d:], cur[:, :-d], out=new[:, d:]); new[:, :d] = cur[:, :d]
-            cur = new
-            d *= 2
-        torch.mul(cur[..., :n], 1/w, out=out[..., start:start+n])
-        start += n
-        cur = cur[..., n:]
-    return out
+from waveletgpt.ops.reference import check_ema, check_mix, group_kernels, group_windows
 
-def _mean(x, windows, reverse):
-    groups = reference.check_wavelet_mix(x, windows, None, "zero", None)
-    order = [c for _, at, _ in groups for c in at]
-    s = x.to(torch.promote_types(x.dtype, torch.float32))
-    if order != list(range(len(order))):
-        s = s[..., order]
-    y = _steps(s, groups, reverse)
-    if order != list(range(len(order))):
-        y = y[..., sorted(range(len(order)), key=order.__getitem__)]
+Windows = tuple[int, ...]
+Groups = dict[int, list[int]]  # window: its coordinates
+Spans = list[tuple[int, int, int]]  # window, its first coordinate, the one after its last
+
+# Elements worked on at a time on a CPU (1 MB of float32): more leaves the cache, less is call overhead.
+BLOCK = 1 << 18
+# The longest kernels for which each way beats an FFT, measured on one core: torch's convolution where it is a fast
+# one, shifted multiply-adds where it is not, and the kernel's gradient as one sum of products for each tap.
+CONVOLUTION_TAPS, SHIFT_TAPS, GRADIENT_TAPS = 64, 4, 16
+
+
+def wavelet_mix(
+    x: Tensor,
+    windows: Sequence[int],
+    kernels: Iterable[Tensor] | None = None,
+    *,
+    edge: str = "zero",
+    state: Tensor | None = None,
+) -> Tensor:
+    """See `reference.wavelet_mix`; it differs by rounding, and for inputs that are not finite or huge.
+
+    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 64 taps (4 without
+    oneDNN, and in float64) go through an FFT: there a NaN reaches all tokens of its coordinate and sequence, and the
+    rounding of a huge input those before it.
+    """
+    check_mix(x, edge, state)
+    windows, groups = _grouped(windows, x.shape[2], kernels is None)
+    signal = x
+    if state is not None:
+        unseen = max(0, state.shape[1] - max(groups) + 1)
+        signal = torch.cat((state[:, unseen:], x), dim=1)
+    if edge == "partial":
+        signal = signal.to(torch.promote_types(x.dtype, torch.float32))
+    grouped = None if kernels is None else group_kernels(kernels, groups)
+    tokens = x.shape[1]
+    if tokens == 1 < signal.shape[1]:
+        y = _newest(signal, groups, grouped)
+    elif grouped is None:
+        y = _mean(signal, windows, False)[:, -tokens:]
+    else:
+        y = _Filter.apply(signal, windows, *grouped)[:, -tokens:]
+    if edge == "partial":
+        seen = tokens if state is None else tokens + state.shape[1]
+        count = torch.arange(seen - tokens + 1, seen + 1, device=x.device, dtype=y.dtype).unsqueeze(1)
+        width = torch.tensor(windows, device=x.device, dtype=y.dtype)
+        y = y * (width / torch.minimum(width, count))
     return y.to(x.dtype)
 
-@torch.library.custom_op("waveletgpt::mean", mutates_args=())
-def mean_op(x: Tensor, windows: list[int], reverse: bool) -> Tensor:
-    return _mean(x, windows, reverse)
-@mean_op.register_fake
-def _(x, windows, reverse):
-    return x.new_empty(x.shape)
-mean_op.register_autograd(lambda ctx, g: (mean_op(g, ctx.w, not ctx.r), None, None),
-    setup_context=lambda ctx, inputs, output: (setattr(ctx, "w", inputs[1]), setattr(ctx, "r", inputs[2])))
 
-def wavelet_mix(x, windows, kernels=None, *, edge="zero", state=None):
-    if kernels is not None:
-        return reference.wavelet_mix(x, windows, kernels, edge=edge, state=state)
-    reference.check_wavelet_mix(x, windows, None, edge, state)
-    s = x
-    T = x.shape[1]
-    if state is not None:
-        s = torch.cat((state.to(x.dtype), x), 1)
-    y = mean_op(s, list(windows), False)[:, -T:]
-    if edge == "partial":
-        n = torch.arange(s.shape[1]-T+1, s.shape[1]+1, device=x.device)[:, None]
-        w = torch.tensor(list(windows), device=x.device)
-        y = y * (w / torch.minimum(n, w)).to(x.dtype)
+def ema_mix(x: Tensor, decay: Tensor, *, state: Tensor | None = None) -> Tensor:
+    """See `reference.ema_mix`."""
+    check_ema(x, decay, state)
+    a = decay.to(torch.promote_types(x.dtype, torch.float32))
+    u = (1 - a) * x
+    if state is None:
+        y = _DecayedSum.apply(u, a, False)
+    else:
+        y = _DecayedSum.apply(torch.cat((state.to(u.dtype).unsqueeze(1), u), dim=1), a, False)[:, 1:]
+    return y.to(x.dtype)
+
+
+def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
+    """`group_windows`, remembered: for 64 coordinates it takes longer than mixing one token."""
+    try:
+        windows = tuple(map(operator.index, windows))
+    except TypeError:
+        windows = tuple(windows)
+        return windows, group_windows(windows, coordinates, dyadic=dyadic)  # raises, naming the culprit
+    if torch.compiler.is_compiling():
+        return windows, group_windows(windows, coordinates, dyadic=dyadic)
+    return windows, _remembered_groups(windows, coordinates, dyadic)
+
+
+@lru_cache(maxsize=256)
+def _remembered_groups(windows: Windows, coordinates: int, dyadic: bool) -> Groups:
+    return group_windows(windows, coordinates, dyadic=dyadic)
+
+
+def _newest(signal: Tensor, groups: Groups, kernels: list[Tensor] | None) -> Tensor:
+    """The result at the last token only, for decoding: one weighted sum for each window."""
+    wide = torch.promote_types(signal.dtype, torch.float32)
+    parts, order = [], []
+    for i, (window, members) in enumerate(groups.items()):
+        past = signal[:, -window:, _columns(members)]
+        if kernels is None:
+            parts.append(past.sum(1, keepdim=True, dtype=wide) / window)
+        else:
+            taps = kernels[i][:, : past.shape[1]].to(wide).flip(1).t()
+            parts.append((past * taps).sum(1, keepdim=True))
+        order += members
+    y = torch.cat(parts, dim=2)
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return y if places == order else y[..., places]
+
+
+def _columns(members: list[int]) -> slice | list[int]:
+    """A slice where it will do: it needs no copy."""
+    return slice(members[0], members[-1] + 1) if len(members) == members[-1] - members[0] + 1 else members
+
+
+def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function the operator `torch.ops.waveletgpt.<schema>`; `fake` gives the shapes of its results."""
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.split("(")[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"waveletgpt::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.waveletgpt, name).default
+
+    return define
+
+
+_LIBRARY = torch.library.Library("waveletgpt", "DEF")
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class _Sorted:
+    """Coordinates in ascending order of their windows: `groups` holds (window, first, end), all of them slices."""
+
+    def __init__(self, windows: Windows) -> None:
+        order = sorted(range(len(windows)), key=windows.__getitem__)
+        self.windows = tuple(windows[c] for c in order)
+        self.order = None if self.windows == windows else order
+        starts = [c for c, w in enumerate(self.windows) if c == 0 or w != self.windows[c - 1]]
+        ends = [*starts[1:], len(windows)]
+        self.groups: Spans = [(self.windows[start], start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+_sorted = lru_cache(maxsize=256)(_Sorted)
+
+
+# ---- the mean ----
+
+
+def _mean(x: Tensor, windows: Windows, reverse: bool) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Mean.apply(x, windows, reverse)
+    return _mean_op(x, windows, reverse)
+
+
+class _Mean(torch.autograd.Function):
+    """The gradient is the same filter run backwards in time; nothing is saved for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, windows: Windows, reverse: bool) -> Tensor:
+        ctx.windows, ctx.reverse = windows, reverse
+        return _mean_op(x, windows, reverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _mean(grad, ctx.windows, not ctx.reverse), None, None
+
+
+@_opaque("mean(Tensor x, int[] windows, bool reverse) -> Tensor", lambda x, windows, reverse: _contiguous(x))
+def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
+    layout = _sorted(tuple(windows))
+    if layout.order is not None:
+        y = _contiguous(x)
+        y[..., layout.order] = _mean_op(x[..., layout.order], layout.windows, reverse)
+        return y
+    batch, tokens, coordinates = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu":
+        columns = min(coordinates, max(64, BLOCK // tokens))
+        rows = max(1, BLOCK // (tokens * columns))
+    else:
+        columns, rows = coordinates, batch
+    # Only small scratch is kept, and only on a CPU, where one operation follows the other.
+    keep = x.device.type == "cpu" and rows * columns * tokens <= 2 * BLOCK
+    cascade = _cascade if keep else _cascade.__wrapped__
+    y = _contiguous(x)
+    for c in range(0, coordinates, columns):
+        at = layout.windows[c : c + columns]
+        for b in range(0, batch, rows):
+            part = x[b : b + rows, :, c : c + columns]
+            run = cascade(wide, x.device, threading.get_ident(), part.shape[0], tokens, at, reverse)
+            run(part, y[b : b + rows, :, c : c + columns])
     return y
 
-def ema_mix(x, decay, *, state=None):
-    return_dtype = x.dtype
-    reference.check_ema_mix(x, decay, state)
-    s = x.to(torch.promote_types(x.dtype, torch.float32))
-    a = decay.to(s.dtype)
-    s = (1 - a) * s
-    T = x.shape[1]
-    if state is not None:
-        s = torch.cat((s[:, :1] + (a * state.to(s.dtype))[:, None], s[:, 1:]), 1)
-    d = 1
-    p = a
-    while d < T:
-        s = torch.cat((s[:, :d], torch.addcmul(s[:, d:], p, s[:, :-d])), 1)
-        p = p * p
-        d *= 2
-    return s.to(return_dtype)
+
+class _Cascade:
+    """Means of one block by repeated doubling (a trous): s_0 = x / w, s_k(t) = s_{k-1}(t) + s_{k-1}(t - 2^(k-1)).
+
+    The steps go from one scratch buffer to the other and leave out the coordinates that are done, so that results with
+    an odd number of steps end up in one buffer and the others in the other. Zeros before (after, in reverse) the
+    tokens stand for what is outside the sequence. Buffers and their views are made once, because on a CPU page faults
+    and slicing would cost more than the sums.
+    """
+
+    def __init__(self, like: Tensor, batch: int, tokens: int, groups: Spans, reverse: bool) -> None:
+        reach = 1 << (tokens - 1).bit_length()  # a longer window sees nothing more
+        outside = min(groups[-1][0], reach) // 2
+        first = 0 if reverse else outside
+        coordinates = groups[-1][2]
+        buffers = [like.new_zeros(batch, outside + tokens, coordinates) for _ in range(2)]
+        self.even, self.odd = (buffer[:, first : first + tokens] for buffer in buffers)
+        self.scale = like.new_tensor([1 / window for window, start, end in groups for _ in range(start, end)])
+        self.is_odd = like.new_zeros(coordinates)
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        shift = 1
+        for window, start, end in groups:
+            while shift < min(window, reach):
+                source, target = buffers[len(self.steps) % 2], buffers[(len(self.steps) + 1) % 2]
+                other = first + (shift if reverse else -shift)
+                now, then = source[:, first : first + tokens, start:], source[:, other : other + tokens, start:]
+                self.steps.append((now, then, target[:, first : first + tokens, start:]))
+                shift *= 2
+            self.is_odd[start:end] = len(self.steps) % 2
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        torch.mul(x, self.scale, out=self.even)
+        for now, then, target in self.steps:
+            torch.add(now, then, out=target)
+        # The buffer that a coordinate did not end in holds a part of the same sum, so a NaN there is in the result too.
+        if out.dtype == self.even.dtype:
+            torch.lerp(self.even, self.odd, self.is_odd, out=out)
+        else:
+            out.copy_(torch.lerp(self.even, self.odd, self.is_odd))
+
+
+@lru_cache(maxsize=32)
+def _cascade(
+    dtype: torch.dtype, device: torch.device, thread: int, batch: int, tokens: int, windows: Windows, reverse: bool
+) -> _Cascade:
+    """The cascade for a block of this kind, remembered; `thread` keeps the scratch of one thread from another."""
+    with torch.inference_mode(False):  # else a later call outside inference mode could not write to it
+        like = torch.empty(0, dtype=dtype, device=device)
+        return _Cascade(like, batch, tokens, _sorted(windows).groups, reverse)
+
+
+# ---- learned kernels ----
+
+
+class _Filter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, windows: Windows, *kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *kernels)
+        ctx.windows = windows
+        return _filter_op(x, windows, kernels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kernels = ctx.saved_tensors
+        grad_x, *grad_kernels = _filter_backward_op(grad, x, ctx.windows, kernels)
+        return grad_x, None, *grad_kernels
+
+
+def _fake_backward(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> list[Tensor]:
+    return [_contiguous(x), *map(_contiguous, kernels)]
+
+
+@_opaque("filter(Tensor x, int[] windows, Tensor[] kernels) -> Tensor", lambda x, windows, kernels: _contiguous(x))
+def _filter_op(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> Tensor:
+    y = _contiguous(x)
+    for columns, signal, taps in _by_window(x, windows, kernels):
+        y[..., columns] = _apply(signal, taps, reverse=False)
+    return y
+
+
+@_opaque("filter_backward(Tensor grad, Tensor x, int[] windows, Tensor[] kernels) -> Tensor[]", _fake_backward)
+def _filter_backward_op(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> list[Tensor]:
+    grad_x, grad_kernels = _contiguous(x), []
+    groups = zip(_by_window(grad, windows, kernels), _by_window(x, windows, kernels), kernels, strict=True)
+    for (columns, g, taps), (_, signal, _), kernel in groups:
+        count, tokens = taps.shape[1], x.shape[1]
+        length = _fft_length(tokens + count - 1)
+        spectrum = _spectrum(g, length) if count > GRADIENT_TAPS else None
+        grad_x[..., columns] = _apply(g, taps, reverse=True, spectrum=spectrum)
+        if spectrum is None:
+            products = [(g[:, j:] * signal[:, : tokens - j]).sum((0, 1)) for j in range(count)]
+            grad_taps = torch.stack(products, dim=1)
+        else:
+            grad_taps = torch.fft.irfft((spectrum * _spectrum(signal, length).conj()).sum(0), length)[:, :count]
+        grad_kernels.append(F.pad(grad_taps, (0, kernel.shape[1] - count)).to(kernel.dtype).contiguous())
+    return [grad_x, *grad_kernels]
+
+
+def _by_window(
+    x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]
+) -> Iterator[tuple[slice | list[int], Tensor, Tensor]]:
+    """For each distinct window its coordinates, their signals (B, T, n) and their taps (n, at most T)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    groups = _remembered_groups(tuple(windows), x.shape[2], False)
+    for members, kernel in zip(groups.values(), kernels, strict=True):
+        columns = _columns(members)
+        yield columns, x[..., columns].to(wide).contiguous(), kernel[:, : x.shape[1]].to(wide)
+
+
+def _apply(signal: Tensor, taps: Tensor, reverse: bool, spectrum: Tensor | None = None) -> Tensor:
+    """Sum of taps[j] signal[t - j] over j (t + j in reverse), by the fastest way for this many taps."""
+    tokens, (coordinates, count) = signal.shape[1], taps.shape
+    fast = signal.dtype == torch.float32 and (signal.device.type != "cpu" or torch.backends.mkldnn.is_available())
+    if count > (CONVOLUTION_TAPS if fast else SHIFT_TAPS):
+        length = _fft_length(tokens + count - 1)
+        response = torch.fft.rfft(taps, length)
+        spectrum = _spectrum(signal, length) if spectrum is None else spectrum
+        y = torch.fft.irfft(spectrum * (response.conj() if reverse else response), length)
+        return y[..., :tokens].transpose(1, 2)
+    if fast:
+        # (B, T, n) is an image of height 1 with its channels last: oneDNN takes it without a copy.
+        image, weight = signal.transpose(1, 2).unsqueeze(2), (taps if reverse else taps.flip(1))[:, None, None]
+        with torch.autocast(signal.device.type, enabled=False):
+            y = F.conv2d(image, weight, padding=(0, count - 1), groups=coordinates)
+        return y[:, :, 0, count - 1 :].transpose(1, 2) if reverse else y[:, :, 0, :tokens].transpose(1, 2)
+    y = signal * taps[:, 0]
+    for j in range(1, count):
+        now, then = slice(j, tokens), slice(0, tokens - j)
+        if reverse:
+            now, then = then, now
+        y[:, now].addcmul_(signal[:, then], taps[:, j])
+    return y
+
+
+def _spectrum(signal: Tensor, length: int) -> Tensor:
+    return torch.fft.rfft(signal.transpose(1, 2), length)
+
+
+def _fft_length(needed: int) -> int:
+    """The next of 5, 6, 7 or 8 times a power of two: short factors make a fast transform."""
+    step = 1 << max(1, (needed - 1).bit_length() - 3)
+    return -(-needed // step) * step
+
+
+# ---- the exponential moving average ----
+
+
+class _DecayedSum(torch.autograd.Function):
+    """y_t = u_t + a y_{t-1}; in reverse, y_t = u_t + a y_{t+1}."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+        y = _decayed_sum_op(u, a, reverse)
+        ctx.save_for_backward(a, y if ctx.needs_input_grad[1] else None)
+        ctx.reverse = reverse
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        a, y = ctx.saved_tensors
+        grad_u = _DecayedSum.apply(grad, a, not ctx.reverse)
+        if y is None:
+            return grad_u, None, None
+        early, late = (y, grad_u) if not ctx.reverse else (grad_u, y)
+        return grad_u, (early[:, :-1] * late[:, 1:]).sum((0, 1)), None
+
+
+@_opaque("decayed_sum(Tensor u, Tensor a, bool reverse) -> Tensor", lambda u, a, reverse: _contiguous(u))
+def _decayed_sum_op(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+    """Step through all blocks of about sqrt(T) tokens at once, then from block to block, then pass on what came in."""
+    batch, tokens, coordinates = u.shape
+    size = 1 << (tokens.bit_length() // 2)
+    blocks = -(-tokens // size)
+    y = u.new_zeros(batch, blocks * size, coordinates)
+    kept = y[:, y.shape[1] - tokens :] if reverse else y[:, :tokens]
+    kept.copy_(u)
+    inside = y.view(batch, blocks, size, coordinates)
+    steps = inside.unbind(2)[:: -1 if reverse else 1]
+    for before, now in pairwise(steps):
+        now.addcmul_(before, a)
+    for before, now in pairwise(steps[-1].unbind(1)[:: -1 if reverse else 1]):
+        now.addcmul_(before, a**size)
+    powers = a ** torch.arange(1, size, device=a.device).unsqueeze(1)
+    if reverse:
+        inside[:, :-1, 1:].addcmul_(inside[:, 1:, :1], powers.flip(0))
+    else:
+        inside[:, 1:, :-1].addcmul_(inside[:, :-1, -1:], powers)
+    return kept.contiguous()

@@ -1,0 +1,32 @@
+# make demo | make test | make setup | make lint | make bench
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench
+
+setup: $(STAMP)
+
+# torch goes first and alone: pinned, so that pip does not pick a build with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("waveletgpt needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $@
+
+# Two arms on the Python standard library's own sources: under 10 minutes on 2 cores.
+demo: setup
+	$(BIN)/waveletgpt compare --recipe recipes/demo.yaml --out runs/demo --resume
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/operator_cpu.py
+	$(BIN)/python benchmarks/training_cpu.py

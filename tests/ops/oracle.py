@@ -1,0 +1,62 @@
+"""What the operators must compute, in NumPy float64, one token at a time, and random cases to compute it on."""
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import numpy as np
+import torch
+from torch import Tensor
+
+from waveletgpt.ops import available_backends
+
+BACKENDS = available_backends()
+EDGES = ("zero", "partial")
+
+
+def mix(x: Tensor, windows: list[int], kernels: list[Tensor] | None = None, edge: str = "zero") -> Tensor:
+    """`wavelet_mix` with one kernel per coordinate."""
+    values = x.double().numpy()
+    y = np.zeros_like(values)
+    for c, w in enumerate(windows):
+        h = np.full(w, 1 / w) if kernels is None else kernels[c].detach().double().numpy()
+        for t in range(x.shape[1]):
+            reach = min(w, t + 1)
+            for j in range(reach):
+                y[:, t, c] += h[j] * values[:, t - j, c]
+            if edge == "partial":
+                y[:, t, c] *= w / reach
+    return torch.from_numpy(y)
+
+
+def ema(x: Tensor, decay: Tensor, state: Tensor | None = None) -> Tensor:
+    values, a = x.double().numpy(), decay.detach().double().numpy()
+    last = np.zeros_like(values[:, 0]) if state is None else state.double().numpy()
+    y = np.zeros_like(values)
+    for t in range(x.shape[1]):
+        y[:, t] = last = a * last + (1 - a) * values[:, t]
+    return torch.from_numpy(y)
+
+
+@dataclass
+class Case:
+    x: Tensor
+    windows: list[int]
+    kernels: list[Tensor] | None
+    edge: str
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_tokens: int = 24, learned: bool | None = None) -> Case:
+    """Float64 inputs; windows in any order, shorter and longer than the sequence; with or without kernels."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    learned = draw(st.booleans()) if learned is None else learned
+    lengths = st.integers(1, 40) if learned else st.sampled_from([1, 2, 4, 8, 16, 32, 64])
+    windows = draw(st.lists(lengths, min_size=1, max_size=6))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, max_tokens)), len(windows))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    kernels = [torch.randn(w, generator=generator, dtype=torch.float64) for w in windows] if learned else None
+    return Case(x, windows, kernels, draw(st.sampled_from(EDGES)))
+
+
+def random_kernels(windows: list[int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(w, dtype=dtype) / w**0.5 for w in windows]

@@ -1,0 +1,173 @@
+"""What the commands `evaluate`, `generate` and `info` do with a run folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
+
+from .configuration import WaveletGPTConfig
+from .cost import describe
+from .data import DataSettings, TokenStore, prepare
+from .errors import UserError, suggest
+from .generation import generate_tokens
+from .modeling import WaveletGPTForCausalLM
+from .recipe import PRESETS, Recipe
+from .runs import RunFolder
+from .training import FixedWindows, choose_device
+
+
+def load_model(run: RunFolder, device: str = "auto") -> WaveletGPTForCausalLM:
+    """The run's newest model, on the device, in evaluation mode.
+
+    Raises:
+        UserError: no checkpoint yet, broken weights, a device that is not there.
+    """
+    from safetensors import SafetensorError
+
+    transformers_logging.disable_progress_bar()
+    path = run.model_path()
+    use_cpu = choose_device(Recipe(device=device)).get("use_cpu", False)
+    place = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
+    try:
+        model = WaveletGPTForCausalLM.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.to(place).eval()
+
+
+def load_store(run: RunFolder) -> TokenStore:
+    """The token store the run was trained on, prepared anew if it is gone.
+
+    Raises:
+        UserError: the data is gone too, or is not what it was.
+    """
+    data = run.info["data"]
+    try:
+        store = TokenStore.open(data["store"])
+    except UserError:
+        recipe = run.info["recipe"]
+        store = prepare(recipe["data"], recipe["modality"], DataSettings(**recipe["source"]))
+    if store.fingerprint != data["fingerprint"]:
+        raise UserError(
+            f"{data['name']} has changed since {run.path} was trained on it "
+            f"({data['fingerprint'][:12]} then, {store.fingerprint[:12]} now)"
+        )
+    return store
+
+
+@torch.inference_mode()
+def evaluate_run(
+    folder: str | Path,
+    split: str = "validation",
+    windows: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Mean loss of a run's model over windows of one context each.
+
+    Returns:
+        nll (nats per token), perplexity, bits_per_byte (None where tokens have no bytes), tokens, split, windows.
+
+    Raises:
+        UserError: no run, unknown split, a split shorter than one window.
+    """
+    run = RunFolder.open(folder)
+    if split not in ("train", "validation", "test"):
+        raise UserError(f'--split: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
+    if batch_size < 1 or (windows is not None and windows < 1):
+        raise UserError(f"--batch-size {batch_size} and --windows {windows} must be at least 1")
+    model, store = load_model(run, device), load_store(run)
+    context = model.config.n_positions
+    tokens = store.split(split)
+    if len(tokens) < context + 1:
+        raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
+    data = FixedWindows(tokens, context, windows)
+    total = 0.0
+    for batch in DataLoader(data, batch_size=batch_size):
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        total += float(model(**batch, use_cache=False).loss) * len(batch["input_ids"])
+    nll = total / len(data)
+    size = store.bytes_per_token(split)
+    return {
+        "split": split,
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "bits_per_byte": nll / math.log(2) / size if size else None,
+        "windows": len(data),
+        "tokens": len(data) * context,
+    }
+
+
+def generate_from_run(folder: str | Path, prompt: str | None, *, device: str = "auto", **settings: Any) -> list[str]:
+    """Texts that continue `prompt`, prompt included; settings are those of `generate_tokens`.
+
+    Raises:
+        UserError: no run, a prompt the tokenizer cannot read, settings out of range.
+    """
+    from transformers import AutoTokenizer
+
+    run = RunFolder.open(folder)
+    model = load_model(run, device)
+    tokenizer = AutoTokenizer.from_pretrained(run.model_path())
+    start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else start
+    rows = generate_tokens(model, ids, **settings)
+    shown = ids if prompt else []
+    return [tokenizer.decode([*shown, *row]) for row in rows]
+
+
+def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
+    """Print what a preset's or a run's model has, and what mixing adds to it."""
+    if what in PRESETS and not Path(what).is_dir():
+        settings = Recipe.from_dict({**recipe.as_dict(), "preset": what}).model_settings()
+        try:
+            config = WaveletGPTConfig(vocab_size=vocab_size, **settings)
+        except ValueError as error:
+            raise UserError(f"model settings: {error}") from None
+        with torch.device("meta"):
+            value = describe(WaveletGPTForCausalLM(config))
+    elif Path(what).exists():
+        run = RunFolder.open(what)
+        value = run.info["model"]
+        config = WaveletGPTConfig.from_pretrained(run.model_path())
+        info = run.info
+        print(f"run {run.path}: {info['arm']}, seed {info['seed']}, {info['status']}, {info['command']}")
+    else:
+        raise UserError(f'"{what}" is neither a preset ({", ".join(PRESETS)}) nor a run folder{suggest(what, PRESETS)}')
+    windows = value["windows"]
+    counts = ", ".join(f"{w} x{windows.count(w)}" for w in dict.fromkeys(windows)) or "none"
+    state = value["state_bytes"]
+    rows = [
+        (
+            "architecture",
+            f"{config.architecture}, {config.n_layer} blocks, E={config.n_embd}, {config.n_head} heads, "
+            f"context {config.n_positions}, vocabulary {config.vocab_size}",
+        ),
+        (
+            "mixing",
+            f"{config.mixing}, {config.n_mixed if config.mixing != 'none' else 0} of {config.n_embd} coordinates",
+        ),
+        ("windows", counts),
+        (
+            "parameters",
+            f"{value['parameters']:,} (mixing: {value['extra_parameters']:,} = "
+            f"{value['extra_parameters'] / value['parameters']:.2%})",
+        ),
+        (
+            "training FLOPs/token",
+            f"{value['flops_per_token']:,} (mixing: {value['mixing_flops_per_token']:,} = "
+            f"{value['mixing_flops_per_token'] / value['flops_per_token']:.2%})",
+        ),
+        (
+            "decoding state",
+            f"{state['keys_values']:,} bytes keys and values, {state['mixing']:,} bytes mixing, per sequence "
+            "at the full context, float32",
+        ),
+    ]
+    for name, text in rows:
+        print(f"{name:>21}: {text}")
