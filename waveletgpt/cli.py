@@ -98,6 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
         command.run()
 
 
+def _unstyled(told: io.StringIO) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue()).splitlines()
+
+
 @contextlib.contextmanager
 def one_line_usage_errors(name: str) -> Iterator[None]:
     """tyro tells a mistyped option in a box of many lines; keep what it says, in one."""
@@ -108,9 +112,11 @@ def one_line_usage_errors(name: str) -> Iterator[None]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│╭╰╮╯─ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue()).splitlines()]
+        box = "│╭╰╮╯─-|+ \t"
+        lines = [line.strip(box) if line.strip(box) == "" else line.strip("│╭╰╮╯─| \t") for line in _unstyled(told)]
         first = [line for line in lines if line][1:] or ["bad options"]
-        message = " ".join(itertools.takewhile(lambda line: not line.startswith(("Perhaps", "For full", "Argument helptext")), first))
+        ends = ("Perhaps", "For full", "Argument helptext")
+        message = " ".join(itertools.takewhile(lambda line: not line.startswith(ends), first))
         near = next((line.split()[0] for line in lines[lines.index(first[0]) :] if line.startswith("--")), None)
         hint = f'; did you mean "{near}"?' if near and "Unrecognized" in message else f"; see waveletgpt {name} --help"
         raise UserError(message.rstrip(".") + hint) from None

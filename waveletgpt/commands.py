@@ -225,9 +225,16 @@ class DataList:
     """Data sets that are known by name."""
 
     def run(self) -> None:
-        from .data.named import describe_named
+        from rich.console import Console
+        from rich.table import Table
 
-        print(describe_named())
+        from .data.named import NAMED
+
+        table = Table("name", "what", "modality", "bytes", "licence", "address")
+        for name, known in NAMED.items():
+            size = f"{known.size:,}" if known.size else ""
+            table.add_row(name, known.description, known.modality, size, known.licence, known.url or "on every machine")
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ nothing else of the package.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -62,7 +64,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         min_window, max_window: shortest and longest window in tokens; `max_window=None` is the largest power of two
             within `n_positions`. Equal values give a single-scale control.
         mix_allocation: how coordinates are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
-        mix_edge: "zero" (values before the sequence count as 0) or "partial" (mean over the values that exist).
+        mix_edge: for "fixed" and "learnable": "zero" (values before the sequence count as 0) or "partial" (mean over the
+            values that exist).
         mix_sharing: for "learnable": one kernel per "coordinate" or per "level".
         mix_placement: "block" (each block's output, as in the paper) or "input" (the normalised inputs of attention
             and feed-forward).
@@ -189,6 +192,26 @@ class WaveletGPTConfig(PreTrainedConfig):
         if isinstance(self.mix_layers, str):
             return self.mix_layers == "all" or layer < self.n_layer - 1
         return layer in self.mix_layers
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in Hugging Face; the code goes along, so that `trust_remote_code=True` loads it without this package.
+
+        The models save their configuration through this too, before anything is uploaded.
+        """
+        self.auto_map = {
+            "AutoConfig": "configuration.WaveletGPTConfig",
+            "AutoModel": "modeling.WaveletGPTModel",
+            "AutoModelForCausalLM": "modeling.WaveletGPTForCausalLM",
+        }
+        here, there = Path(__file__).parent, Path(save_directory)
+        there.mkdir(parents=True, exist_ok=True)
+        # Loaded from a checkpoint this file has its siblings beside it, the operator as one file; and only itself when
+        # no model was loaded.
+        operator = here / "ops" / "reference.py" if (here / "ops").is_dir() else here / "ops.py"
+        for source in (here / "configuration.py", here / "mixing.py", here / "modeling.py", operator):
+            if source.exists():
+                shutil.copyfile(source, there / ("ops.py" if source == operator else source.name))
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # What the cache of transformers asks for: blocks that mix remember inputs beside keys and values.
 

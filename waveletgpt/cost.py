@@ -35,9 +35,11 @@ def mixing_flops_per_token(config: WaveletGPTConfig) -> int:
 
 def flops_per_token(config: WaveletGPTConfig, parameters: int, extra_parameters: int = 0) -> int:
     """FLOPs per token of a training step (forward and backward): 6 N + 12 L E T (PaLM, arXiv 2204.02311, Appendix B)
-    plus mixing. N leaves out position embeddings, which are looked up, and the mixers, counted by their own rule."""
-    positions = config.n_positions * config.n_embd if config.position_embedding == "learned" else 0
-    matrices = parameters - extra_parameters - positions
+    plus mixing. N leaves out embeddings that are only looked up (positions; tokens unless tied to the head), and the
+    mixers, counted by their own rule."""
+    positions = config.n_positions if config.position_embedding == "learned" else 0
+    tokens = 0 if config.tie_word_embeddings else config.vocab_size
+    matrices = parameters - extra_parameters - (positions + tokens) * config.n_embd
     attention = 12 * config.n_layer * config.n_embd * config.n_positions
     return 6 * matrices + attention + mixing_flops_per_token(config)
 

@@ -22,11 +22,14 @@ class Mixer(nn.Module):
     One path serves training, prefill and decoding: what came before is put in front of what comes in.
     """
 
+    averages: ClassVar[bool] = False
+    """Whether `mix_edge` applies: the result is a mean (or starts as one) over a finite window."""
+
     def __init__(self, config: WaveletGPTConfig):
         super().__init__()
         self.n_mixed = config.n_mixed
         self.windows = tuple(config.mix_windows())
-        self.edge = config.mix_edge
+        self.edge = config.mix_edge if self.averages else "zero"
         self.state_size = max(1, max(self.windows, default=1) - 1)
 
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
@@ -65,15 +68,13 @@ class Mixer(nn.Module):
         x, rest = hidden[..., : self.n_mixed], hidden[..., self.n_mixed :]
         state = None
         if cache is not None:
-            if not hasattr(cache, "conv_states"):
-                raise ValueError("this cache keeps no mixing state; make it with DynamicCache(config=model.config)")
             if cache.has_previous_state[state_idx]:
                 state = cache.conv_states[state_idx].transpose(1, 2)
         y = self.mix(x, state)
         if cache is not None:
             memory = self.remember(x, y).transpose(1, 2)
             cache.update_conv_state(memory, state_idx=state_idx, conv_kernel_size=self.state_size)
-        if self.edge == "partial" and self.windows and seen is not None:
+        if self.edge == "partial" and seen is not None:
             # The operator's own edge="partial" counts rows; with padding only positions tell how many are real.
             window = torch.tensor(self.windows, device=y.device)
             y = (y * (window / seen[..., None].clamp(min=1).minimum(window))).to(y.dtype)
@@ -87,6 +88,8 @@ class Mixer(nn.Module):
 class FixedMean(Mixer):
     """Causal Haar approximation coefficients: the mean of the last w values (arXiv 2409.12924, Section 3)."""
 
+    averages = True
+
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
         return wavelet_mix(x, self.windows, state=state)
 
@@ -97,6 +100,8 @@ class LearnableMean(Mixer):
     `kernels` holds one tensor per distinct window w, ascending: (n, w) for the n coordinates that have it, or (w,)
     with `mix_sharing="level"`. Tap j weighs the value j tokens ago.
     """
+
+    averages = True
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
@@ -170,12 +175,26 @@ class Mixers(nn.ModuleList):
     places: ClassVar = {"block": ("output",), "input": ("attention", "feed_forward")}
 
     def __init__(self, config: WaveletGPTConfig, layer: int):
+        self.layer_idx = layer
         self.slots = self.places[config.mix_placement] if config.mixes(layer) else ()
         super().__init__(MIXERS[config.mixing](config) for _ in self.slots)
 
-    def at(self, place: str, hidden: torch.Tensor, **context: Any) -> torch.Tensor:
-        """Mix `hidden` (B, T, E) if this block mixes at `place`, else hand it on."""
+    def at(self, place: str, hidden: torch.Tensor, cache: Any = None, **context: Any) -> torch.Tensor:
+        """Mix `hidden` (B, T, E) if this block mixes at `place`, else hand it on.
+
+        Raises:
+            ValueError: `cache`, of transformers, keeps no mixing state for this block.
+        """
         if place not in self.slots:
             return hidden
+        if cache is not None:
+            # An offloaded cache moves a block's states away with its keys and values, before they are used.
+            layers = [] if cache.offloading else cache.layers[self.layer_idx :]
+            if not layers or not hasattr(layers[0], "conv_states"):
+                raise ValueError(
+                    f"this {type(cache).__name__} keeps no mixing state where it is needed; "
+                    "make it with DynamicCache(config=model.config)"
+                )
+            cache = layers[0]
         idx = self.slots.index(place)
-        return self[idx](hidden, state_idx=idx, **context)
+        return self[idx](hidden, state_idx=idx, cache=cache, **context)

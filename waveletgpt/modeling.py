@@ -8,8 +8,6 @@ Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H head
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -127,7 +125,7 @@ class Block(GradientCheckpointingLayer):
         context = {
             "seen": seen,
             "padding_mask": padding_mask,
-            "cache": past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None,
+            "cache": past_key_values,
         }
 
         def attend(x: torch.Tensor) -> torch.Tensor:
@@ -157,7 +155,9 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    # Engines that bring their own attention and key/value cache (vLLM, SGLang) ask for this and turn the model down
+    # without it: they would decode without the mixing states, silently wrong. `forward` turns down those that insist.
+    _supports_attention_backend = False
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar = {"hidden_states": Block, "attentions": Attention}
 
@@ -170,26 +170,6 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
             # Each block adds two terms to the residual stream: scaled so that its variance stays put (GPT-2, 2.3).
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.out_proj.weight, mean=0.0, std=std)
-
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in Hugging Face; the code goes along, so that `trust_remote_code=True` loads it without this package."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration.WaveletGPTConfig",
-            "AutoModel": "modeling.WaveletGPTModel",
-            "AutoModelForCausalLM": "modeling.WaveletGPTForCausalLM",
-        }
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            here = Path(__file__).parent
-            # Loaded from a checkpoint this file has its siblings beside it, the operator as one file.
-            operator = here / "ops" / "reference.py" if (here / "ops").is_dir() else here / "ops.py"
-            for source, name in (
-                (here / "configuration.py", "configuration.py"),
-                (here / "mixing.py", "mixing.py"),
-                (Path(__file__), "modeling.py"),
-                (operator, "ops.py"),
-            ):
-                shutil.copyfile(source, Path(save_directory) / name)
 
 
 class WaveletGPTModel(WaveletGPTPreTrainedModel):
@@ -215,27 +195,40 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.embed_tokens = value
 
     def _positions(
-        self, hidden: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, past: int
+        self, hidden: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, past: int | torch.Tensor
     ) -> torch.Tensor:
         """(B or 1, T) index of each token among the real ones of its row."""
         T = hidden.shape[1]
         if position_ids is None:
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-            return torch.arange(past, past + T, device=hidden.device)[None]
-        if self.config.mixing != "none" and not torch.compiler.is_compiling() and T > 1:
-            resets = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 0)
-            if bool(resets.any()):
-                raise ValueError(
-                    "position_ids start again inside a row (packed documents): mixing would average across them; "
-                    'give one document per row, or use mixing="none"'
-                )
+            return torch.arange(T, device=hidden.device)[None] + past
         return position_ids
 
-    def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int) -> torch.Tensor:
+    def _refuse_what_mixing_gets_wrong(
+        self, position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None, **kwargs: Any
+    ) -> None:
+        attention = self.config._attn_implementation or ""
+        if attention.startswith(("paged", "sglang", "vllm")):
+            raise ValueError(f"attention {attention!r} brings its own cache, which keeps no mixing states; use generate()")
+        packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"))
+        if position_ids is not None and not torch.compiler.is_compiling():  # a compiler cannot look at values
+            restarts = position_ids.diff(dim=-1) < 1
+            if padding_mask is not None:
+                real = padding_mask.bool()
+                restarts = restarts & real[:, 1:] & real[:, :-1]
+            packed = packed or bool(restarts.any())
+        if packed:
+            raise ValueError(
+                "position_ids or cu_seq_lens put several documents in a row (packing): mixing would average across "
+                'them; give one document per row, or use mixing="none"'
+            )
+
+    def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
         """Token embeddings plus absolute positions, where the scheme has them."""
         if self.embed_positions is not None:
-            if total > self.config.n_positions:
+            # With a static cache the length is a tensor, which a compiler cannot look at.
+            if not (isinstance(total, torch.Tensor) and torch.compiler.is_compiling()) and total > self.config.n_positions:
                 raise ValueError(
                     f"{total} tokens exceed n_positions={self.config.n_positions} of the learned positions; "
                     'shorten the input, or train with position_embedding "rope", "sinusoidal" or "none"'
@@ -265,22 +258,24 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
             past_key_values: a cache made with `DynamicCache(config=model.config)` or `StaticCache(...)`.
 
         Raises:
-            ValueError: packed documents, sequences beyond learned positions, a cache without mixing states.
+            ValueError: packed documents, sequences beyond learned positions, a cache without mixing states, the
+                attention of a serving engine, which brings such a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if any(key in kwargs for key in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")) and self.config.mixing != "none":
-            raise ValueError("packed documents (cu_seq_lens) would be averaged across; give one document per row")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        positions = self._positions(hidden, attention_mask, position_ids, past)
 
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            masks = create_masks(self.config, hidden, attention_mask, past_key_values, positions)
+            # Only positions that were given can mean packing; looking for it in others would cost a synchronisation.
+            masks = create_masks(self.config, hidden, attention_mask, past_key_values, position_ids)
+        if self.config.mixing != "none":
+            self._refuse_what_mixing_gets_wrong(position_ids, masks["linear_attention"], **kwargs)
+        positions = self._positions(hidden, attention_mask, position_ids, past)
         hidden = self._embed(hidden, positions, past + hidden.shape[1])
         rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None
 

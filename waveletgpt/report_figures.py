@@ -56,11 +56,17 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
     return out
 
 
+def paced(record: Record) -> list[tuple[float, float, float]]:
+    """The curve with every step charged the run's mean seconds per step: the clock of the time speed-up."""
+    pace = record.seconds / record.steps if record.steps and math.isfinite(record.seconds) else 0.0
+    return [(step, step * pace, loss) for step, _, loss in record.curve]
+
+
 def _loss_lines(records: Sequence[Record], styles: Styles, pick: Callable[[tuple], Point]) -> list[Line]:
     lines = []
     for name, style in styles.items():
         group = [r for r in records if r.arm == name and r.curve]
-        counted = [r.curve for r in group if r.usable]
+        counted = [paced(r) for r in group if r.usable]
         if len(counted) > 1:
             lines += [Line([pick(p) for p in curve], style, kind="seed") for curve in counted]
         if counted:
@@ -68,7 +74,7 @@ def _loss_lines(records: Sequence[Record], styles: Styles, pick: Callable[[tuple
         for record in group:
             if not record.usable:
                 label = "" if counted else f"{shorten(name, 20)} ({record.info.get('status')})"
-                lines.append(Line([pick(p) for p in record.curve], style, label, "broken"))
+                lines.append(Line([pick(p) for p in paced(record)], style, label, "broken"))
     return lines
 
 
@@ -135,7 +141,7 @@ def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Sty
         lambda width: chart(by_step, width, Axis("training step", 0, end or 1), y, level=level, drops=step_drops,
                             name=f"Held-out loss against training steps: {said}.")
     )  # fmt: skip
-    longest = max((p[1] for r in records for p in r.curve), default=1.0)
+    longest = max((p[1] for r in records for p in paced(r)), default=1.0)
     unit, size = ("s", 1.0) if longest < 120 else ("min", 60.0) if longest < 7200 else ("h", 3600.0)
     by_time = _loss_lines(records, styles, lambda p: (p[1] / size, p[2]))
     time_drops = drops(
@@ -148,7 +154,9 @@ def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Sty
     )  # fmt: skip
     key = legend(styles) if len(styles) > 1 else ""
     return figure(steps, f"Held-out loss by training step. {vertical}{seeds}{crosses}{cut}", key) + figure(
-        times, "The same by training time; evaluation, saving and sampling are not counted.", key
+        times,
+        "The same by training time, at each run's mean speed; evaluation, saving and sampling are not counted.",
+        key,
     )
 
 
@@ -171,7 +179,7 @@ def difference_figure(records: Sequence[Record], summary: dict[str, Any], styles
     if not lines:
         return ""
     end = max(p[0] for line in lines for p in line.points) or 1.0
-    late = [y for line in lines for x, y in line.points if x >= 0.07 * end and math.isfinite(y)] or [0.0]
+    late = [y for line in lines for x, y in line.points if x >= 0.02 * end and math.isfinite(y)] or [0.0]
     low, high = min(0.0, *late), max(0.0, *late)
     pad = 0.06 * (high - low) or 0.1
     drawing = responsive(
@@ -243,8 +251,8 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     return figure(
         f'<div class="pair">{panels}</div>',
         f"<b>{escape(arm)}</b>, block {mixed.block + 1}: every row is one coordinate of the hidden state, every column "
-        "a token of a held-out excerpt. Red is above and blue below the coordinate's mean before mixing, full colour at "
-        f"2.5 of its standard deviations, in both pictures. At the right: the window of the rows.{stride}{excerpt}",
+        "a token of a held-out excerpt. Red is above and blue below the coordinate's mean before mixing, full colour "
+        f"at 2.5 of its standard deviations, in both pictures. At the right: the window of the rows.{stride}{excerpt}",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from waveletgpt.data import MODALITIES, NAMED, DataSettings, NamedSet, prepare
+from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, NamedSet, prepare
 from waveletgpt.data import download as downloading
 from waveletgpt.data.download import download, recorded
 from waveletgpt.data.named import fetch
@@ -86,11 +86,6 @@ def test_download_once(server: Server, tmp_path: Path) -> None:
     assert get(server, path) == path
     assert server.requests == [None]
     assert sorted(file.name for file in path.parent.iterdir()) == [".set.bin.lock", "set.bin"]
-
-
-def test_progress_bar(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    download(url(server), tmp_path / "set.bin", size=len(CONTENT), sha=SHA, progress=True)
-    assert capsys.readouterr().out == ""
 
 
 def test_resumed_after_breaks(server: Server, tmp_path: Path) -> None:
@@ -173,8 +168,11 @@ def known(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Na
     return named
 
 
-def test_a_named_set_end_to_end(known: NamedSet, settings: DataSettings) -> None:
-    store = prepare("known", None, settings, progress=False)
+def test_a_named_set_end_to_end(
+    known: NamedSet, settings: DataSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = prepare("known", None, settings, progress=True)
+    assert capsys.readouterr().out == ""  # the bars go to standard error
     assert store.modality == "text8"
     assert store.meta["split"] == "given"
     assert [store.meta["splits"][split]["bytes"] for split in ("train", "validation", "test")] == [5400, 180, 100]
@@ -214,3 +212,6 @@ def test_the_standard_library_is_here(settings: DataSettings) -> None:
     assert {"os.py", "json/decoder.py"} <= set(names)
     assert not [name for name in names if "/test/" in f"/{name}" or "packages/" in name or not name.endswith(".py")]
     assert names == sorted(names)
+    store = prepare("python-stdlib", None, settings, progress=False)
+    assert (store.modality, store.vocab_size) == ("bytes", 257)
+    assert min(len(store.split(split)) for split in SPLITS) > 100_000

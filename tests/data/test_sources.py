@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import socket
 import tarfile
 import tracemalloc
 import zipfile
@@ -24,6 +25,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from waveletgpt.data import DataSettings, find, prepare
+from waveletgpt.data.encoders import load
 from waveletgpt.data.sources import CHUNK, Document, looks_like_text
 from waveletgpt.errors import UserError
 
@@ -238,6 +240,26 @@ def test_broken_tables_and_empty_files(name: str, content: str, message: str, tm
     assert "\n" not in str(caught.value)
 
 
+@given(damage=st.lists(st.tuples(PLACES, st.integers(0, 255)), max_size=9), cut=PLACES)
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_damaged_tables_give_text_or_a_user_error(
+    damage: list[tuple[int, int]], cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path_factory.mktemp("fuzz")
+    parquet.write_table(pyarrow.table({"text": ["one", "tré", "four"]}), path / "x.parquet", compression="none")
+    (path / "x.jsonl").write_text('{"text": "one"}\n{"text": "tr\\u00e9"}\n')
+    (path / "x.csv").write_text('id,text\n1,"one"\n2,"t\nwo"\n')
+    for file in sorted(path.iterdir()):
+        content = bytearray(file.read_bytes())
+        for place, value in damage:
+            content[place % len(content)] = value
+        file.write_bytes(bytes(content[: len(content) - (cut % len(content) if cut % 2 else 0)]))
+        with contextlib.suppress(UserError):
+            texts(file)
+
+
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("waveletgpt.data.tables.LONGEST", 1000)
     (tmp_path / "x.jsonl").write_text('{"text": "' + "a" * 2000)
@@ -273,6 +295,24 @@ def test_hub_loader_on_a_local_data_set(tmp_path: Path, settings: DataSettings) 
     assert bytes(store.split("test")[:6].tolist()) == b"test 0"
     with pytest.raises(UserError, match='no column "body" but content'):
         prepare(f"hf:{tmp_path / 'set'}", "bytes", DataSettings(cache_dir=settings.cache_dir, column="body"), False)
+
+
+def test_hub_out_of_reach(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    import huggingface_hub.constants
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no such host")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that both are as before afterwards
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(UserError, match=r"^hf:owner/none cannot be loaded from the hub .*check the name"):
+        prepare("hf:owner/none", "bytes", settings, progress=False)
+    with pytest.raises(UserError, match='tokenizer "owner/none" cannot be loaded'):
+        load("owner/none")
 
 
 def test_hub_name_that_is_none(settings: DataSettings) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from waveletgpt.data.hub import fail_soon
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.splits import Spool
 from waveletgpt.errors import UserError
@@ -248,6 +249,8 @@ def load(name: str) -> Any:
     """The Hugging Face tokenizer of this name or in this folder, with a token that ends documents."""
     from transformers import AutoTokenizer
 
+    if not Path(name).is_dir():
+        fail_soon()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

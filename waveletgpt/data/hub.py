@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,21 @@ from waveletgpt.data.store import SPLITS
 from waveletgpt.errors import UserError
 
 PREFIX = "hf:"
+
+
+def fail_soon() -> None:
+    """Without a connection let the hub's libraries use what they have cached, instead of trying for a minute."""
+    proxied = any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"))
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    if proxied or host is None or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        import huggingface_hub.constants
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 class Hub:
@@ -55,7 +73,6 @@ class Hub:
         splits = SPLITS if self.gives_splits else ["train"] if "train" in sets else list(sets)
         for split in splits:
             chosen = ""
-            number = 0
             for number, row in enumerate(self._rows(sets[split]), 1):
                 name = f"{self.name} {split} row {number}"
                 chosen = chosen or tables.choose(self.name, self.settings.column, list(row))
@@ -64,6 +81,7 @@ class Hub:
 
     def _sets(self) -> dict[str, Any]:
         if self._opened is None:
+            fail_soon()  # before datasets, which asks once, when imported
             try:
                 import datasets
             except ImportError:

@@ -120,8 +120,8 @@ def _parquet(stream: Stream, column: str | None) -> Iterator[Row]:
                 name = f"{stream.name} row {number}"
                 if text := text_of(value, name, chosen):
                     yield name, text
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{stream.name} cannot be read, it is broken or truncated ({reason}): get it again") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BATCH = 1 << 20
 """Bytes of text encoded at a time."""
+
+_BEYOND_ASCII = re.compile("[^\\0-\x7f]+")
 
 
 class Normaliser(Protocol):
@@ -65,12 +68,14 @@ class Text8:
 
     def __call__(self, chunk: bytes, last: bool) -> bytes:
         text = self._decode(chunk, last)
-        if text.isascii():
-            data = text.encode().translate(self._ascii)
-            for digit, name in self._digits:
-                data = data.replace(digit, name)
-        else:
-            data = text.translate(encoders.text8_table()).encode()
+        if not text.isascii():
+            table = encoders.text8_table()
+            if len(text.encode()) > 1.1 * len(text):  # so many characters that to look for them costs more
+                text = text.translate(table)
+            text = _BEYOND_ASCII.sub(lambda found: found.group().translate(table), text)
+        data = text.encode().translate(self._ascii)
+        for digit, name in self._digits:
+            data = data.replace(digit, name)
         return self._single_spaces(data)
 
     def _single_spaces(self, data: bytes) -> bytes:

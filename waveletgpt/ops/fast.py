@@ -8,7 +8,8 @@ Shapes: B batch, T tokens, C mixed coordinates, n coordinates that share the win
 
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -22,7 +23,7 @@ from waveletgpt.ops.reference import check_ema, check_mix, group_kernels, group_
 
 Windows = tuple[int, ...]
 Groups = dict[int, list[int]]  # window: its coordinates
-Spans = list[tuple[int, int, int]]  # window, its first coordinate, the one after its last
+Span = tuple[int, int, int]  # window, its first coordinate, the one after its last
 
 # Elements worked on at a time on a CPU (1 MB of float32): more leaves the cache, less is call overhead.
 BLOCK = 1 << 18
@@ -42,8 +43,8 @@ def wavelet_mix(
     """See `reference.wavelet_mix`; it differs by rounding, and for inputs that are not finite or huge.
 
     Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 64 taps (4 without
-    oneDNN, and in float64) go through an FFT: there a NaN reaches all tokens of its coordinate and sequence, and the
-    rounding of a huge input those before it.
+    oneDNN, and in float64) go through an FFT: the rounding of a huge input reaches tokens before it. On other devices
+    than a CPU, a NaN reaches there all tokens of its coordinate and sequence, and 64 tokens through shorter kernels.
     """
     check_mix(x, edge, state)
     windows, groups = _grouped(windows, x.shape[2], kernels is None)
@@ -103,7 +104,9 @@ def _newest(signal: Tensor, groups: Groups, kernels: list[Tensor] | None) -> Ten
     wide = torch.promote_types(signal.dtype, torch.float32)
     parts, order = [], []
     for i, (window, members) in enumerate(groups.items()):
-        past = signal[:, -window:, _columns(members)]
+        consecutive = members[-1] - members[0] + 1 == len(members)
+        columns = slice(members[0], members[-1] + 1) if consecutive else members  # a slice needs no copy
+        past = signal[:, -window:, columns]
         if kernels is None:
             parts.append(past.sum(1, keepdim=True, dtype=wide) / window)
         else:
@@ -113,11 +116,6 @@ def _newest(signal: Tensor, groups: Groups, kernels: list[Tensor] | None) -> Ten
     y = torch.cat(parts, dim=2)
     places = sorted(range(len(order)), key=order.__getitem__)
     return y if places == order else y[..., places]
-
-
-def _columns(members: list[int]) -> slice | list[int]:
-    """A slice where it will do: it needs no copy."""
-    return slice(members[0], members[-1] + 1) if len(members) == members[-1] - members[0] + 1 else members
 
 
 def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -149,7 +147,17 @@ class _Sorted:
         self.order = None if self.windows == windows else order
         starts = [c for c, w in enumerate(self.windows) if c == 0 or w != self.windows[c - 1]]
         ends = [*starts[1:], len(windows)]
-        self.groups: Spans = [(self.windows[start], start, end) for start, end in zip(starts, ends, strict=True)]
+        self.groups: list[Span] = [(self.windows[start], start, end) for start, end in zip(starts, ends, strict=True)]
+
+    def sort(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x[..., self.order]
+
+    def restore(self, y: Tensor) -> Tensor:
+        if self.order is None:
+            return y
+        restored = _contiguous(y)
+        restored[..., self.order] = y
+        return restored
 
 
 _sorted = lru_cache(maxsize=256)(_Sorted)
@@ -180,10 +188,7 @@ class _Mean(torch.autograd.Function):
 @_opaque("mean(Tensor x, int[] windows, bool reverse) -> Tensor", lambda x, windows, reverse: _contiguous(x))
 def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
     layout = _sorted(tuple(windows))
-    if layout.order is not None:
-        y = _contiguous(x)
-        y[..., layout.order] = _mean_op(x[..., layout.order], layout.windows, reverse)
-        return y
+    x = layout.sort(x)
     batch, tokens, coordinates = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.device.type == "cpu":
@@ -201,7 +206,7 @@ def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
             part = x[b : b + rows, :, c : c + columns]
             run = cascade(wide, x.device, threading.get_ident(), part.shape[0], tokens, at, reverse)
             run(part, y[b : b + rows, :, c : c + columns])
-    return y
+    return layout.restore(y)
 
 
 class _Cascade:
@@ -213,7 +218,7 @@ class _Cascade:
     and slicing would cost more than the sums.
     """
 
-    def __init__(self, like: Tensor, batch: int, tokens: int, groups: Spans, reverse: bool) -> None:
+    def __init__(self, like: Tensor, batch: int, tokens: int, groups: list[Span], reverse: bool) -> None:
         reach = 1 << (tokens - 1).bit_length()  # a longer window sees nothing more
         outside = min(groups[-1][0], reach) // 2
         first = 0 if reverse else outside
@@ -278,53 +283,58 @@ def _fake_backward(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Seq
 
 @_opaque("filter(Tensor x, int[] windows, Tensor[] kernels) -> Tensor", lambda x, windows, kernels: _contiguous(x))
 def _filter_op(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> Tensor:
-    y = _contiguous(x)
-    for columns, signal, taps in _by_window(x, windows, kernels):
-        y[..., columns] = _apply(signal, taps, reverse=False)
-    return y
+    layout, signal, taps = _sorted_and_wide(x, windows, kernels)
+    y = torch.empty_like(signal)
+    _filter(signal, taps, layout.windows, False, y)
+    if x.device.type == "cpu" and not y.sum().isfinite():
+        # Together, coordinates are given taps of 0 beyond their windows, and 0 times NaN is NaN: do it one by one.
+        for window, start, end in layout.groups:
+            y[..., start:end] = _directly(signal[..., start:end], taps[start:end, :window], False)
+    return layout.restore(y).to(x.dtype)
 
 
 @_opaque("filter_backward(Tensor grad, Tensor x, int[] windows, Tensor[] kernels) -> Tensor[]", _fake_backward)
 def _filter_backward_op(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> list[Tensor]:
-    grad_x, grad_kernels = _contiguous(x), []
-    groups = zip(_by_window(grad, windows, kernels), _by_window(x, windows, kernels), kernels, strict=True)
-    for (columns, g, taps), (_, signal, _), kernel in groups:
-        count, tokens = taps.shape[1], x.shape[1]
+    layout, signal, taps = _sorted_and_wide(x, windows, kernels)
+    grad = layout.sort(grad).to(signal.dtype)
+    grad_x = torch.empty_like(signal)
+    _filter(grad, taps, layout.windows, True, grad_x)
+    grad_taps = _tap_gradients(grad, signal, taps.shape[1], layout.windows)
+    grad_kernels = [
+        F.pad(grad_taps[start:end, :window], (0, max(0, window - taps.shape[1]))).to(kernel.dtype).contiguous()
+        for (window, start, end), kernel in zip(layout.groups, kernels, strict=True)
+    ]
+    return [layout.restore(grad_x).to(x.dtype), *grad_kernels]
+
+
+def _sorted_and_wide(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> tuple[_Sorted, Tensor, Tensor]:
+    """Coordinates by ascending window, their signals (B, T, C), and their taps (C, at most T), filled up with 0."""
+    layout = _sorted(tuple(windows))
+    signal = layout.sort(x).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    taps = signal.new_zeros(x.shape[2], min(layout.windows[-1], x.shape[1]))
+    for (window, start, end), kernel in zip(layout.groups, kernels, strict=True):
+        taps[start:end, :window] = kernel[:, : taps.shape[1]]
+    return layout, signal, taps
+
+
+def _filter(signal: Tensor, taps: Tensor, windows: Windows, reverse: bool, out: Tensor) -> None:
+    """Sum of taps[j] signal[t - j] over j (t + j in reverse): short windows together, and long ones together."""
+    tokens, count = signal.shape[1], taps.shape[1]
+    limit = CONVOLUTION_TAPS if _convolves(signal) else SHIFT_TAPS
+    short = len(windows) if count <= limit else bisect_right(windows, limit)
+    if short:
+        out[..., :short] = _directly(signal[..., :short], taps[:short, : windows[short - 1]], reverse)
+    if short < len(windows):
         length = _fft_length(tokens + count - 1)
-        spectrum = _spectrum(g, length) if count > GRADIENT_TAPS else None
-        grad_x[..., columns] = _apply(g, taps, reverse=True, spectrum=spectrum)
-        if spectrum is None:
-            products = [(g[:, j:] * signal[:, : tokens - j]).sum((0, 1)) for j in range(count)]
-            grad_taps = torch.stack(products, dim=1)
-        else:
-            grad_taps = torch.fft.irfft((spectrum * _spectrum(signal, length).conj()).sum(0), length)[:, :count]
-        grad_kernels.append(F.pad(grad_taps, (0, kernel.shape[1] - count)).to(kernel.dtype).contiguous())
-    return [grad_x, *grad_kernels]
+        response = torch.fft.rfft(taps[short:], length)
+        product = _spectrum(signal[..., short:], length) * (response.conj() if reverse else response)
+        out[..., short:] = torch.fft.irfft(product, length)[..., :tokens].transpose(1, 2)
 
 
-def _by_window(
-    x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]
-) -> Iterator[tuple[slice | list[int], Tensor, Tensor]]:
-    """For each distinct window its coordinates, their signals (B, T, n) and their taps (n, at most T)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    groups = _remembered_groups(tuple(windows), x.shape[2], False)
-    for members, kernel in zip(groups.values(), kernels, strict=True):
-        columns = _columns(members)
-        yield columns, x[..., columns].to(wide).contiguous(), kernel[:, : x.shape[1]].to(wide)
-
-
-def _apply(signal: Tensor, taps: Tensor, reverse: bool, spectrum: Tensor | None = None) -> Tensor:
-    """Sum of taps[j] signal[t - j] over j (t + j in reverse), by the fastest way for this many taps."""
+def _directly(signal: Tensor, taps: Tensor, reverse: bool) -> Tensor:
     tokens, (coordinates, count) = signal.shape[1], taps.shape
-    fast = signal.dtype == torch.float32 and (signal.device.type != "cpu" or torch.backends.mkldnn.is_available())
-    if count > (CONVOLUTION_TAPS if fast else SHIFT_TAPS):
-        length = _fft_length(tokens + count - 1)
-        response = torch.fft.rfft(taps, length)
-        spectrum = _spectrum(signal, length) if spectrum is None else spectrum
-        y = torch.fft.irfft(spectrum * (response.conj() if reverse else response), length)
-        return y[..., :tokens].transpose(1, 2)
-    if fast:
-        # (B, T, n) is an image of height 1 with its channels last: oneDNN takes it without a copy.
+    if _convolves(signal):
+        # (B, T, n) is an image of height 1 with its channels last: oneDNN takes it as it is.
         image, weight = signal.transpose(1, 2).unsqueeze(2), (taps if reverse else taps.flip(1))[:, None, None]
         with torch.autocast(signal.device.type, enabled=False):
             y = F.conv2d(image, weight, padding=(0, count - 1), groups=coordinates)
@@ -336,6 +346,26 @@ def _apply(signal: Tensor, taps: Tensor, reverse: bool, spectrum: Tensor | None 
             now, then = then, now
         y[:, now].addcmul_(signal[:, then], taps[:, j])
     return y
+
+
+def _convolves(signal: Tensor) -> bool:
+    return signal.dtype == torch.float32 and (signal.device.type != "cpu" or torch.backends.mkldnn.is_available())
+
+
+def _tap_gradients(grad: Tensor, signal: Tensor, count: int, windows: Windows) -> Tensor:
+    """Sum of grad[t] signal[t - j] over B and t for every coordinate and tap j: (C, count)."""
+    tokens = signal.shape[1]
+    result = signal.new_zeros(len(windows), count)
+    short = len(windows) if count <= GRADIENT_TAPS else bisect_right(windows, GRADIENT_TAPS)
+    for j in range(min(count, windows[short - 1]) if short else 0):
+        first = bisect_right(windows, j)  # the others have no tap j
+        late, early = grad[:, j:, first:short], signal[:, : tokens - j, first:short]
+        result[first:short, j] = (late * early).sum((0, 1))
+    if short < len(windows):
+        length = _fft_length(tokens + count - 1)
+        late, early = (_spectrum(part[..., short:], length) for part in (grad, signal))
+        result[short:] = torch.fft.irfft((late * early.conj()).sum(0), length)[:, :count]
+    return result
 
 
 def _spectrum(signal: Tensor, length: int) -> Tensor:

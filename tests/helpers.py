@@ -1,0 +1,55 @@
+"""Small real inputs for the tests: a generated text, its token store, a recipe that trains in a second."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from waveletgpt.data import DataSettings, TokenStore, prepare
+from waveletgpt.recipe import Recipe
+
+WORDS = "the cat sat on a mat while seven quiet birds sang in old trees and rain fell over the long grey road home".split()
+
+
+def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
+    """A file of random words: learnable in a few steps (letters of a word follow each other)."""
+    rng = random.Random(seed)
+    path.write_text(" ".join(rng.choice(WORDS) for _ in range(words)), encoding="utf-8")
+    return path
+
+
+def make_store(folder: Path, words: int = 6000) -> TokenStore:
+    """A chars store of generated text, cached below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_text(folder / "words.txt", words)
+    return prepare(str(path), "chars", DataSettings(cache_dir=str(folder / "cache")), progress=False)
+
+
+def tiny_recipe(**changes: object) -> Recipe:
+    """2 blocks of width 16 on 16 tokens, 12 steps, a checkpoint every 3."""
+    base = {
+        "preset": "tiny",
+        "max_steps": 12,
+        "batch_size": 4,
+        "device": "cpu",
+        "modality": "chars",
+        "n_embd": 16,
+        "n_head": 2,
+        "n_positions": 16,
+        "eval_every": 3,
+        "eval_windows": 8,
+        "log_every": 1,
+        "save_every": 3,
+        "samples": 1,
+        "sample_tokens": 8,
+        "threads": 1,
+    }
+    return Recipe().override({**base, **changes}, "test")
+
+
+def waveletgpt(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, as a user does."""
+    command = [sys.executable, "-m", "waveletgpt", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]

@@ -1,0 +1,360 @@
+"""Training: exact resume, atomic checkpoints, the same batches for every arm, and plain words when it goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import make_store, tiny_recipe
+from waveletgpt.data import TokenStore
+from waveletgpt.errors import UserError
+from waveletgpt.runs import RunFolder
+from waveletgpt.training import Diverged, FixedWindows, Interrupted, RandomWindows, Recorder, build_model, train
+
+DATA = "words.txt"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train(tiny_recipe(), store, tmp_path_factory.mktemp("runs") / "whole", data=DATA, show_progress=False)
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.path / "model.safetensors")
+
+
+def assert_same_weights(a: RunFolder, b: RunFolder) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def without_seconds(run: RunFolder) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
+
+
+# ------------------------------------------------------------------------------------------------------------- windows
+
+
+def test_random_windows_depend_on_seed_and_index_alone() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    forward = [RandomWindows(tokens, 8, 50, seed=3)[i]["input_ids"].tolist() for i in range(50)]
+    other = RandomWindows(tokens, 8, 99, seed=3)
+    assert [other[i]["input_ids"].tolist() for i in reversed(range(50))] == forward[::-1]
+    assert [RandomWindows(tokens, 8, 50, seed=4)[i]["input_ids"].tolist() for i in range(50)] != forward
+
+
+def test_random_windows_reach_both_ends_and_stay_inside() -> None:
+    tokens = np.arange(20, dtype=np.uint16)
+    data = RandomWindows(tokens, 8, 400, seed=0)
+    items = [data[i] for i in range(len(data))]
+    starts = {int(item["input_ids"][0]) for item in items}
+    assert starts == set(range(12))  # 20 tokens hold 12 windows of 8 + 1
+    for item in items:
+        assert torch.equal(item["shift_labels"], item["input_ids"] + 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12, 100])
+def test_fixed_windows_do_not_overlap(count: int) -> None:
+    data = FixedWindows(np.arange(101, dtype=np.uint16), 8, count)
+    seen = [int(t) for i in range(len(data)) for t in data[i]["input_ids"]]
+    assert len(seen) == len(set(seen)) == 8 * min(count, 12)
+
+
+def test_arms_start_from_the_same_weights(store: TokenStore) -> None:
+    none = dict(build_model(tiny_recipe(mixing="none"), store).named_parameters())
+    for mixing in ("fixed", "learnable", "ema", "conv"):
+        other = dict(build_model(tiny_recipe(mixing=mixing), store).named_parameters())
+        for name, value in none.items():
+            assert torch.equal(value, other[name]), (mixing, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+
+def test_run_folder_is_complete(undisturbed: RunFolder, store: TokenStore) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    info = undisturbed.info
+    assert info["status"] == "finished"
+    assert info["recipe"]["max_steps"] == 12
+    assert info["environment"]["torch"] == torch.__version__
+    rows = undisturbed.metrics()
+    assert [row["step"] for row in rows if "nll" in row] == [0, 3, 6, 9, 12]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
+    assert info["result"]["final_nll"] == rows[-1]["nll"] < rows[0]["nll"]
+    assert info["result"]["tokens"] == 12 * 4 * 16
+    bits = info["result"]["final_nll"] / np.log(2) / store.bytes_per_token("validation")
+    assert info["result"]["bits_per_byte"] == pytest.approx(bits)
+    assert len(undisturbed.checkpoints()) == 2  # rotated
+    model = AutoModelForCausalLM.from_pretrained(undisturbed.path)
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed.path)
+    assert model(**tokenizer("the cat", return_tensors="pt")).logits.shape[-1] == store.vocab_size
+    assert not list(undisturbed.path.rglob("training_args.bin"))
+    assert not (undisturbed.path / ".saving").exists()
+
+
+def test_held_out_loss_is_that_of_a_plain_loop(undisturbed: RunFolder, store: TokenStore) -> None:
+    from waveletgpt.modeling import WaveletGPTForCausalLM
+
+    model = WaveletGPTForCausalLM.from_pretrained(undisturbed.path).eval()
+    data = FixedWindows(store.split("validation"), 16, 8)
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(data[i]["input_ids"][None]).logits[0], data[i]["shift_labels"])
+            for i in range(len(data))
+        ]
+    assert undisturbed.info["result"]["final_nll"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
+def test_weight_decay_spares_biases_norms_and_kernels(store: TokenStore) -> None:
+    from waveletgpt.training import RunTrainer
+
+    model = build_model(tiny_recipe(mixing="learnable"), store)
+    decayed = set(RunTrainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    assert all("kernels" not in name and "norm" not in name and not name.endswith("bias") for name in decayed)
+    assert {"model.embed_tokens.weight", "model.blocks.0.attention.qkv_proj.weight"} <= decayed
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("extra", [{}, {"accumulation": 2}, {"precision": "bf16"}, {"mixing": "learnable", "dropout": 0.1}])
+def test_interrupted_run_resumes_bit_for_bit(
+    extra: dict, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(**extra)
+    whole = train(recipe, store, tmp_path / "whole", data=DATA, show_progress=False)
+    original = Recorder.on_step_end
+
+    def interrupt_at_5(self: Recorder, args, state, control, **kwargs) -> None:
+        self.interrupted = self.interrupted or state.global_step == 5
+        original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", interrupt_at_5)
+        with pytest.raises(Interrupted, match="step 5 of 12"):
+            train(recipe, store, tmp_path / "parts", data=DATA, show_progress=False)
+    assert RunFolder(tmp_path / "parts").info["status"] == "interrupted"
+    parts = train(recipe, store, tmp_path / "parts", data=DATA, resume=True, show_progress=False)
+    assert_same_weights(whole, parts)
+    losses = [[(r["step"], r["loss"]) for r in run.metrics() if "loss" in r] for run in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed: RunFolder, store: TokenStore) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*") if path.is_file()}
+    train(tiny_recipe(), store, undisturbed.path, data=DATA, resume=True, show_progress=False)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*") if path.is_file()}
+
+
+TRAIN = """
+import sys; sys.path.insert(0, {root!r})
+from tests.helpers import tiny_recipe
+from waveletgpt.data import TokenStore
+from waveletgpt.training import train
+print("ready", flush=True)
+train(tiny_recipe(max_steps={steps}, save_every=2, eval_every=4), TokenStore.open({store!r}), {out!r}, data="words.txt",
+      resume=True, show_progress=False)
+"""
+
+
+def start(store: TokenStore, out: Path, steps: int) -> subprocess.Popen:
+    root = str(Path(__file__).parent.parent)
+    code = TRAIN.format(root=root, steps=steps, store=str(store.path), out=str(out))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_kill_9_at_random_moments_changes_no_bit(store: TokenStore, tmp_path: Path) -> None:
+    steps, rng = 60, random.Random(0)
+    recipe = tiny_recipe(max_steps=steps, save_every=2, eval_every=4)
+    whole = train(recipe, store, tmp_path / "whole", data=DATA, show_progress=False)
+    out = tmp_path / "killed"
+    kills = 0
+    for _ in range(int(os.environ.get("WAVELETGPT_TEST_KILLS", 3))):
+        process = start(store, out, steps)
+        assert process.stdout is not None
+        process.stdout.readline()  # imports are done: from here on it prepares, trains, saves
+        time.sleep(rng.uniform(0.05, 1.5))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    process = start(store, out, steps)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert kills
+    killed = RunFolder(out)
+    assert_same_weights(whole, killed)
+    assert without_seconds(whole) == without_seconds(killed)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(store: TokenStore, tmp_path: Path) -> None:
+    data = store.path.parent.parent.parent / "words.txt"
+    words = [
+        *(sys.executable, "-m", "waveletgpt", "train", data, "--modality", "chars", "--cache-dir", tmp_path / "cache"),
+        *("--preset", "tiny", "--max-steps", "100000", "--device", "cpu", "--out", tmp_path / "run"),
+    ]
+    process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() or not RunFolder(tmp_path / "run").metrics():
+        assert time.time() < deadline
+        assert process.poll() is None, process.stderr
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    run = RunFolder.open(tmp_path / "run")
+    assert run.info["status"] == "interrupted"
+    assert run.checkpoints()
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_refuses_an_out_that_holds_another_run(undisturbed: RunFolder, store: TokenStore) -> None:
+    with pytest.raises(UserError, match=r"already holds a run \(finished\)"):
+        train(tiny_recipe(), store, undisturbed.path, data=DATA, show_progress=False)
+
+
+def test_refuses_to_resume_with_other_settings(undisturbed: RunFolder, store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lr is 0\.1, the run .* has 0\.002"):
+        train(tiny_recipe(lr=0.1), store, undisturbed.path, data=DATA, resume=True, show_progress=False)
+    with pytest.raises(UserError, match=r"model\.n_embd is 32"):
+        train(tiny_recipe(n_embd=32), store, undisturbed.path, data=DATA, resume=True, show_progress=False)
+    other = make_store(tmp_path / "other", words=5000)
+    with pytest.raises(UserError, match="other data"):
+        train(tiny_recipe(), other, undisturbed.path, data=DATA, resume=True, show_progress=False)
+
+
+def test_refuses_folders_and_files_that_are_no_run(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        train(tiny_recipe(), store, tmp_path / "file", data=DATA, show_progress=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        train(tiny_recipe(), store, tmp_path / "full", data=DATA, show_progress=False)
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_truncated_checkpoint_is_named(name: str, store: TokenStore, tmp_path: Path) -> None:
+    run = train(tiny_recipe(max_steps=6), store, tmp_path / "run", data=DATA, show_progress=False)
+    run.update_info(status="interrupted")
+    file = run.checkpoints()[-1][1] / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoint-6 is broken .*delete it"):
+        train(tiny_recipe(max_steps=6), store, tmp_path / "run", data=DATA, resume=True, show_progress=False)
+
+
+def test_too_short_data(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train split has \d+ tokens, a window needs 100001"):
+        train(tiny_recipe(n_positions=100000), store, tmp_path / "run", data=DATA, show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_device_that_is_not_there(store: TokenStore, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="--device cuda"):
+        train(tiny_recipe(device="cuda"), store, tmp_path / "run", data=DATA, show_progress=False)
+
+
+def test_diverging_run_stops_with_a_diagnosis(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(lr=1e30, clip=1e30, schedule="constant", warmup_steps=0)
+    with pytest.raises(Diverged, match=r"loss became (nan|inf).*--lr"):
+        train(recipe, store, tmp_path / "run", data=DATA, show_progress=False)
+    info = RunFolder(tmp_path / "run").info
+    assert info["status"] == "failed"
+    assert "--lr" in info["error"]
+    for _, folder in RunFolder(tmp_path / "run").checkpoints():
+        assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_saved(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    original = Trainer._save_optimizer_and_scheduler
+
+    def full(self: Trainer, output_dir: str) -> None:
+        if self.state.global_step >= 6:
+            raise OSError(28, "No space left on device")
+        original(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(UserError, match=r"no room left.*--resume"):
+        train(tiny_recipe(), store, tmp_path / "run", data=DATA, show_progress=False)
+    assert [step for step, _ in RunFolder(tmp_path / "run").checkpoints()] == [3]
+    monkeypatch.undo()
+    whole = train(tiny_recipe(), store, tmp_path / "whole", data=DATA, show_progress=False)
+    assert_same_weights(
+        whole, train(tiny_recipe(), store, tmp_path / "run", data=DATA, resume=True, show_progress=False)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "plateau"])
+def test_schedules(schedule: str, store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(schedule=schedule, max_steps=20, warmup_steps=4, eval_every=1)
+    run = train(recipe, store, tmp_path / "run", data=DATA, show_progress=False)
+    rates = [row["lr"] for row in run.metrics() if "loss" in row]
+    if schedule != "plateau":
+        assert rates[0] < rates[2] < rates[4] == pytest.approx(recipe.lr)  # warm-up
+    ends = {"cosine": 0.1 * recipe.lr, "linear": 0.0, "constant": recipe.lr}
+    if schedule in ends:
+        assert rates[-1] == pytest.approx(ends[schedule], abs=0.08 * recipe.lr)
+    else:
+        assert set(np.round(np.log10(np.array(rates) / recipe.lr), 6)) <= {0.0, -1.0, -2.0, -3.0}
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_are_one_with_twice_the_batch(store: TokenStore, tmp_path: Path) -> None:
+    data = store.path.parent.parent.parent / "words.txt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [
+        *("train", data, "--modality", "chars", "--cache-dir", tmp_path / "cache", "--preset", "tiny"),
+        *("--max-steps", 12, "--device", "cpu", "--training.eval-every", 4, "--training.log-every", 1),
+        *("--training.eval-windows", 16, "--training.threads", 1, "--model.n-positions", 32),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    for prefix, batch, out in (([*launch, "-m"], 4, "two"), ([sys.executable, "-m"], 8, "one")):
+        command = [*prefix, "waveletgpt", *words, "--batch-size", batch, "--out", tmp_path / out]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    one, two = (RunFolder(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one.metrics(), two.metrics(), strict=True):
+        assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
+        key = "loss" if "loss" in a else "nll"
+        assert a[key] == pytest.approx(b[key], abs=2e-4)  # float32 sums in another order
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["environment"]["processes"] == 2
