@@ -10,7 +10,8 @@ from pathlib import Path
 from waveletgpt.data import DataSettings, TokenStore, prepare
 from waveletgpt.recipe import Recipe
 
-WORDS = "the cat sat on a mat while seven quiet birds sang in old trees and rain fell over the long grey road home".split()
+TEXT = "the cat sat on a mat while seven quiet birds sang in old trees and rain fell over the long grey road home"
+WORDS = TEXT.split(" ")
 
 
 def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:

@@ -83,7 +83,7 @@ def test_broken_recipe_files(content: bytes, message: str, tmp_path: Path) -> No
 
 
 def test_missing_recipe_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the recipe .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read the recipe .*No such file"):
         load_recipe(tmp_path / "none.yaml")
 
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from tests.helpers import make_store, tiny_recipe
 from waveletgpt.data import TokenStore
+from waveletgpt.data.windows import FixedWindows, RandomWindows
 from waveletgpt.errors import UserError
 from waveletgpt.runs import RunFolder
-from waveletgpt.training import Diverged, FixedWindows, Interrupted, RandomWindows, Recorder, build_model, train
+from waveletgpt.training import Diverged, Interrupted, Recorder, build_model, train
 
 DATA = "words.txt"
 
@@ -50,9 +51,6 @@ def assert_same_weights(a: RunFolder, b: RunFolder) -> None:
 
 def without_seconds(run: RunFolder) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in run.metrics()]
-
-
-# ------------------------------------------------------------------------------------------------------------- windows
 
 
 def test_random_windows_depend_on_seed_and_index_alone() -> None:
@@ -86,9 +84,6 @@ def test_arms_start_from_the_same_weights(store: TokenStore) -> None:
         other = dict(build_model(tiny_recipe(mixing=mixing), store).named_parameters())
         for name, value in none.items():
             assert torch.equal(value, other[name]), (mixing, name)
-
-
-# ----------------------------------------------------------------------------------------------------------- run folder
 
 
 def test_run_folder_is_complete(undisturbed: RunFolder, store: TokenStore) -> None:
@@ -136,10 +131,9 @@ def test_weight_decay_spares_biases_norms_and_kernels(store: TokenStore) -> None
     assert {"model.embed_tokens.weight", "model.blocks.0.attention.qkv_proj.weight"} <= decayed
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize("extra", [{}, {"accumulation": 2}, {"precision": "bf16"}, {"mixing": "learnable", "dropout": 0.1}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"accumulation": 2}, {"precision": "bf16"}, {"mixing": "learnable", "dropout": 0.1}]
+)
 def test_interrupted_run_resumes_bit_for_bit(
     extra: dict, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,9 +225,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(store: TokenStore, tmp_path: Path) -
     assert run.checkpoints()
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
-
-
 def test_refuses_an_out_that_holds_another_run(undisturbed: RunFolder, store: TokenStore) -> None:
     with pytest.raises(UserError, match=r"already holds a run \(finished\)"):
         train(tiny_recipe(), store, undisturbed.path, data=DATA, show_progress=False)
@@ -317,9 +308,6 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- schedules
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "plateau"])
 def test_schedules(schedule: str, store: TokenStore, tmp_path: Path) -> None:
     recipe = tiny_recipe(schedule=schedule, max_steps=20, warmup_steps=4, eval_every=1)
@@ -332,9 +320,6 @@ def test_schedules(schedule: str, store: TokenStore, tmp_path: Path) -> None:
         assert rates[-1] == pytest.approx(ends[schedule], abs=0.08 * recipe.lr)
     else:
         assert set(np.round(np.log10(np.array(rates) / recipe.lr), 6)) <= {0.0, -1.0, -2.0, -3.0}
-
-
-# ------------------------------------------------------------------------------------------------------- two processes
 
 
 def test_two_processes_are_one_with_twice_the_batch(store: TokenStore, tmp_path: Path) -> None:

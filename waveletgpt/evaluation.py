@@ -13,12 +13,13 @@ from transformers.utils import logging as transformers_logging
 from .configuration import WaveletGPTConfig
 from .cost import describe
 from .data import DataSettings, TokenStore, prepare
+from .data.windows import FixedWindows
 from .errors import UserError, suggest
 from .generation import generate_tokens
 from .modeling import WaveletGPTForCausalLM
 from .recipe import PRESETS, Recipe
 from .runs import RunFolder
-from .training import FixedWindows, choose_device
+from .training import choose_device
 
 
 def load_model(run: RunFolder, device: str = "auto") -> WaveletGPTForCausalLM:
@@ -37,7 +38,8 @@ def load_model(run: RunFolder, device: str = "auto") -> WaveletGPTForCausalLM:
         model = WaveletGPTForCausalLM.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.to(place).eval()
+    model.to(place)  # type: ignore[arg-type]
+    return model.eval()
 
 
 def load_store(run: RunFolder) -> TokenStore:
@@ -118,7 +120,7 @@ def generate_from_run(folder: str | Path, prompt: str | None, *, device: str = "
     ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else start
     rows = generate_tokens(model, ids, **settings)
     shown = ids if prompt else []
-    return [tokenizer.decode([*shown, *row]) for row in rows]
+    return [str(tokenizer.decode([*shown, *row])) for row in rows]
 
 
 def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:

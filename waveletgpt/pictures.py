@@ -148,7 +148,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 def text_width(text: str, size: float = 12.5) -> float:
     """Width in pixels of a bold sans-serif text, on the generous side: the reader's font is not known."""
-    return 0.63 * size * len(text)
+    return 0.68 * size * len(text)
 
 
 def shorten(text: str, length: int) -> str:
@@ -188,7 +188,7 @@ def chart(
         drops: vertical lines from that level to the x axis.
     """
     small = width < 500
-    labels = [] if small else [line for line in lines if line.label and line.points and line.kind != "broken"]
+    labels = [] if small else [line for line in lines if line.label and line.points and not _stops_early(line, x)]
     right = 14.0 if not labels else 22 + max(text_width(shorten(line.label, 24)) for line in labels)
     y_ticks = y.ticks if y.ticks is not None else round_ticks(y.low, y.high, 5)
     x_ticks = x.ticks if x.ticks is not None else round_ticks(x.low, x.high, 4 if small else 8)
@@ -224,6 +224,11 @@ def chart(
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name, quote=True)}">'
         f"{''.join(frame.parts)}</svg>"
     )
+
+
+def _stops_early(line: Line, axis: Axis) -> bool:
+    """Whether a run's label belongs beside its cross: at the right edge it would lie under the others' labels."""
+    return line.kind == "broken" and line.points[-1][0] < axis.low + 0.6 * (axis.high - axis.low)
 
 
 def _curve(frame: Frame, line: Line) -> str:
@@ -263,7 +268,7 @@ def _curve(frame: Frame, line: Line) -> str:
     if line.kind == "broken" and shown:
         x, y = shown[-1]
         out.append(f'<path class="cross" d="M{x - 4:.1f},{y - 4:.1f}l8,8m0,-8l-8,8"/>')
-        if line.label:
+        if line.label and _stops_early(line, frame.x):
             out.append(f'<text class="label halo" x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(line.label)}</text>')
     return f'<g class="{css}">{"".join(out)}</g>'
 

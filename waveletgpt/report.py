@@ -303,7 +303,7 @@ def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
     commands = list(dict.fromkeys(str(r.info.get("command") or "") for r in records))
     text = "\n".join(command for command in commands if command)
     if text:
-        parts.append(f'<h3>To run it again</h3><pre>{escape(text)}</pre>')
+        parts.append(f"<h3>To run it again</h3><pre>{escape(text)}</pre>")
     return "".join(parts)
 
 

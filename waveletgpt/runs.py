@@ -1,4 +1,4 @@
-"""A run folder: everything about one trained model, on disk. Training writes it; `compare` and `report` read nothing else.
+"""A run folder: everything about one trained model, on disk. Training writes it; `compare` and `report` read only it.
 
     run.json          resolved recipe, arm, seed, data, model size, environment, command, result (see `RunFolder.info`)
     metrics.jsonl     one line per logging or evaluation: {"step", "tokens", "seconds", "loss" | "nll", ...}
@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 from .errors import UserError
 
 SCHEMA = 1
+# Checkpoints are written here, inside the run folder, and moved to their place when whole.
+STAGING = ".saving"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -155,3 +158,43 @@ def find_runs(folder: str | Path) -> Iterator[RunFolder]:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.name.startswith("."):
                 yield from find_runs(child)
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Move a finished folder to its place, through to the disk; whatever was there goes after it is replaced."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():
+        os.replace(place, old)
+    os.replace(folder, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write, which libraries report in several ways, into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in (28, 122) or any(
+            word in text for word in ("No space left", "os error 28", "file write failed", "unexpected pos")
+        )
+        if full:
+            raise UserError(
+                f"no room left to write in {path}; free some space and go on with --resume: "
+                "the checkpoints before are whole"
+            ) from None
+        if (
+            isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | IsADirectoryError)
+            and str(path) in text
+        ):
+            raise UserError(f"cannot write in {path}: {error.strerror}; name another --out") from None
+        raise

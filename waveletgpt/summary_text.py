@@ -43,8 +43,12 @@ def arm_sentence(summary: dict[str, Any], name: str) -> str:
 
 
 def best_arm(summary: dict[str, Any]) -> str | None:
-    """The arm with the largest step speed-up; None where no arm has one."""
-    speedups = {name: arm["step_speedup"] for name, arm in summary["arms"].items() if arm.get("step_speedup")}
+    """The arm with the largest time speed-up (step speed-up, where no seconds are known); None where none has one."""
+    speedups = {
+        name: arm["time_speedup"] or arm["step_speedup"]
+        for name, arm in summary["arms"].items()
+        if arm.get("step_speedup")
+    }
     return max(speedups, key=lambda name: speedups[name]) if speedups else None
 
 
@@ -60,7 +64,7 @@ def headline_arm(summary: dict[str, Any]) -> str | None:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The result in one sentence: of the arm with the largest step speed-up, or that none got there."""
+    """The result in one sentence: of the arm with the largest speed-up, or that none got there."""
     arms, name = summary["arms"], headline_arm(summary)
     others = sum(bool(arm["seeds"]) for other, arm in arms.items() if other != summary["baseline"])
     if name is None:

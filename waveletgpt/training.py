@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import set_seed
@@ -33,15 +32,15 @@ from transformers.utils import logging as transformers_logging
 from .configuration import WaveletGPTConfig
 from .cost import describe
 from .data import TokenStore
+from .data.windows import FixedWindows, RandomWindows
 from .environment import command, environment
 from .errors import UserError
 from .mixing import Mixer
 from .modeling import WaveletGPTForCausalLM
 from .progress import ProgressBar
 from .recipe import Recipe
-from .runs import RunFolder, write_json
-
-STAGING = ".saving"
+from .resuming import find_start
+from .runs import STAGING, RunFolder, disk_errors, publish, write_json
 
 
 class Diverged(RuntimeError):
@@ -52,51 +51,12 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run is saved and can go on."""
 
 
-class RandomWindows(Dataset):
-    """`length` windows of `context` + 1 tokens at random offsets; item i depends on (seed, i) alone.
-
-    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices.
-    """
-
-    def __init__(self, tokens: np.ndarray, context: int, length: int, seed: int):
-        self.tokens, self.context, self.length, self.seed = tokens, context, length, seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # A counter-based generator: no state to save, no order to keep.
-        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, index]))
-        return window(self.tokens, int(random.integers(len(self.tokens) - self.context)), self.context)
-
-
-class FixedWindows(Dataset):
-    """`length` windows of `context` + 1 tokens spread evenly over `tokens`, without overlap where there is room."""
-
-    def __init__(self, tokens: np.ndarray, context: int, length: int | None):
-        whole = max(1, (len(tokens) - 1) // context)
-        length = whole if length is None else min(length, whole)
-        self.tokens, self.context = tokens, context
-        self.starts = [i * whole // length * context for i in range(length)]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return window(self.tokens, self.starts[index], self.context)
-
-
-def window(tokens: np.ndarray, start: int, context: int) -> dict[str, torch.Tensor]:
-    """Inputs (T,) from `start` on, and the target of each: the token after it."""
-    piece = torch.from_numpy(tokens[start : start + context + 1].astype(np.int64))
-    return {"input_ids": piece[:-1], "shift_labels": piece[1:]}
-
-
 class Clock:
     """Seconds of training: runs from `start`, stands still inside `paused`."""
 
     def __init__(self, seconds: float = 0.0):
-        self.before, self.since = seconds, None
+        self.before = seconds
+        self.since: float | None = None
 
     def start(self) -> None:
         self.since = time.perf_counter()
@@ -123,7 +83,7 @@ class RunTrainer(Trainer):
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices only: no biases, no norms, and no mixing kernels, which decay would pull away from averages."""
@@ -238,7 +198,7 @@ def train(
     device_arguments = choose_device(recipe)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
-    checkpoint = find_start(run, recipe, store, resume) if run.exists() else start_folder(run)
+    checkpoint = find_start(run, recipe, store, resume)
     if run.finished:
         return run
 
@@ -434,96 +394,6 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
     return {}
 
 
-def start_folder(run: RunFolder) -> None:
-    """Refuse an output folder that holds something else."""
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--out {run.path} is a file; name a folder")
-    if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
-        raise UserError(f"--out {run.path} is not empty and holds no run; name another folder")
-
-
-def find_start(run: RunFolder, recipe: Recipe, store: TokenStore, resume: bool) -> tuple[int, Path] | None:
-    """The newest checkpoint (step, folder) to go on from; None: from the start.
-
-    Raises:
-        UserError: not asked to resume, other settings or data than the run has, a broken checkpoint.
-    """
-    info = run.info
-    if not resume:
-        raise UserError(
-            f"--out {run.path} already holds a run ({info['status']}); add --resume to go on with it, "
-            "or name another folder"
-        )
-    recorded = {k: v for k, v in info["recipe"].items() if k != "data"}
-    for name, now, then in differences(recipe.as_dict(), recorded):
-        raise UserError(
-            f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
-            "use its settings, or another --out"
-        )
-    if info["data"]["fingerprint"] != store.fingerprint:
-        raise UserError(
-            f"--resume with other data: {run.path} was trained on {info['data']['name']} "
-            f"({info['data']['fingerprint'][:12]}), this is {store.fingerprint[:12]}; use another --out"
-        )
-    checkpoints = run.checkpoints()
-    if not checkpoints:
-        return None
-    step, folder = checkpoints[-1]
-    problem = checkpoint_problem(folder)
-    if problem:
-        raise UserError(
-            f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before"
-        )
-    return step, folder
-
-
-# Settings that change where and how fast a run computes, not what it computes.
-_FREE = (
-    "device",
-    "training.threads",
-    "training.workers",
-    "training.keep_checkpoints",
-    "source.cache_dir",
-    "source.data_dir",
-)
-
-
-def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, value now, value then) of every setting that differs and matters."""
-    for name, value in now.items():
-        if isinstance(value, dict):
-            yield from differences(value, then.get(name) or {}, f"{prefix}{name}.")
-        elif value != then.get(name) and prefix + name not in _FREE:
-            yield prefix + name, value, then.get(name)
-
-
-def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in ("config.json", "trainer_state.json", "clock.json"):
-        try:
-            json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"{name} is missing or cut short"
-    shards = list(folder.glob("*.safetensors"))
-    if not shards and not list(folder.glob("pytorch_model_fsdp*")):
-        return "it has no weights"
-    for shard in shards:
-        try:
-            with safe_open(shard, "pt"):
-                pass
-        except (OSError, SafetensorError):
-            return f"{shard.name} is cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if (folder / name).is_file():
-            try:
-                torch.load(folder / name, map_location="meta", weights_only=True)
-            except Exception:  # torch raises half a dozen kinds on a broken archive
-                return f"{name} is cut short"
-    return None
-
-
 def check_length(store: TokenStore, context: int) -> None:
     """Raises UserError unless train and validation hold a window."""
     for split in ("train", "validation"):
@@ -547,46 +417,6 @@ def describe_data(store: TokenStore, data: str) -> dict[str, Any]:
         "splits": store.meta.get("splits"),
         "source": store.meta.get("source"),
     }
-
-
-def publish(folder: Path, place: Path) -> None:
-    """Move a finished folder to its place, through to the disk; whatever was there goes after it is replaced."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    old = place.with_name(f".{place.name}.old")
-    if place.exists():
-        os.replace(place, old)
-    os.replace(folder, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write, which libraries report in several ways, into one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        text = str(error)
-        full = getattr(error, "errno", None) in (28, 122) or any(
-            word in text for word in ("No space left", "os error 28", "file write failed", "unexpected pos")
-        )
-        if full:
-            raise UserError(
-                f"no room left to write in {path}; free some space and go on with --resume: "
-                "the checkpoints before are whole"
-            ) from None
-        if (
-            isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | IsADirectoryError)
-            and str(path) in text
-        ):
-            raise UserError(f"cannot write in {path}: {error.strerror}; name another --out") from None
-        raise
 
 
 @contextlib.contextmanager

@@ -1,0 +1,47 @@
+"""Windows of a token store: what training and evaluation read. A window is `context` inputs and as many targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+class RandomWindows(Dataset):
+    """`length` windows of `context` + 1 tokens at random offsets; item i depends on (seed, i) alone.
+
+    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, length: int, seed: int):
+        self.tokens, self.context, self.length, self.seed = tokens, context, length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # A counter-based generator: no state to save, no order to keep.
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, index]))
+        return window(self.tokens, int(random.integers(len(self.tokens) - self.context)), self.context)
+
+
+class FixedWindows(Dataset):
+    """`length` windows of `context` + 1 tokens spread evenly over `tokens`, without overlap where there is room."""
+
+    def __init__(self, tokens: np.ndarray, context: int, length: int | None):
+        whole = max(1, (len(tokens) - 1) // context)
+        length = whole if length is None else min(length, whole)
+        self.tokens, self.context = tokens, context
+        self.starts = [i * whole // length * context for i in range(length)]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return window(self.tokens, self.starts[index], self.context)
+
+
+def window(tokens: np.ndarray, start: int, context: int) -> dict[str, torch.Tensor]:
+    """Inputs (T,) from `start` on, and the target of each: the token after it."""
+    piece = torch.from_numpy(tokens[start : start + context + 1].astype(np.int64))
+    return {"input_ids": piece[:-1], "shift_labels": piece[1:]}

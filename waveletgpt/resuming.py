@@ -1,0 +1,103 @@
+"""What may be done with an output folder: begin there, go on there, or refuse, in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .data import TokenStore
+from .errors import UserError
+from .recipe import Recipe
+from .runs import STAGING, RunFolder
+
+
+def find_start(run: RunFolder, recipe: Recipe, store: TokenStore, resume: bool) -> tuple[int, Path] | None:
+    """The newest checkpoint (step, folder) to go on from; None: from the start.
+
+    Raises:
+        UserError: a folder that holds other things; a run there, and not asked to resume, or with other settings or
+            data than it has; a broken checkpoint.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--out {run.path} is a file; name a folder")
+    if not run.exists():
+        if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
+            raise UserError(f"--out {run.path} is not empty and holds no run; name another folder")
+        return None
+    info = run.info
+    if not resume:
+        raise UserError(
+            f"--out {run.path} already holds a run ({info['status']}); add --resume to go on with it, "
+            "or name another folder"
+        )
+    recorded = {k: v for k, v in info["recipe"].items() if k != "data"}
+    for name, now, then in differences(recipe.as_dict(), recorded):
+        raise UserError(
+            f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
+            "use its settings, or another --out"
+        )
+    if info["data"]["fingerprint"] != store.fingerprint:
+        raise UserError(
+            f"--resume with other data: {run.path} was trained on {info['data']['name']} "
+            f"({info['data']['fingerprint'][:12]}), this is {store.fingerprint[:12]}; use another --out"
+        )
+    checkpoints = run.checkpoints()
+    if not checkpoints:
+        return None
+    step, folder = checkpoints[-1]
+    problem = checkpoint_problem(folder)
+    if problem:
+        raise UserError(
+            f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before"
+        )
+    return step, folder
+
+
+# Settings that change where and how fast a run computes, not what it computes.
+_FREE = (
+    "device",
+    "training.threads",
+    "training.workers",
+    "training.keep_checkpoints",
+    "source.cache_dir",
+    "source.data_dir",
+)
+
+
+def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, value now, value then) of every setting that differs and matters."""
+    for name, value in now.items():
+        if isinstance(value, dict):
+            yield from differences(value, then.get(name) or {}, f"{prefix}{name}.")
+        elif value != then.get(name) and prefix + name not in _FREE:
+            yield prefix + name, value, then.get(name)
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("config.json", "trainer_state.json", "clock.json"):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{name} is missing or cut short"
+    shards = list(folder.glob("*.safetensors"))
+    if not shards and not list(folder.glob("pytorch_model_fsdp*")):
+        return "it has no weights"
+    for shard in shards:
+        try:
+            with safe_open(shard, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"{shard.name} is cut short"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if (folder / name).is_file():
+            try:
+                torch.load(folder / name, map_location="meta", weights_only=True)
+            except Exception:  # torch raises half a dozen kinds on a broken archive
+                return f"{name} is cut short"
+    return None
