@@ -29,4 +29,4 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/operator_cpu.py
-	$(BIN)/python benchmarks/training_cpu.py
+	$(BIN)/python benchmarks/training.py

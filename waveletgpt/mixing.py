@@ -41,7 +41,7 @@ class Mixer(nn.Module):
         return x
 
     def reset_parameters(self, init: Any = nn.init) -> None:
-        """Set own parameters to their starting values through the functions of `init`."""
+        """Set own parameters, not those of modules inside, to their starting values through the functions of `init`."""
 
     def forward(
         self,
@@ -65,7 +65,8 @@ class Mixer(nn.Module):
         """
         if padding_mask is not None:
             hidden = hidden * padding_mask[..., None].to(hidden.dtype)
-        x, rest = hidden[..., : self.n_mixed], hidden[..., self.n_mixed :]
+        # Split, not slices: its gradient is one concatenation instead of two zero-filled sums.
+        x, rest = hidden.split([self.n_mixed, hidden.shape[-1] - self.n_mixed], dim=-1)
         state = None
         if cache is not None:
             if cache.has_previous_state[state_idx]:
@@ -94,6 +95,14 @@ class FixedMean(Mixer):
         return wavelet_mix(x, self.windows, state=state)
 
 
+class Kernels(nn.ParameterList):
+    """Weights of means over windows, the last dimension of each tensor."""
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        for kernel in self:
+            init.constant_(kernel, 1.0 / kernel.shape[-1])
+
+
 class LearnableMean(Mixer):
     """The same windows with trained weights, starting from the mean: the paper's "(L)".
 
@@ -106,13 +115,9 @@ class LearnableMean(Mixer):
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
         shared = config.mix_sharing == "level"
-        self.kernels = nn.ParameterList(
+        self.kernels = Kernels(
             torch.full((w,) if shared else (self.windows.count(w), w), 1.0 / w) for w in sorted(set(self.windows))
         )
-
-    def reset_parameters(self, init: Any = nn.init) -> None:
-        for kernel in self.kernels:
-            init.constant_(kernel, 1.0 / kernel.shape[-1])
 
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
         return wavelet_mix(x, self.windows, list(self.kernels), state=state)

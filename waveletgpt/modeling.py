@@ -28,12 +28,16 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import WaveletGPTConfig
-from .mixing import Mixer, Mixers
+from .mixing import Kernels, Mixer, Mixers
 
 
 def _norm(config: WaveletGPTConfig) -> nn.Module:
     kind = nn.LayerNorm if config.architecture == "gpt2" else nn.RMSNorm
     return kind(config.n_embd, eps=config.norm_epsilon)
+
+
+class ResidualLinear(nn.Linear):
+    """A linear map whose result is added to the residual stream; it starts smaller than others (`_init_weights`)."""
 
 
 class Attention(nn.Module):
@@ -50,7 +54,7 @@ class Attention(nn.Module):
         self.is_causal = True
         bias = config.architecture == "gpt2"
         self.qkv_proj = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.out_proj = ResidualLinear(config.n_embd, config.n_embd, bias=bias)
 
     def forward(
         self,
@@ -88,7 +92,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gated = config.architecture == "llama"
         self.up_proj = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=not self.gated)
-        self.out_proj = nn.Linear(config.n_inner, config.n_embd, bias=not self.gated)
+        self.out_proj = ResidualLinear(config.n_inner, config.n_embd, bias=not self.gated)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = self.up_proj(hidden)
@@ -163,13 +167,14 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Outside of its own models transformers calls this for modules that hold parameters themselves, and no others.
         super()._init_weights(module)
-        if isinstance(module, Mixer):
+        if isinstance(module, Mixer | Kernels):
             module.reset_parameters(init)
-        elif isinstance(module, Attention | FeedForward):
+        elif isinstance(module, ResidualLinear):
             # Each block adds two terms to the residual stream: scaled so that its variance stays put (GPT-2, 2.3).
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.out_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class WaveletGPTModel(WaveletGPTPreTrainedModel):

@@ -93,8 +93,8 @@ class TrainingSettings:
     "flex_attention"."""
     compile: bool = False
     """torch.compile the model."""
-    fsdp: str | None = None
-    """FSDP mode for several GPUs, for instance "full_shard"; default: DDP."""
+    fsdp: bool = False
+    """Shard the model over several GPUs (FSDP 2); without, each holds a copy (DDP)."""
     eval_every: int | None = None
     """Steps between evaluations; default: a 40th of the run."""
     eval_windows: int = 128

@@ -291,11 +291,11 @@ def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
     common = {"seeds": ", ".join(map(str, seeds))}
     common |= {key: value for key, value in first.items() if key not in differing and value is not None}
     shown = next((r for r in records if r.arm != summary["baseline"] and r.usable), records[0])
+    data = {key: value for key, value in summary["data"].items() if key not in ("splits", "bytes_per_token")}
     parts += [
         '<div class="columns">',
         _facts("Recipe, the same for all arms" if len(by_arm) > 1 else "Recipe", common),
-        _facts("Data", flatten({k: v for k, v in summary["data"].items() if k not in ("splits", "bytes_per_token")})),
-        _splits(summary["data"]),
+        _facts("Data", flatten(data), _splits(summary["data"])),
         _facts("Environment", summary["environment"]),
         _facts(f"Model of {shown.arm}", _configuration(shown)),
         "</div>",
@@ -318,11 +318,11 @@ def _configuration(record: Record) -> dict[str, Any]:
     return flatten({key: value for key, value in {**model, **config}.items() if key not in skip})
 
 
-def _facts(title: str, values: dict[str, Any]) -> str:
+def _facts(title: str, values: dict[str, Any], after: str = "") -> str:
     rows = [[escape(str(key)), _value(value)] for key, value in values.items()]
     if not rows:
         return ""
-    return f'<div><h3>{escape(title)}</h3><table class="key facts"><tbody>{_rows(rows)}</tbody></table></div>'
+    return f'<div><h3>{escape(title)}</h3><table class="key facts"><tbody>{_rows(rows)}</tbody></table>{after}</div>'
 
 
 def _splits(data: dict[str, Any]) -> str:
@@ -333,9 +333,9 @@ def _splits(data: dict[str, Any]) -> str:
         [escape(name), *(escape(quantity(split.get(key))) for key in columns), _value(sizes.get(name))]
         for name, split in splits.items()
     ]
-    head = "".join(f"<th>{escape(title)}</th>" for title in ["split", *columns, "bytes/token"])
+    head = "".join(f"<th>{escape(title)}</th>" for title in ["split", *columns, "B/token"])
     table = f'<table class="key"><thead><tr>{head}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
-    return f"<div>{table}</div>" if rows else ""
+    return table if rows else ""
 
 
 def _value(value: Any) -> str:

@@ -73,7 +73,7 @@ def _loss_lines(records: Sequence[Record], styles: Styles, pick: Callable[[tuple
             lines.append(Line([pick(p) for p in mean_curve(counted)], style, name))
         for record in group:
             if not record.usable:
-                label = "" if counted else f"{shorten(name, 20)} ({record.info.get('status')})"
+                label = "" if counted else name
                 lines.append(Line([pick(p) for p in paced(record)], style, label, "broken"))
     return lines
 

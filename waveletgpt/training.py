@@ -273,9 +273,9 @@ def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recip
             shutil.rmtree(staging, ignore_errors=True)
             from .generation import sample_run
 
-            write_json(
-                run.path / "samples.json", sample_run(trainer.accelerator.unwrap_model(trainer.model), store, recipe)
-            )
+            # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
+            model = WaveletGPTForCausalLM.from_pretrained(run.path).to(trainer.args.device)
+            write_json(run.path / "samples.json", sample_run(model, store, recipe))
             run.update_info(status="finished", result=result(run, store))
     trainer.accelerator.wait_for_everyone()
 
@@ -362,7 +362,8 @@ def training_arguments(recipe: Recipe, folder: Path, device: dict[str, Any]) -> 
         save_steps=recipe.save_every,
         bf16=t.precision == "bf16",
         torch_compile=t.compile,
-        fsdp=t.fsdp,
+        # The field is declared str for old command lines; True is what it wants.
+        fsdp=True if t.fsdp else None,  # type: ignore[arg-type]
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_num_workers=t.workers,
@@ -389,6 +390,8 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
         have = ", ".join(name for name, there in available.items() if there)
         raise UserError(f"--device {recipe.device}: this torch ({torch.__version__}) finds none; it has {have}")
     if recipe.device == "cpu" or (recipe.device == "auto" and not any((available["cuda"], available["mps"]))):
+        if recipe.training.fsdp:
+            raise UserError("training.fsdp needs GPUs: on CPUs it would silently train with DDP; leave it out")
         distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         return {"use_cpu": True, **({"ddp_backend": "gloo"} if distributed else {})}
     return {}

@@ -99,14 +99,10 @@ class TextModality:
     description: str
     normaliser: Callable[[], Normaliser]
     fit: Callable[[Spool, DataSettings], encoders.Encoder]
-    identify: Callable[[DataSettings], dict[str, Any]] = encoders.no_settings
+    identity: Callable[[DataSettings], dict[str, Any]] = encoders.no_settings
     """The settings, beyond the shared ones, that change the tokens."""
     binary: bool = False
     """Whether any file will do."""
-
-    def identity(self, settings: DataSettings) -> dict[str, Any]:
-        """The settings that change this modality's tokens."""
-        return self.identify(settings)
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Read the source and write tokens and tokenizer; bytes per split are those of the normalised text.

@@ -42,9 +42,9 @@ def wavelet_mix(
 ) -> Tensor:
     """See `reference.wavelet_mix`; it differs by rounding, and for inputs that are not finite or huge.
 
-    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 64 taps (4 without
-    oneDNN, and in float64) go through an FFT: the rounding of a huge input reaches tokens before it. On other devices
-    than a CPU, a NaN reaches there all tokens of its coordinate and sequence, and 64 tokens through shorter kernels.
+    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 64 taps (more than
+    4 in float64, without oneDNN and on other devices than a CPU) go through an FFT: the rounding of a huge input
+    reaches tokens before it, and, except on a CPU, a NaN all tokens of its coordinate and sequence.
     """
     check_mix(x, edge, state)
     windows, groups = _grouped(windows, x.shape[2], kernels is None)
@@ -163,9 +163,6 @@ class _Sorted:
 _sorted = lru_cache(maxsize=256)(_Sorted)
 
 
-# ---- the mean ----
-
-
 def _mean(x: Tensor, windows: Windows, reverse: bool) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Mean.apply(x, windows, reverse)
@@ -191,22 +188,26 @@ def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
     x = layout.sort(x)
     batch, tokens, coordinates = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu":
-        columns = min(coordinates, max(64, BLOCK // tokens))
-        rows = max(1, BLOCK // (tokens * columns))
-    else:
-        columns, rows = coordinates, batch
+    on_cpu = x.device.type == "cpu"
+    columns = _even_parts(coordinates, max(64, BLOCK // tokens)) if on_cpu else coordinates
+    rows = _even_parts(batch, max(1, BLOCK // (tokens * columns))) if on_cpu else batch
     # Only small scratch is kept, and only on a CPU, where one operation follows the other.
-    keep = x.device.type == "cpu" and rows * columns * tokens <= 2 * BLOCK
-    cascade = _cascade if keep else _cascade.__wrapped__
+    cascade = _cascade if on_cpu and rows * columns * tokens <= 2 * BLOCK else _cascade.__wrapped__
     y = _contiguous(x)
     for c in range(0, coordinates, columns):
-        at = layout.windows[c : c + columns]
+        kind = (wide, x.device, threading.get_ident(), tokens, layout.windows[c : c + columns], reverse)
+        run = cascade(*kind, rows)
         for b in range(0, batch, rows):
             part = x[b : b + rows, :, c : c + columns]
-            run = cascade(wide, x.device, threading.get_ident(), part.shape[0], tokens, at, reverse)
+            if len(part) < rows:
+                run = cascade(*kind, len(part))
             run(part, y[b : b + rows, :, c : c + columns])
     return layout.restore(y)
+
+
+def _even_parts(total: int, most: int) -> int:
+    """The size of the parts when `total` is cut in as few parts as it takes, of at most `most`, about equal."""
+    return -(-total // -(-total // most)) if total else 1
 
 
 class _Cascade:
@@ -251,15 +252,12 @@ class _Cascade:
 
 @lru_cache(maxsize=32)
 def _cascade(
-    dtype: torch.dtype, device: torch.device, thread: int, batch: int, tokens: int, windows: Windows, reverse: bool
+    dtype: torch.dtype, device: torch.device, thread: int, tokens: int, windows: Windows, reverse: bool, batch: int
 ) -> _Cascade:
     """The cascade for a block of this kind, remembered; `thread` keeps the scratch of one thread from another."""
     with torch.inference_mode(False):  # else a later call outside inference mode could not write to it
         like = torch.empty(0, dtype=dtype, device=device)
         return _Cascade(like, batch, tokens, _sorted(windows).groups, reverse)
-
-
-# ---- learned kernels ----
 
 
 class _Filter(torch.autograd.Function):
@@ -349,7 +347,8 @@ def _directly(signal: Tensor, taps: Tensor, reverse: bool) -> Tensor:
 
 
 def _convolves(signal: Tensor) -> bool:
-    return signal.dtype == torch.float32 and (signal.device.type != "cpu" or torch.backends.mkldnn.is_available())
+    """Whether torch's convolution is fast and exact here: oneDNN's is; on GPUs it may round to TF32."""
+    return signal.device.type == "cpu" and signal.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _tap_gradients(grad: Tensor, signal: Tensor, count: int, windows: Windows) -> Tensor:
@@ -378,9 +377,6 @@ def _fft_length(needed: int) -> int:
     return -(-needed // step) * step
 
 
-# ---- the exponential moving average ----
-
-
 class _DecayedSum(torch.autograd.Function):
     """y_t = u_t + a y_{t-1}; in reverse, y_t = u_t + a y_{t+1}."""
 
@@ -406,19 +402,18 @@ def _decayed_sum_op(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
     """Step through all blocks of about sqrt(T) tokens at once, then from block to block, then pass on what came in."""
     batch, tokens, coordinates = u.shape
     size = 1 << (tokens.bit_length() // 2)
-    blocks = -(-tokens // size)
-    y = u.new_zeros(batch, blocks * size, coordinates)
-    kept = y[:, y.shape[1] - tokens :] if reverse else y[:, :tokens]
-    kept.copy_(u)
-    inside = y.view(batch, blocks, size, coordinates)
+    extra = -tokens % size
+    y = F.pad(u.contiguous(), (0, 0, extra, 0) if reverse else (0, 0, 0, extra))  # a copy even if extra is 0
+    inside = y.view(batch, -1, size, coordinates)
     steps = inside.unbind(2)[:: -1 if reverse else 1]
     for before, now in pairwise(steps):
         now.addcmul_(before, a)
+    across = a**size
     for before, now in pairwise(steps[-1].unbind(1)[:: -1 if reverse else 1]):
-        now.addcmul_(before, a**size)
+        now.addcmul_(before, across)
     powers = a ** torch.arange(1, size, device=a.device).unsqueeze(1)
     if reverse:
         inside[:, :-1, 1:].addcmul_(inside[:, 1:, :1], powers.flip(0))
     else:
         inside[:, 1:, :-1].addcmul_(inside[:, :-1, -1:], powers)
-    return kept.contiguous()
+    return (y[:, extra:] if reverse else y[:, :tokens]).contiguous()
