@@ -226,7 +226,7 @@ def test_tables(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r"x\.jsonl line 2 has no column text or content but txt"),
         ("x.jsonl", '{"text": 5}\n', r'x\.jsonl line 1: column "text" holds int, not text'),
         ("x.jsonl", "[" * 100_000, r"x\.jsonl line 1 is not JSON"),
-        ("x.csv", "id,name\n1,a\n", r"x\.csv has no column text or content but id, name: name one with --data\.column"),
+        ("x.csv", "id,name\n1,a\n", r"x\.csv has no column text or content but id, name: name one with --column"),
         ("x.csv", "id,text\n1,a\n2\n", r'x\.csv line 3 has 1 fields, too few for the column "text"'),
         ("x.csv", 'id,text\n1,"a\n', r"x\.csv line 2 is broken"),
         ("x.jsonl", "\n", r"no text in"),

@@ -53,8 +53,8 @@ def prepare(
     except OSError as error:
         place = error.filename or settings.cache
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full at {settings.cache}: free some space or set --data.cache-dir") from error
-        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set --data.cache-dir") from error
+            raise UserError(f"the disk is full at {settings.cache}: free some space or set --cache-dir") from error
+        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set --cache-dir") from error
 
 
 def _prepare(data: str, modality: str | None, settings: DataSettings, progress: bool) -> TokenStore:

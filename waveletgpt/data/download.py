@@ -110,4 +110,4 @@ def _receive(answer: http.client.HTTPResponse, part: Path, have: int, advance: C
 
 
 def _unreachable(url: str, name: str, reason: object) -> UserError:
-    return UserError(f"cannot reach {url} ({reason}); put {name} in a folder and give that with --data.data-dir")
+    return UserError(f"cannot reach {url} ({reason}); put {name} in a folder and give that with --data-dir")

@@ -24,7 +24,7 @@ class NamedSet:
     url: str | None
     """Its address; None if it is on every machine."""
     file: str = ""
-    """The name a copy has, in the cache or in `--data.data-dir`."""
+    """The name a copy has, in the cache or in `--data-dir`."""
     size: int | None = None
     """Bytes of that file."""
     sha256: str | None = None
@@ -76,6 +76,12 @@ NAMED = {
             "tinyshakespeare/input.txt", "input.txt", 1_115_394,
             "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         ),
+        NamedSet(
+            "imdb", "50,000 film reviews, 65 MB (Maas et al. 2011)", "bytes", "for research; cite the paper",
+            "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "aclImdb_v1.tar.gz", 84_125_825,
+            "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+            include="*/pos/*.txt,*/neg/*.txt",
+        ),
     )
 }  # fmt: skip
 
@@ -95,7 +101,7 @@ def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Fil
     if settings.data_dir:
         path = Path(settings.data_dir).expanduser() / named.file
         if not path.is_file():
-            mend = f"get it from {named.url}, or leave --data.data-dir out"
+            mend = f"get it from {named.url}, or leave --data-dir out"
             raise UserError(f"no {named.file} in {settings.data_dir}: {mend}")
         verify(path, size=named.size, sha=named.sha256, name=str(path), cache=settings.cache)
     else:

@@ -33,8 +33,8 @@ def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
         found = next((guess for guess in GUESSES if guess in columns), None)
         if found is None:
             raise UserError(
-                f"{name} has no column {' or '.join(GUESSES)} but {', '.join(columns)}: name one with --data.column, "
-                "or leave the file out with --data.exclude"
+                f"{name} has no column {' or '.join(GUESSES)} but {', '.join(columns)}: name one with --column, "
+                "or leave the file out with --exclude"
             )
         return found
     if column not in columns:
@@ -47,7 +47,7 @@ def text_of(value: Any, name: str, column: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     found = type(value).__name__
-    raise UserError(f'{name}: column "{column}" holds {found}, not text: name another with --data.column')
+    raise UserError(f'{name}: column "{column}" holds {found}, not text: name another with --column')
 
 
 def _lines(stream: Stream) -> Iterator[str]:

@@ -184,6 +184,6 @@ TEXT = (
     TextModality("text8", "lower-case a-z and space, digits spelled out (27 + 1)", Text8, encoders.fit_text8),
     TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars),
     TextModality("bytes", "the 256 bytes, of text or of any file (256 + 1)", AsIs, encoders.fit_bytes, binary=True),
-    TextModality("bpe", "byte-pair encoding trained on the data, or --data.tokenizer", Utf8, encoders.fit_bpe,
+    TextModality("bpe", "byte-pair encoding trained on the data, or --tokenizer", Utf8, encoders.fit_bpe,
                  encoders.bpe_settings),
 )  # fmt: skip
