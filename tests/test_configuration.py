@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_config
 from transformers import AutoConfig
 
 from waveletgpt import WaveletGPTConfig

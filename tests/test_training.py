@@ -78,6 +78,16 @@ def test_fixed_windows_do_not_overlap(count: int) -> None:
     assert len(seen) == len(set(seen)) == 8 * min(count, 12)
 
 
+def test_windows_start_where_records_start() -> None:
+    tokens = np.arange(95, dtype=np.uint16)  # nine whole records of 10, and a half
+    random = RandomWindows(tokens, 9, 200, seed=0, record=10)
+    assert {int(random[i]["input_ids"][0]) for i in range(200)} == set(range(0, 90, 10))
+    fixed = FixedWindows(tokens, 9, None, record=10)
+    assert [int(fixed[i]["input_ids"][0]) for i in range(len(fixed))] == list(range(0, 90, 10))
+    # A context shorter than a record must still see its end.
+    assert max(int(RandomWindows(tokens, 4, 200, seed=0, record=10)[i]["shift_labels"][-1]) for i in range(200)) == 94
+
+
 def test_arms_start_from_the_same_weights(store: TokenStore) -> None:
     none = dict(build_model(tiny_recipe(mixing="none"), store).named_parameters())
     for mixing in ("fixed", "learnable", "ema", "conv"):

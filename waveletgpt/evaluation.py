@@ -88,7 +88,7 @@ def evaluate_run(
     tokens = store.split(split)
     if len(tokens) < context + 1:
         raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
-    data = FixedWindows(tokens, context, windows)
+    data = FixedWindows(tokens, context, windows, store.meta.get("record"))
     total = 0.0
     for batch in DataLoader(data, batch_size=batch_size):
         batch = {name: value.to(model.device) for name, value in batch.items()}

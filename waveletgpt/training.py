@@ -205,6 +205,7 @@ def train(
     model = build_model(recipe, store)
     context = model.config.n_positions
     check_length(store, context)
+    record = store.meta.get("record")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     sequences = recipe.batch_size * recipe.training.accumulation * processes
     info: dict[str, Any] = {
@@ -231,8 +232,8 @@ def train(
         sequences * context,
         model=model,
         args=training_arguments(recipe, run.path, device_arguments),
-        train_dataset=RandomWindows(store.split("train"), context, recipe.max_steps * sequences, recipe.seed),
-        eval_dataset=FixedWindows(store.split("validation"), context, recipe.training.eval_windows),
+        train_dataset=RandomWindows(store.split("train"), context, recipe.max_steps * sequences, recipe.seed, record),
+        eval_dataset=FixedWindows(store.split("validation"), context, recipe.training.eval_windows, record),
         processing_class=store.load_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)

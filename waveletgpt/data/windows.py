@@ -8,13 +8,15 @@ from torch.utils.data import Dataset
 
 
 class RandomWindows(Dataset):
-    """`length` windows of `context` + 1 tokens at random offsets; item i depends on (seed, i) alone.
+    """`length` windows at random places; item i depends on (seed, i) alone.
 
-    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices.
+    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices. With `record`
+    (tokens of an image, say) windows that hold a whole record start where one starts.
     """
 
-    def __init__(self, tokens: np.ndarray, context: int, length: int, seed: int):
+    def __init__(self, tokens: np.ndarray, context: int, length: int, seed: int, record: int | None = None):
         self.tokens, self.context, self.length, self.seed = tokens, context, length, seed
+        self.step = _step(context, record)
 
     def __len__(self) -> int:
         return self.length
@@ -22,17 +24,20 @@ class RandomWindows(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # A counter-based generator: no state to save, no order to keep.
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, index]))
-        return window(self.tokens, int(random.integers(len(self.tokens) - self.context)), self.context)
+        places = (len(self.tokens) - self.context - 1) // self.step + 1
+        return window(self.tokens, int(random.integers(places)) * self.step, self.context)
 
 
 class FixedWindows(Dataset):
-    """`length` windows of `context` + 1 tokens spread evenly over `tokens`, without overlap where there is room."""
+    """`length` windows spread evenly over `tokens`, without overlap; None for as many as there are."""
 
-    def __init__(self, tokens: np.ndarray, context: int, length: int | None):
-        whole = max(1, (len(tokens) - 1) // context)
+    def __init__(self, tokens: np.ndarray, context: int, length: int | None, record: int | None = None):
+        step = _step(context, record)
+        stride = -(-context // step) * step
+        whole = max(1, (len(tokens) - context - 1) // stride + 1)
         length = whole if length is None else min(length, whole)
         self.tokens, self.context = tokens, context
-        self.starts = [i * whole // length * context for i in range(length)]
+        self.starts = [i * whole // length * stride for i in range(length)]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -45,3 +50,7 @@ def window(tokens: np.ndarray, start: int, context: int) -> dict[str, torch.Tens
     """Inputs (T,) from `start` on, and the target of each: the token after it."""
     piece = torch.from_numpy(tokens[start : start + context + 1].astype(np.int64))
     return {"input_ids": piece[:-1], "shift_labels": piece[1:]}
+
+
+def _step(context: int, record: int | None) -> int:
+    return record if record and context + 1 >= record else 1
