@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config
@@ -112,7 +111,7 @@ def test_the_usual_aliases() -> None:
 
 @pytest.mark.parametrize(
     ("mix_layers", "expected"),
-    [("all", [True] * 4), ("inner", [True, True, True, False]), ([1, 3], [False, True, False, True]), ([], [False] * 4)],
+    [("all", [True] * 4), ("inner", [True] * 3 + [False]), ([1, 3], [False, True, False, True]), ([], [False] * 4)],
 )
 def test_mix_layers(mix_layers: str | list[int], expected: list[bool]) -> None:
     config = tiny_config(n_layer=4, mix_layers=mix_layers)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model, tokens
 from transformers import DynamicCache
 
+from waveletgpt import WaveletGPTForCausalLM
 from waveletgpt.mixing import MIXERS, LearnableMean, Mixer
 
 PEERS = ["ema", "conv", "shift"]
@@ -20,15 +21,15 @@ PEERS = ["ema", "conv", "shift"]
 
 def oracle(mixer: Mixer, kind: str, x: np.ndarray, edge: str = "zero") -> np.ndarray:
     """What `mixer` should make of x (B, T, C): sums written out, in float64."""
-    B, T, C = x.shape
-    y = np.zeros_like(x, dtype=np.float64)
-    past = lambda t, j: x[:, t - j] if t >= j else np.zeros_like(x[:, 0])  # noqa: E731
+    T, C = x.shape[1:]
+    y = np.zeros_like(x)
     if kind == "shift":
-        return np.stack([past(t, 1) for t in range(T)], axis=1)
+        y[:, 1:] = x[:, :-1]
+        return y
     if kind == "ema":
         a = np.arange(1, C + 1) / (C + 1)
         for t in range(T):
-            y[:, t] = sum((1 - a) * a**j * past(t, j) for j in range(t + 1))
+            y[:, t] = sum((1 - a) * a**j * x[:, t - j] for j in range(t + 1))
         return y
     taps = [np.full(w, 1 / w) for w in mixer.windows]
     if kind == "conv":
@@ -95,7 +96,7 @@ def test_padding_in_front_changes_nothing(kind: str) -> None:
 
 def test_ema_decays_are_spread_evenly_within_0_and_1() -> None:
     decay = make_mixer("ema", mix_fraction=1.0).decay()
-    assert 0 < decay[0]
+    assert decay[0] > 0
     assert decay[-1] < 1
     torch.testing.assert_close(decay.diff(), torch.full((15,), 1 / 17))
 
@@ -137,23 +138,17 @@ def test_half_precision_is_the_rounded_result(kind: str) -> None:
 # ---- inside the model ----
 
 
-def trace(model: torch.nn.Module, ids: torch.Tensor, *names: str) -> list[np.ndarray]:
-    """Float64 outputs of the named modules in a forward pass."""
-    caught: dict[str, np.ndarray] = {}
-    modules = dict(model.named_modules())
+def trace(model: torch.nn.Module, ids: torch.Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """First input and output of the named module in a forward pass, in float64."""
+    caught = []
 
-    def catch(name: str):
-        def hook(module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            caught[name], caught[f"{name} input"] = tensor.detach().double().numpy(), args[0].detach().double().numpy()
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        caught.extend(value.detach().double().numpy() for value in (args[0], output))
 
-        return hook
-
-    handles = [modules[n.removesuffix(" input")].register_forward_hook(catch(n.removesuffix(" input")), with_kwargs=True) for n in names]
+    handle = model.get_submodule(name).register_forward_hook(hook)
     model(ids)
-    for handle in handles:
-        handle.remove()
-    return [caught[name] for name in names]
+    handle.remove()
+    return caught[0], caught[1]
 
 
 @pytest.mark.parametrize("edge", ["zero", "partial"])
@@ -165,13 +160,14 @@ def test_fixed_is_the_mean_of_each_blocks_output(architecture: str, edge: str) -
     C, ids = model.config.n_mixed, tokens(2, 40)
 
     # The first block sees the same input in both, so its output without mixing is what is mixed.
-    [unmixed], [mixed] = trace(plain, ids, "model.blocks.0"), trace(model, ids, "model.blocks.0")
+    unmixed, mixed = (trace(m, ids, "model.blocks.0")[1] for m in (plain, model))
     mixer = model.model.blocks[0].mixers[0]
     expected = np.concatenate([oracle(mixer, "fixed", unmixed[..., :C], edge), unmixed[..., C:]], -1)
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
 
     # The second one's output is mixed too, with the same windows.
-    before, after = trace(model, ids, "model.blocks.1.mixers.0 input", "model.blocks.1")
+    before, _ = trace(model, ids, "model.blocks.1.mixers.0")
+    _, after = trace(model, ids, "model.blocks.1")
     expected = np.concatenate([oracle(mixer, "fixed", before[..., :C], edge), before[..., C:]], -1)
     np.testing.assert_allclose(after, expected, atol=1e-5)
 
@@ -179,8 +175,9 @@ def test_fixed_is_the_mean_of_each_blocks_output(architecture: str, edge: str) -
 def test_input_placement_mixes_what_the_sublayers_read() -> None:
     model = tiny_model(mixing="fixed", mix_placement="input")
     C, ids = model.config.n_mixed, tokens()
-    for norm, reader, index in (("norm_1", "attention", 0), ("norm_2", "feed_forward", 1)):
-        normed, read = trace(model, ids, f"model.blocks.1.{norm}", f"model.blocks.1.{reader} input")
+    for norm, reader, index in (("norm_1", "attention.qkv_proj", 0), ("norm_2", "feed_forward", 1)):
+        _, normed = trace(model, ids, f"model.blocks.1.{norm}")
+        read, _ = trace(model, ids, f"model.blocks.1.{reader}")
         expected = oracle(model.model.blocks[1].mixers[index], "fixed", normed[..., :C])
         np.testing.assert_allclose(read[..., :C], expected, atol=1e-5)
         np.testing.assert_allclose(read[..., C:], normed[..., C:], atol=1e-6)
@@ -196,9 +193,7 @@ def test_only_the_chosen_blocks_mix(placement: str) -> None:
     assert torch.equal(emptied(ids).logits, tiny_model(mixing="none")(ids).logits)
 
 
-def test_learnable_and_conv_start_as_fixed_and_none(ids: torch.Tensor | None = None) -> None:
-    from waveletgpt import WaveletGPTForCausalLM
-
+def test_learnable_and_conv_start_as_fixed_and_none() -> None:
     ids = tokens()
     for kind, same in (("learnable", "fixed"), ("conv", "none")):
         torch.manual_seed(0)

@@ -16,9 +16,9 @@ import torch
 from synthetic_runs import make_run
 
 from waveletgpt.errors import UserError
-from waveletgpt.pictures import Axis, Drop, Line, chart, round_ticks, spread
-from waveletgpt.probing import frequency_response, look_inside
-from waveletgpt.report import SAMPLE_RENDERERS, write_report
+from waveletgpt.report.page import SAMPLE_RENDERERS, write_report
+from waveletgpt.report.pictures import Axis, Drop, Line, chart, round_ticks, spread
+from waveletgpt.report.probing import frequency_response, look_inside
 from waveletgpt.runs import RunFolder
 
 EVIL = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\"'&`$title`"
@@ -189,9 +189,6 @@ def test_a_modality_can_bring_its_own_kind_of_sample(tmp_path: Path, monkeypatch
     assert "unheard: x.wav" in page.text
 
 
-# ------------------------------------------------------------------------------------------------------ inside models
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model with learned kernels, one of which differs from the mean."""
@@ -251,9 +248,6 @@ def test_frequency_response_of_the_mean_is_the_known_one() -> None:
     got = frequency_response(np.full(4, 0.25), octaves, averaged=1)
     away = expected > -60
     np.testing.assert_allclose(got[away], expected[away], atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------- charts
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -13,7 +13,8 @@ PAD = VOCAB - 1
 
 def tiny_config(**settings: object) -> WaveletGPTConfig:
     """2 blocks of width 16, 29 tokens, context 32; grouped queries where the architecture has them."""
-    base = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 32, "max_window": 16}
+    base = {"vocab_size": VOCAB, "n_positions": 32, "max_window": 16}
+    base |= {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 32}
     grouped = {"n_kv_head": 2} if settings.get("architecture") == "llama" else {}
     return WaveletGPTConfig(**{**base, **grouped, **settings})
 

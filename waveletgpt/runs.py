@@ -95,8 +95,6 @@ class RunFolder:
     def finished(self) -> bool:
         return self.exists() and self.info.get("status") == "finished"
 
-    # ------------------------------------------------------------------------------------------------------- metrics
-
     @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
@@ -122,8 +120,6 @@ class RunFolder:
     def curve(self) -> list[tuple[int, float, float]]:
         """(step, training seconds, held-out nll in nats per token) for every evaluation, in order."""
         return [(row["step"], row["seconds"], row["nll"]) for row in self.metrics() if "nll" in row]
-
-    # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every whole checkpoint, oldest first."""

@@ -47,9 +47,6 @@ _INCIDENTAL = {
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-# ------------------------------------------------------------------------------------------------------------- curves
-
-
 def same_performance_step(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     """First step at which the loss is at or below `target`, linearly interpolated between evaluations.
 
@@ -81,9 +78,6 @@ def interpolate(curve: Sequence[tuple[float, float]], x: float) -> float | None:
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return curve[0][1] if curve and x == curve[0][0] else None
-
-
-# --------------------------------------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
@@ -206,9 +200,6 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def settings_of(info: dict[str, Any]) -> dict[str, Any]:
     """The flattened recipe without what does not change the training: seed, folders, flags."""
     return {key: value for key, value in flatten(info.get("recipe") or {}).items() if key not in _INCIDENTAL}
-
-
-# ------------------------------------------------------------------------------------------------------------ summary
 
 
 def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
@@ -387,8 +378,6 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
-
-# -------------------------------------------------------------------------------------------------------------- files
 
 CSV_HEADER = ("arm", "seed", "step", "tokens", "seconds", "split", "loss")
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from ..summary import Record, interpolate
+from ..summary_text import duration
 from .pictures import (
     HALF,
     Axis,
@@ -22,8 +24,6 @@ from .pictures import (
     swatch,
 )
 from .probing import Insight, Kernel, Mixed, frequency_response
-from .summary import Record, interpolate
-from .summary_text import duration
 
 Styles = dict[str, int]
 # (step, training seconds, loss)
@@ -38,9 +38,6 @@ def figure(drawing: str, caption: str, legend: str = "") -> str:
 def legend(styles: Styles) -> str:
     items = "".join(f"<li>{swatch(style)}{escape(name)}</li>" for name, style in styles.items())
     return f'<ul class="legend narrow">{items}</ul>'
-
-
-# -------------------------------------------------------------------------------------------------------- loss curves
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
@@ -190,9 +187,6 @@ def difference_figure(records: Sequence[Record], summary: dict[str, Any], styles
     )  # fmt: skip
     caption = "Difference to the baseline of the same seed at the same step: below zero is better."
     return figure(drawing, caption, legend({n: s for n, s in styles.items() if n != summary["baseline"]}))
-
-
-# ------------------------------------------------------------------------------------------------------------- mixing
 
 
 def schedule_figure(records: Sequence[Record], styles: Styles) -> str:

@@ -55,8 +55,8 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     import torch
     from transformers.utils import logging
 
-    from .mixing import LearnableMean, Mixer
-    from .modeling import WaveletGPTForCausalLM
+    from ..mixing import LearnableMean, Mixer
+    from ..modeling import WaveletGPTForCausalLM
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

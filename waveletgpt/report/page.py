@@ -16,17 +16,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .pictures import swatch
-from .report_figures import (
-    difference_figure,
-    embedding_figure,
-    kernel_figures,
-    loss_figures,
-    schedule_figure,
-)
-from .runs import RunFolder, write_atomically
-from .summary import Record, flatten, read_records, settings_of, summarize_records
-from .summary_text import (
+from ..runs import RunFolder, write_atomically
+from ..summary import Record, flatten, read_records, settings_of, summarize_records
+from ..summary_text import (
     TABLE_HEADER,
     arm_sentence,
     duration,
@@ -37,6 +29,14 @@ from .summary_text import (
     quantity,
     summary_table,
 )
+from .figures import (
+    difference_figure,
+    embedding_figure,
+    kernel_figures,
+    loss_figures,
+    schedule_figure,
+)
+from .pictures import swatch
 
 _INSIGHTS = 4  # at most so many models are loaded and drawn: each costs seconds and about 150 kB
 
@@ -79,7 +79,7 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     ]
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    template = Template(resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
+    template = Template(resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"WaveletGPT: {summary['data'].get('name') or 'run'}, {' vs '.join(names)}"),
         header=_header(records, summary, troubles) + f'<nav aria-label="Sections">{links}</nav>',
@@ -95,9 +95,6 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
 def rich(text: str) -> str:
     """Escaped text in which `name` in backticks is set as code."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
-
-
-# ------------------------------------------------------------------------------------------------------------- header
 
 
 def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequence[str]) -> str:
@@ -157,9 +154,6 @@ def _added_share(arm: dict[str, Any], base: dict[str, Any]) -> str:
     return f"{100 * (ours / theirs - 1):+.2g} % FLOPs per token" if ours and theirs else ""
 
 
-# ------------------------------------------------------------------------------------------------- curves and numbers
-
-
 def _curves(records: Sequence[Record], summary: dict[str, Any], styles: dict[str, int]) -> str:
     return loss_figures(records, summary, styles) + difference_figure(records, summary, styles)
 
@@ -198,9 +192,6 @@ def _arms(summary: dict[str, Any], styles: dict[str, int]) -> str:
     return table + note
 
 
-# ------------------------------------------------------------------------------------------------------------- inside
-
-
 def _inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Pictures that need the trained models; what cannot be loaded becomes a note, not a failure of the report."""
     html = {"mixing": "", "kernels": ""}
@@ -223,9 +214,6 @@ def _inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, 
         html["mixing"] += embedding_figure(name, insight)
         html["kernels"] += kernel_figures(name, insight.kernels)
     return html, troubles
-
-
-# ------------------------------------------------------------------------------------------------------------ samples
 
 
 def _text_sample(folder: Path, sample: dict[str, Any]) -> str:
@@ -268,9 +256,6 @@ def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
         html += f'<div class="samples">{cards}</div>'
     intro = "Same prompts and same random seed for all arms; prompts in grey." if len(found) > 1 else "Prompts in grey."
     return html and f"<p>{intro}</p>{html}"
-
-
-# ------------------------------------------------------------------------------------------------------------- set-up
 
 
 def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:

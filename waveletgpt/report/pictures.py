@@ -309,9 +309,6 @@ def _end_labels(frame: Frame, lines: Sequence[Line]) -> list[str]:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- heat maps
-
-
 def heat_map_png(values: np.ndarray, limit: float) -> str:
     """Rows x columns -> data: address of a PNG, one pixel a value; blue under 0, white, red above, full at `limit`."""
     import numpy as np
