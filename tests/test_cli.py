@@ -200,9 +200,17 @@ def test_truncated_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.
         assert "cannot be loaded" in capsys.readouterr().err
 
 
-def test_prompt_too_long_for_learned_positions(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("generate", trained / "none-seed0", "--prompt", "the cat sat on a mat", "--device", "cpu") == 2
-    assert "learned positions end at 16" in capsys.readouterr().err
+def test_generates_past_the_learned_positions(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The context is 16 tokens: prompt and continuation are longer, and go on from its last half."""
+    words = ["--prompt", "the cat sat on a mat", "--tokens", "40", "--temperature", "0", "--device", "cpu"]
+    assert run("generate", trained / "none-seed0", *words) == 0
+    assert len(capsys.readouterr().out) >= len("the cat sat on a mat") + 40
+
+
+@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--top-p", "0"], ["--samples", "0"], ["--tokens", "0"]])
+def test_sampling_settings_out_of_range(trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", trained / "none-seed0", "--device", "cpu", *words) == 2
+    assert words[0].strip("-") in capsys.readouterr().err
 
 
 def test_module_and_version() -> None:

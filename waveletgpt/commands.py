@@ -133,9 +133,11 @@ class Generate:
     run_folder: Positional[str]
     """Run folder."""
     prompt: str | None = None
-    """Text to continue; default: a new document."""
-    tokens: int = 200
-    """New tokens at most."""
+    """Text to continue, or a file where data are not text; default: a new document."""
+    tokens: int | None = None
+    """New tokens at most; default: what suits the modality, 200 for text."""
+    out: str | None = None
+    """Folder for samples that are no text; default: RUN/generated."""
     samples: int = 1
     """How many samples."""
     temperature: float = 0.8
@@ -156,6 +158,7 @@ class Generate:
             self.run_folder,
             self.prompt,
             tokens=self.tokens,
+            out=self.out,
             samples=self.samples,
             temperature=self.temperature,
             top_k=self.top_k,

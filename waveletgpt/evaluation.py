@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from .configuration import WaveletGPTConfig
 from .cost import describe
-from .data import DataSettings, TokenStore, prepare
+from .data import MODALITIES, DataSettings, TokenStore, prepare
+from .data.text import TextModality
 from .data.windows import FixedWindows
 from .errors import UserError, suggest
 from .generation import generate_tokens
@@ -105,22 +106,34 @@ def evaluate_run(
     }
 
 
-def generate_from_run(folder: str | Path, prompt: str | None, *, device: str = "auto", **settings: Any) -> list[str]:
-    """Texts that continue `prompt`, prompt included; settings are those of `generate_tokens`.
+def generate_from_run(
+    folder: str | Path, prompt: str | None, *, device: str = "auto", out: str | Path | None = None, **settings: Any
+) -> list[str]:
+    """Continue `prompt` (a text, or for other modalities a file; None begins anew); settings: `generate_tokens`.
+
+    Returns:
+        Texts, prompt included; for sounds and pictures the paths of the files written in `out` (default: the run
+        folder's `generated`).
 
     Raises:
-        UserError: no run, a prompt the tokenizer cannot read, settings out of range.
+        UserError: no run, a prompt that gives no tokens, settings out of range.
     """
     from transformers import AutoTokenizer
 
     run = RunFolder.open(folder)
     model = load_model(run, device)
     tokenizer = AutoTokenizer.from_pretrained(run.model_path())
-    start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else start
+    modality = MODALITIES[run.info["data"]["modality"]]
+    ids = [int(t) for t in modality.encode_prompt(prompt or "", tokenizer)]
+    if settings.get("tokens") is None:
+        settings["tokens"] = getattr(modality, "sample_tokens", 200)
     rows = generate_tokens(model, ids, **settings)
-    shown = ids if prompt else []
-    return [str(tokenizer.decode([*shown, *row])) for row in rows]
+    if isinstance(modality, TextModality):
+        shown = ids if prompt else []
+        return [str(tokenizer.decode([*shown, *row])) for row in rows]
+    place = Path(out) if out else run.path / "generated"
+    place.mkdir(parents=True, exist_ok=True)
+    return [str(modality.write_sample([*ids, *row], tokenizer, place / str(i)).path) for i, row in enumerate(rows)]
 
 
 def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:

@@ -111,8 +111,8 @@ class TrainingSettings:
     """Processes that read batches."""
     samples: int = 3
     """Samples generated at the end."""
-    sample_tokens: int = 200
-    """Tokens of each sample."""
+    sample_tokens: int | None = None
+    """Tokens of each sample; default: what suits the modality, 200 for text."""
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recip
 
             # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
             model = WaveletGPTForCausalLM.from_pretrained(run.path).to(trainer.args.device)
-            write_json(run.path / "samples.json", sample_run(model, store, recipe))
+            write_json(run.path / "samples.json", sample_run(model, store, recipe, run.path))
             run.update_info(status="finished", result=result(run, store))
     trainer.accelerator.wait_for_everyone()
 
