@@ -190,16 +190,15 @@ class Report:
 
         if not self.runs:
             raise UserError("name at least one run folder")
-        found = [run for folder in self.runs for run in find_runs(folder) or [RunFolder.open(folder)]]
-        for folder in self.runs:
-            if not any(find_runs(folder)):
-                RunFolder.open(folder)
+        # Where there is no run, `open` says why.
+        found = [run for folder in self.runs for run in list(find_runs(folder)) or [RunFolder.open(folder)]]
         arms = list(dict.fromkeys(run.info["arm"] for run in found))
         baseline = self.baseline or next((arm for arm in arms if arm.split(":")[0] == "none"), arms[0])
         if baseline not in arms:
             raise UserError(
                 f'--baseline: no arm "{baseline}" in these runs; there are {", ".join(arms)}{suggest(baseline, arms)}'
             )
+        found.sort(key=lambda run: run.info["arm"] != baseline)
         out = Path(self.out or self.runs[0])
         summary = write_summary(out, found, baseline)
         print_summary(summary)

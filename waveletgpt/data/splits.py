@@ -2,6 +2,8 @@
 
 Many documents: each goes where a hash of its content says, so that copies stay together and new files move no others.
 One document, or too few for the hash to give each split its share: the first 90 % of the bytes, the next 5, the last 5.
+Recordings that are too few for the hash are first dealt out whole, in the order of their hashes; only where that gives
+no split its share, either, are they divided by position, with a gap between the splits.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ HASHED = 1 << 20
 BLOCK = 1 << 20
 """Bytes handed on at a time."""
 
-_INDEX = np.dtype([("end", "<u8"), ("split", "u1")])
+_INDEX = np.dtype([("end", "<u8"), ("point", "<f8"), ("split", "u1")])
+
+
+def point_of(content: bytes) -> float:
+    """A number in [0, 1] from the bytes a document starts with (the first `HASHED` are looked at)."""
+    return int.from_bytes(hashlib.sha256(content[:HASHED]).digest()[:8]) / 2**64
 
 
 def split_by_content(content: bytes, settings: DataSettings) -> str:
     """The split of a document from the bytes it starts with (the first `HASHED` are looked at)."""
-    point = int.from_bytes(hashlib.sha256(content[:HASHED]).digest()[:8]) / 2**64
+    point = point_of(content)
     if point < settings.test_fraction:
         return "test"
     return "validation" if point < settings.test_fraction + settings.validation_fraction else "train"
@@ -71,31 +78,80 @@ class Spool:
         """Add bytes to the open document."""
         return self._text.write(data)
 
-    def end_document(self, split: str, size: int) -> None:
-        """Close the document, of `size` bytes in all; documents left without any are forgotten."""
+    def end_document(self, split: str, size: int, point: float = 0.0) -> None:
+        """Close the document, of `size` bytes in all; documents left without any are forgotten.
+
+        `point` is its place in the order in which whole documents are dealt out, `point_of` its content.
+        """
         if size:
             self.sizes[split] += size
             self.documents += 1
-            self._index.write(np.array([(self.size, SPLITS.index(split))], _INDEX).data)
+            self._index.write(np.array([(self.size, point, SPLITS.index(split))], _INDEX).data)
 
-    def divide(self, settings: DataSettings, given: bool = False) -> None:
-        """Decide the splits: as `given` by the source, by each document's hash, or by position."""
+    def drop_document(self) -> None:
+        """Forget what was written of the open document."""
+        self._text.seek(self.size)
+        self._text.truncate()
+
+    def divide(self, settings: DataSettings, given: bool = False, *, unit: int = 0, gap: int = 0) -> None:
+        """Decide the splits: as `given` by the source, by each document's hash, by dealing them out, or by position.
+
+        By position, splits start at whole characters, or at multiples of `unit` bytes; `gap` units before the start of
+        each but the first belong to none.
+        """
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
         total = self.size
-        self._cuts: list[int] = []
+        self._cuts: list[tuple[int, str | None]] = []
+        self.gap = 0
         if given and all(self.sizes.values()):
             self.method = "given"
-        elif all(share / 2 <= self.sizes[split] / max(total, 1) <= share * 2 for split, share in shares.items()):
+        elif _near(self.sizes, shares):
             self.method = "hash"
+        elif self._deal(shares):
+            self.method = "dealt"
         else:
             self.method = "position"
+            self.gap = gap = min(gap, int(total * min(filter(None, shares.values()))) // max(unit, 1) // 10)
             held_out = settings.validation_fraction + settings.test_fraction
-            validation = self._character_start(round(total * (1 - held_out)))
-            test = self._character_start(round(total * (1 - settings.test_fraction)))
-            self._cuts = [validation, test, total]
-            self.sizes = dict(zip(SPLITS, np.diff([0, *self._cuts]).tolist(), strict=True))
+            validation = self._start(round(total * (1 - held_out)), unit)
+            test = self._start(round(total * (1 - settings.test_fraction)), unit)
+            self._cuts = [(validation - gap * unit, "train"), (validation, None), (test, "validation"), (total, "test")]
+            if test < total:
+                self._cuts[2:3] = [(test - gap * unit, "validation"), (test, None)]
+            starts = [0, *(end for end, _ in self._cuts)]
+            self.sizes = dict.fromkeys(SPLITS, 0)
+            for start, (end, split) in zip(starts, self._cuts, strict=False):
+                if split:
+                    self.sizes[split] += end - start
 
-    def _character_start(self, position: int) -> int:
+    def _deal(self, shares: dict[str, float]) -> bool:
+        """Give whole documents, in the order of their points, to test, validation and training; whether that works."""
+        self._index.seek(0)
+        index = np.frombuffer(bytearray(self._index.read()), _INDEX)
+        points, group = np.unique(index["point"], return_inverse=True)  # copies have the same point
+        if len(points) < len(SPLITS):
+            return False
+        ends = np.cumsum(np.bincount(group, np.diff(index["end"], prepend=0)))
+        order = np.full(len(points), SPLITS.index("train"), np.uint8)
+        first, wanted = 0, 0.0
+        for split in ("test", "validation"):
+            wanted += shares[split] * self.size
+            last = max(first + bool(shares[split]), int(np.abs(ends - wanted).argmin()) + 1 if wanted else 0)
+            order[first:last] = SPLITS.index(split)
+            first = last
+        index["split"] = order[group]
+        each = np.bincount(index["split"], np.diff(index["end"], prepend=0), len(SPLITS))
+        sizes = dict(zip(SPLITS, each.astype(int).tolist(), strict=True))
+        if not _near(sizes, shares):
+            return False
+        self._index.seek(0)
+        self._index.write(index.tobytes())
+        self.sizes = sizes
+        return True
+
+    def _start(self, position: int, unit: int) -> int:
+        if unit:
+            return position // unit * unit
         self._text.seek(position)
         following = self._text.read(3)  # a character has at most three bytes after its first
         return position + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
@@ -131,10 +187,11 @@ class Spool:
                     yield SPLITS[code], start, end, True
                     start = end
                 while self._cuts and start < end:
-                    while cuts[0] <= start:
+                    while cuts[0][0] <= start:
                         cuts.pop(0)
-                    stop = min(end, cuts[0])
-                    yield SPLITS[len(SPLITS) - len(cuts)], start, stop, stop == end
+                    stop = min(end, cuts[0][0])
+                    if cuts[0][1]:
+                        yield cuts[0][1], start, stop, stop == end
                     start = stop
 
     def batches(self, cut: Callable[[bytes], int], size: int) -> Iterator[list[Piece]]:
@@ -149,3 +206,9 @@ class Spool:
                 batch, gathered = [], 0
         if batch:
             yield batch
+
+
+def _near(sizes: dict[str, int], shares: dict[str, float]) -> bool:
+    """Whether each split has its share of the whole, give or take a factor of 2."""
+    total = max(1, sum(sizes.values()))
+    return all(share / 2 <= sizes[split] / total <= share * 2 for split, share in shares.items())
