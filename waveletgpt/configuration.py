@@ -6,6 +6,7 @@ nothing else of the package.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,8 +65,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         min_window, max_window: shortest and longest window in tokens; `max_window=None` is the largest power of two
             within `n_positions`. Equal values give a single-scale control.
         mix_allocation: how coordinates are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
-        mix_edge: for "fixed" and "learnable": "zero" (values before the sequence count as 0) or "partial" (mean over the
-            values that exist).
+        mix_edge: for "fixed" and "learnable": "zero" (values before the sequence count as 0) or "partial" (mean over
+            the values that exist).
         mix_sharing: for "learnable": one kernel per "coordinate" or per "level".
         mix_placement: "block" (each block's output, as in the paper) or "input" (the normalised inputs of attention
             and feed-forward).
@@ -94,10 +95,11 @@ class WaveletGPTConfig(PreTrainedConfig):
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int | None = None
-    n_inner: int | None = None
+    # None asks for the default that fits the others; afterwards they all have values.
+    n_kv_head: int = None  # type: ignore[assignment]
+    n_inner: int = None  # type: ignore[assignment]
     norm_position: str = "pre"
-    position_embedding: str | None = None
+    position_embedding: str = None  # type: ignore[assignment]
     norm_epsilon: float = 1e-5
     embd_pdrop: float = 0.0
     attn_pdrop: float = 0.0
@@ -107,7 +109,7 @@ class WaveletGPTConfig(PreTrainedConfig):
     mixing: str = "fixed"
     mix_fraction: float = 0.5
     min_window: int = 2
-    max_window: int | None = None
+    max_window: int = None  # type: ignore[assignment]
     mix_allocation: str = "uniform"
     mix_edge: str = "zero"
     mix_sharing: str = "coordinate"
@@ -145,7 +147,6 @@ class WaveletGPTConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        assert self.n_kv_head is not None
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.position_embedding == "rope" and self.head_dim % 2:
@@ -182,7 +183,6 @@ class WaveletGPTConfig(PreTrainedConfig):
             return []
         if self.mixing in ("conv", "shift"):
             return [4 if self.mixing == "conv" else 2] * self.n_mixed
-        assert self.max_window is not None
         return window_schedule(self.n_mixed, self.min_window, self.max_window, self.mix_allocation)
 
     def mixes(self, layer: int) -> bool:
@@ -193,7 +193,7 @@ class WaveletGPTConfig(PreTrainedConfig):
             return self.mix_layers == "all" or layer < self.n_layer - 1
         return layer in self.mix_layers
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in Hugging Face; the code goes along, so that `trust_remote_code=True` loads it without this package.
 
         The models save their configuration through this too, before anything is uploaded.

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its configuration and weights: parameters, FLOPs, decoding state, and mixing's share."""
+"""What a model costs, from its configuration and weights: parameters, FLOPs, decoding state, and mixing's share."""
 
 from __future__ import annotations
 

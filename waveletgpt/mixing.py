@@ -17,7 +17,7 @@ from .ops import ema_mix, wavelet_mix
 
 
 class Mixer(nn.Module):
-    """Base of all mixers: splits the coordinates, zeroes padding, carries the state, and calls `mix` on the C mixed ones.
+    """Base of all mixers: zeroes padding, splits the coordinates, carries the state, calls `mix` on the C mixed ones.
 
     One path serves training, prefill and decoding: what came before is put in front of what comes in.
     """
@@ -68,9 +68,8 @@ class Mixer(nn.Module):
         # Split, not slices: its gradient is one concatenation instead of two zero-filled sums.
         x, rest = hidden.split([self.n_mixed, hidden.shape[-1] - self.n_mixed], dim=-1)
         state = None
-        if cache is not None:
-            if cache.has_previous_state[state_idx]:
-                state = cache.conv_states[state_idx].transpose(1, 2)
+        if cache is not None and cache.has_previous_state[state_idx]:
+            state = cache.conv_states[state_idx].transpose(1, 2)
         y = self.mix(x, state)
         if cache is not None:
             memory = self.remember(x, y).transpose(1, 2)
@@ -141,7 +140,7 @@ class ExponentialMean(Mixer):
 
 
 class ShortConvolution(Mixer):
-    """Peer: x plus a depthwise causal convolution of 4 learned taps, zero at the start (Canon layers, arXiv 2512.17351)."""
+    """Peer: x plus a depthwise causal convolution of 4 learned taps, zero at first (Canon layers, arXiv 2512.17351)."""
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
@@ -180,26 +179,12 @@ class Mixers(nn.ModuleList):
     places: ClassVar = {"block": ("output",), "input": ("attention", "feed_forward")}
 
     def __init__(self, config: WaveletGPTConfig, layer: int):
-        self.layer_idx = layer
         self.slots = self.places[config.mix_placement] if config.mixes(layer) else ()
         super().__init__(MIXERS[config.mixing](config) for _ in self.slots)
 
-    def at(self, place: str, hidden: torch.Tensor, cache: Any = None, **context: Any) -> torch.Tensor:
-        """Mix `hidden` (B, T, E) if this block mixes at `place`, else hand it on.
-
-        Raises:
-            ValueError: `cache`, of transformers, keeps no mixing state for this block.
-        """
+    def at(self, place: str, hidden: torch.Tensor, **context: Any) -> torch.Tensor:
+        """Mix `hidden` (B, T, E) if this block mixes at `place`, else hand it on."""
         if place not in self.slots:
             return hidden
-        if cache is not None:
-            # An offloaded cache moves a block's states away with its keys and values, before they are used.
-            layers = [] if cache.offloading else cache.layers[self.layer_idx :]
-            if not layers or not hasattr(layers[0], "conv_states"):
-                raise ValueError(
-                    f"this {type(cache).__name__} keeps no mixing state where it is needed; "
-                    "make it with DynamicCache(config=model.config)"
-                )
-            cache = layers[0]
         idx = self.slots.index(place)
-        return self[idx](hidden, state_idx=idx, cache=cache, **context)
+        return self[idx](hidden, state_idx=idx, **context)

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H head
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,7 +129,7 @@ class Block(GradientCheckpointingLayer):
         context = {
             "seen": seen,
             "padding_mask": padding_mask,
-            "cache": past_key_values,
+            "cache": past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None,
         }
 
         def attend(x: torch.Tensor) -> torch.Tensor:
@@ -151,11 +151,12 @@ class Block(GradientCheckpointingLayer):
 class WaveletGPTPreTrainedModel(PreTrainedModel):
     """Weight initialisation, and what the Hugging Face tools ask about the models."""
 
+    config: WaveletGPTConfig
     config_class = WaveletGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["Block"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules = ["Block"]  # noqa: RUF012 - as declared by the base class, here and below
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -163,7 +164,7 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
     # without it: they would decode without the mixing states, silently wrong. `forward` turns down those that insist.
     _supports_attention_backend = False
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar = {"hidden_states": Block, "attentions": Attention}
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,18 +187,13 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.embed_positions = (
             nn.Embedding(config.n_positions, config.n_embd) if config.position_embedding == "learned" else None
         )
-        self.rotary = LlamaRotaryEmbedding(config) if config.position_embedding == "rope" else None
+        # It reads the names that our configuration shares with Llama's.
+        self.rotary = LlamaRotaryEmbedding(config) if config.position_embedding == "rope" else None  # type: ignore[arg-type]
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
 
     def _positions(
         self, hidden: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, past: int | torch.Tensor
@@ -211,13 +207,28 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         return position_ids
 
     def _refuse_what_mixing_gets_wrong(
-        self, position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        cache: Cache | None,
+        position_ids: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+        **kwargs: Any,
     ) -> None:
+        """ValueError for caches without mixing states, for packed documents, and for serving engines."""
+        if cache is not None:
+            kept = [hasattr(layer, "conv_states") for layer in cache.layers] or [False] * len(self.blocks)
+            needed = [bool(block.mixers) for block in self.blocks]
+            # An offloaded cache moves the states away together with keys and values, before they are used.
+            if cache.offloading or any(need and not keep for need, keep in zip(needed, kept, strict=True)):
+                raise ValueError(
+                    f"this {type(cache).__name__} keeps no mixing states at hand; "
+                    "make it with DynamicCache(config=model.config)"
+                )
         attention = self.config._attn_implementation or ""
         if attention.startswith(("paged", "sglang", "vllm")):
-            raise ValueError(f"attention {attention!r} brings its own cache, which keeps no mixing states; use generate()")
+            raise ValueError(f"attention {attention!r} has its own cache, which keeps no mixing states; use generate()")
         packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"))
-        if position_ids is not None and not torch.compiler.is_compiling():  # a compiler cannot look at values
+        # A compiler cannot look at values.
+        if position_ids is not None and position_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             restarts = position_ids.diff(dim=-1) < 1
             if padding_mask is not None:
                 real = padding_mask.bool()
@@ -232,8 +243,9 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
     def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
         """Token embeddings plus absolute positions, where the scheme has them."""
         if self.embed_positions is not None:
-            # With a static cache the length is a tensor, which a compiler cannot look at.
-            if not (isinstance(total, torch.Tensor) and torch.compiler.is_compiling()) and total > self.config.n_positions:
+            # The length of a static cache is a tensor, which a compiler cannot look at.
+            known = not (isinstance(total, torch.Tensor) and torch.compiler.is_compiling())
+            if known and total > self.config.n_positions:
                 raise ValueError(
                     f"{total} tokens exceed n_positions={self.config.n_positions} of the learned positions; "
                     'shorten the input, or train with position_embedding "rope", "sinusoidal" or "none"'
@@ -273,13 +285,14 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
+        masks: dict[str, Any]
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             # Only positions that were given can mean packing; looking for it in others would cost a synchronisation.
             masks = create_masks(self.config, hidden, attention_mask, past_key_values, position_ids)
         if self.config.mixing != "none":
-            self._refuse_what_mixing_gets_wrong(position_ids, masks["linear_attention"], **kwargs)
+            self._refuse_what_mixing_gets_wrong(past_key_values, position_ids, masks["linear_attention"], **kwargs)
         positions = self._positions(hidden, attention_mask, position_ids, past)
         hidden = self._embed(hidden, positions, past + hidden.shape[1])
         rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None
@@ -314,7 +327,7 @@ def create_masks(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor | None]:
+) -> dict[str, Any]:
     """The attention's mask, and the (B, T) padding mask of the mixers, both None where nothing is masked."""
     arguments: dict[str, Any] = {
         "config": config,
@@ -332,7 +345,7 @@ def create_masks(
 class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
@@ -397,7 +410,7 @@ class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         position_ids: torch.Tensor | None = None,
         **_: Any,
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, Any]:
         # Blocks with and without a mixer take the same pair, so the library's table of layer types does not apply.
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 

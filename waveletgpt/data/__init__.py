@@ -16,7 +16,9 @@ import os
 import re
 from pathlib import Path
 
+from waveletgpt.data.audio import AUDIO
 from waveletgpt.data.hub import PREFIX, Hub
+from waveletgpt.data.images import IMAGES
 from waveletgpt.data.modality import Modality, SampleFile
 from waveletgpt.data.named import NAMED, NamedSet, fetch
 from waveletgpt.data.settings import DataSettings
@@ -30,7 +32,7 @@ __all__ = [
     "StoreWriter", "TokenStore", "find", "prepare",
 ]  # fmt: skip
 
-MODALITIES: dict[str, Modality] = {modality.name: modality for modality in TEXT}
+MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (*TEXT, AUDIO, IMAGES)}
 DEFAULT_MODALITY = "chars"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,15 +48,41 @@ class Encoder(Protocol):
         """The same as a `PreTrainedTokenizerFast`."""
 
 
-def fast(tokenizer: Any) -> Any:
-    """Wrap a `tokenizers.Tokenizer`, with `END` as its one special token."""
+def fast(tokenizer: Any, special: str = END, **settings: Any) -> Any:
+    """Wrap a `tokenizers.Tokenizer`, with `special` as its one special token; `settings` are saved in `init_kwargs`."""
     from transformers import PreTrainedTokenizerFast
 
     # Without splitting, "<|endoftext|>" written in a text would end the document.
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=END,
-        clean_up_tokenization_spaces=False, split_special_tokens=True,
+        tokenizer_object=tokenizer, bos_token=special, eos_token=special, pad_token=special, unk_token=special,
+        clean_up_tokenization_spaces=False, split_special_tokens=True, **settings,
     )  # fmt: skip
+
+
+def words(vocabulary: Sequence[str], special: str = END, **settings: Any) -> Any:
+    """A tokenizer of the words of `vocabulary`, with blanks between them; `special`, the last id, is any other word.
+
+    `settings` are saved with it, and found in its `init_kwargs`.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    ids = {word: index for index, word in enumerate([*vocabulary, special])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return fast(tokenizer, special, **settings)
+
+
+def numbers(size: int, **settings: Any) -> Any:
+    """A tokenizer of the numbers 0 .. `size` - 1 in decimal, with blanks between them, and without special tokens.
+
+    `settings` are saved with it, and found in its `init_kwargs`.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(size)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **settings)
 
 
 def last_character(block: bytes) -> int:
@@ -275,13 +301,16 @@ def no_settings(settings: DataSettings) -> dict[str, Any]:
 
 
 def bpe_settings(settings: DataSettings) -> dict[str, Any]:
-    """The size to train, or the tokenizer: its name on the hub, for a folder a hash of its files."""
-    if not settings.tokenizer:
-        return {"vocab_size": settings.vocab_size}
-    folder = Path(settings.tokenizer)
+    """The size to train, or the tokenizer."""
+    return {"tokenizer": known_by(settings.tokenizer)} if settings.tokenizer else {"vocab_size": settings.vocab_size}
+
+
+def known_by(name: str) -> str:
+    """What tells one Hugging Face model from another: its name on the hub, for a folder a hash of its files."""
+    folder = Path(name)
     if not folder.is_dir():
-        return {"tokenizer": settings.tokenizer}
+        return name
     content = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
         content.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-    return {"tokenizer": content.hexdigest()}
+    return content.hexdigest()

@@ -44,7 +44,8 @@ def _python_source() -> Path:
 
 
 # Sizes and hashes: text8 and enwik8 as in the Hugging Face hub's and many others' records of the originals, WikiText as
-# in Salesforce's original archive (of which the address is its author's copy), Shakespeare as in the repository.
+# in Salesforce's original archive (of which the address is its author's copy), Shakespeare as in the repository,
+# CIFAR-10 as in many others' records of the original (its site gives the MD5 only).
 NAMED = {
     named.name: named
     for named in (
@@ -81,6 +82,13 @@ NAMED = {
             "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "aclImdb_v1.tar.gz", 84_125_825,
             "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
             include="*/pos/*.txt,*/neg/*.txt",
+        ),
+        NamedSet(
+            "cifar10", "60,000 pictures of 32 x 32 in 10 classes, official test split (Krizhevsky 2009)", "images",
+            "none stated; cite the report", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+            "cifar-10-binary.tar.gz", 170_052_171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            include="*.bin",
+            splits={f"data_batch_{i}.bin": "train" for i in range(1, 6)} | {"test_batch.bin": "test"},
         ),
     )
 }  # fmt: skip

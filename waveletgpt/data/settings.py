@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from waveletgpt.errors import UserError
+
+_Number = TypeVar("_Number", int, float)
+IMAGE_MODES = ("grey", "rgb")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,26 @@ class DataSettings:
     """Share of the data held out for validation."""
     test_fraction: float = 0.05
     """Share of the data held out for the final test; 0 for none."""
+    sample_rate: int = 16_000
+    """Samples a second to which recordings are brought (`--modality audio`; `acoustic` takes the codec's)."""
+    codec: str = "facebook/encodec_24khz"
+    """EnCodec, Mimi or DAC by hub name or folder, for `--modality acoustic`."""
+    codebooks: int = 2
+    """How many of the codec's codebooks `--modality acoustic` takes, the coarsest first: so many tokens a frame."""
+    image_size: int = 32
+    """Pictures are cut to their centre square and resized to so many pixels a side (`--modality images`)."""
+    image_mode: str = "grey"
+    """Pixels of `--modality images`: "grey", one token each, or "rgb", three."""
+    transpose: str | None = None
+    """Copies of the training pieces, shifted by these semitones, for `--modality music`: `--transpose=-3,-2,2,3`."""
+    tempo_scale: str | None = None
+    """Copies of the training pieces, at these times the speed, for `--modality music`: `0.95,1.05`."""
+    listops_length: str = "500-2000"
+    """Shortest and longest expression of the data set `listops`, in tokens."""
+    listops_count: int = 20_000
+    """How many expressions the data set `listops` has."""
+    listops_seed: int = 0
+    """Which expressions the data set `listops` has."""
     cache_dir: str | None = None
     """Where stores and downloads are kept (default: $WAVELETGPT_CACHE, else ~/.cache/waveletgpt)."""
     data_dir: str | None = None
@@ -44,8 +69,53 @@ class DataSettings:
                 "to train on: their sum must be below 1"
             )
 
+        if not 1000 <= self.sample_rate <= 192_000:
+            raise UserError(f"sample_rate is {self.sample_rate}: give 1000 to 192000 samples a second")
+        if self.codebooks < 1:
+            raise UserError(f"codebooks is {self.codebooks}: give 1 or more")
+        if not 1 <= self.image_size <= 1024:
+            raise UserError(f"image_size is {self.image_size}: give 1 to 1024 pixels")
+        if self.image_mode not in IMAGE_MODES:
+            raise UserError(f'image_mode is "{self.image_mode}": give {" or ".join(IMAGE_MODES)}')
+        self.semitones()
+        self.tempos()
+        self.listops_lengths()
+        if self.listops_count < 1 or self.listops_seed < 0:
+            raise UserError(
+                f"listops_count is {self.listops_count}, listops_seed {self.listops_seed}: "
+                "give at least one expression, and a seed that is not negative"
+            )
+
+    def semitones(self) -> list[int]:
+        """What training pieces are shifted by, 0 (as they are) first; raises UserError for what is no such list."""
+        found = _numbers("transpose", self.transpose, int, "whole semitones from -60 to 60, such as -3,2")
+        if any(abs(value) > 60 for value in found):
+            raise UserError(f'transpose is "{self.transpose}": give semitones from -60 to 60')
+        return list(dict.fromkeys([0, *found]))
+
+    def tempos(self) -> list[float]:
+        """What the speed of training pieces is multiplied by, 1 first; raises UserError for what is no such list."""
+        found = _numbers("tempo_scale", self.tempo_scale, float, "factors from 0.25 to 4, such as 0.95,1.05")
+        if not all(0.25 <= value <= 4 for value in found):
+            raise UserError(f'tempo_scale is "{self.tempo_scale}": give factors from 0.25 to 4')
+        return list(dict.fromkeys([1.0, *found]))
+
+    def listops_lengths(self) -> tuple[int, int]:
+        """Shortest and longest expression, in tokens; raises UserError for what is no such range."""
+        low, _, high = self.listops_length.partition("-")
+        if low.strip().isdecimal() and high.strip().isdecimal() and 1 <= int(low) <= int(high) <= 1_000_000:
+            return int(low), int(high)
+        raise UserError(f'listops_length is "{self.listops_length}": give shortest and longest, such as 50-200')
+
     @property
     def cache(self) -> Path:
         """The folder of stores and downloads."""
         chosen = self.cache_dir or os.environ.get("WAVELETGPT_CACHE")
         return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "waveletgpt"
+
+
+def _numbers(name: str, value: str | None, kind: Callable[[str], _Number], mend: str) -> list[_Number]:
+    try:
+        return [kind(part) for part in (value or "").split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f'{name} is "{value}": give {mend}') from None

@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import hashlib
 import itertools
+import logging
 import os
 import stat
 import time
@@ -19,8 +20,14 @@ from waveletgpt.data.archives import Stream, broken, expand
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError
 
+log = logging.getLogger(__name__)
+
 CHUNK = 1 << 20
 """Bytes of a document read at a time."""
+
+
+class TooLarge(Exception):
+    """A file that is not read because of its size."""
 
 
 @dataclass
@@ -34,9 +41,16 @@ class Document:
     chunks: Iterable[bytes]
     split: str | None = None
 
-    def read(self) -> bytes:
-        """All its bytes at once, for formats that need the whole file."""
-        return b"".join(self.chunks)
+    def read(self, limit: int | None = None) -> bytes:
+        """All its bytes at once, for formats that need the whole file; raises TooLarge beyond `limit` bytes."""
+        if limit is None:
+            return b"".join(self.chunks)
+        content = bytearray()
+        for chunk in self.chunks:
+            content += chunk
+            if len(content) > limit:
+                raise TooLarge(f"larger than {limit >> 20} MB")
+        return bytes(content)
 
 
 class Source(Protocol):
@@ -150,7 +164,7 @@ class Files:
     def files(self) -> Iterator[Document]:
         """Each file, archives opened, as it is."""
         for stream in self._streams():
-            yield Document(stream.name, _chunks(stream))
+            yield Document(stream.name, _chunks(stream), self.splits.get(stream.name.rpartition("/")[2]))
 
     def documents(self, *, binary: bool) -> Iterator[Document]:
         """Each text: files, or the rows of tables. `binary=False` passes over what is not UTF-8 text.
@@ -182,6 +196,16 @@ class Files:
             self.skipped.append(stream.name.encode("utf-8", "replace").decode())
             return None
         return Document(stream.name, itertools.chain([first], chunks))
+
+
+def report_skipped(source: Source, wanted: str, usable: int) -> None:
+    """Warn about the files in `source.skipped`; raises UserError if `usable`, the number of the others, is 0."""
+    skipped = source.skipped
+    names = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+    if not usable:
+        raise UserError(f"no {wanted} in {source.name} that can be used" + (f" ({names})" if skipped else ""))
+    if skipped:
+        log.warning("skipped %d files without usable %s: %s", len(skipped), wanted, names)
 
 
 def remembered(cache: Path, what: Sequence[str], paths: Sequence[Path], compute: Callable[[], str]) -> str:

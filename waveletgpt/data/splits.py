@@ -9,7 +9,8 @@ no split its share, either, are they divided by position, with a gap between the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,17 +28,33 @@ BLOCK = 1 << 20
 _INDEX = np.dtype([("end", "<u8"), ("point", "<f8"), ("split", "u1")])
 
 
-def point_of(content: bytes) -> float:
+def point_of(content: bytes | memoryview) -> float:
     """A number in [0, 1] from the bytes a document starts with (the first `HASHED` are looked at)."""
     return int.from_bytes(hashlib.sha256(content[:HASHED]).digest()[:8]) / 2**64
 
 
 def split_by_content(content: bytes, settings: DataSettings) -> str:
     """The split of a document from the bytes it starts with (the first `HASHED` are looked at)."""
-    point = point_of(content)
+    return split_at(point_of(content), settings)
+
+
+def split_at(point: float, settings: DataSettings) -> str:
+    """The split of a document with this `point_of` its content."""
     if point < settings.test_fraction:
         return "test"
     return "validation" if point < settings.test_fraction + settings.validation_fraction else "train"
+
+
+def split_of(given: str | None, point: float, settings: DataSettings, own: Container[str] = SPLITS) -> str:
+    """The split that the source has `given` a document, else that of its content, from its `point_of`.
+
+    `own` are the splits that the source gives at all: if validation is not among them, it is taken from training.
+    """
+    if given is None:
+        return split_at(point, settings)
+    if given == "train" and "validation" not in own:
+        return split_at(point, replace(settings, test_fraction=0.0))
+    return given
 
 
 class Piece(NamedTuple):
@@ -93,11 +110,14 @@ class Spool:
         self._text.seek(self.size)
         self._text.truncate()
 
-    def divide(self, settings: DataSettings, given: bool = False, *, unit: int = 0, gap: int = 0) -> None:
+    def divide(
+        self, settings: DataSettings, given: bool = False, *, unit: int = 0, gap: int = 0, whole: bool = False
+    ) -> None:
         """Decide the splits: as `given` by the source, by each document's hash, by dealing them out, or by position.
 
         By position, splits start at whole characters, or at multiples of `unit` bytes; `gap` units before the start of
-        each but the first belong to none.
+        each but the first belong to none. `whole` documents are never cut, however far that is from the shares, unless
+        there are fewer different ones than splits: then all are for training.
         """
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
         total = self.size
@@ -107,8 +127,10 @@ class Spool:
             self.method = "given"
         elif _near(self.sizes, shares):
             self.method = "hash"
-        elif self._deal(shares):
+        elif self._deal(shares, whole):
             self.method = "dealt"
+        elif whole:
+            self.method, self.sizes = "none", {"train": total, "validation": 0, "test": 0}
         else:
             self.method = "position"
             self.gap = gap = min(gap, int(total * min(filter(None, shares.values()))) // max(unit, 1) // 10)
@@ -124,12 +146,12 @@ class Spool:
                 if split:
                     self.sizes[split] += end - start
 
-    def _deal(self, shares: dict[str, float]) -> bool:
+    def _deal(self, shares: dict[str, float], whole: bool) -> bool:
         """Give whole documents, in the order of their points, to test, validation and training; whether that works."""
         self._index.seek(0)
         index = np.frombuffer(bytearray(self._index.read()), _INDEX)
         points, group = np.unique(index["point"], return_inverse=True)  # copies have the same point
-        if len(points) < len(SPLITS):
+        if len(points) <= sum(map(bool, shares.values())):
             return False
         ends = np.cumsum(np.bincount(group, np.diff(index["end"], prepend=0)))
         order = np.full(len(points), SPLITS.index("train"), np.uint8)
@@ -137,12 +159,13 @@ class Spool:
         for split in ("test", "validation"):
             wanted += shares[split] * self.size
             last = max(first + bool(shares[split]), int(np.abs(ends - wanted).argmin()) + 1 if wanted else 0)
+            last = min(last, len(points) - (2 if split == "test" else 1))  # something is left for the others
             order[first:last] = SPLITS.index(split)
             first = last
         index["split"] = order[group]
         each = np.bincount(index["split"], np.diff(index["end"], prepend=0), len(SPLITS))
         sizes = dict(zip(SPLITS, each.astype(int).tolist(), strict=True))
-        if not _near(sizes, shares):
+        if not (whole or _near(sizes, shares)):
             return False
         self._index.seek(0)
         self._index.write(index.tobytes())
@@ -182,7 +205,7 @@ class Spool:
         start = 0
         cuts = list(self._cuts)
         while len(block := self._index.read(_INDEX.itemsize << 12)):
-            for end, code in np.frombuffer(block, _INDEX).tolist():
+            for end, _, code in np.frombuffer(block, _INDEX).tolist():
                 if not self._cuts:
                     yield SPLITS[code], start, end, True
                     start = end

@@ -172,12 +172,13 @@ class TextModality:
         return SampleFile("text", path, text)
 
 
-def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, unit: str) -> None:
-    """Raises UserError unless each split that is asked for has at least two of what is counted."""
+def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, unit: str, least: int = 2) -> None:
+    """Raises UserError unless each split that is asked for has at least `least` of what is counted."""
     needed = [split for split in SPLITS if split != "test" or settings.test_fraction]
-    if any(sizes[split] < 2 for split in needed):
+    if any(sizes[split] < least for split in needed):
         counts = ", ".join(f"{split} {sizes[split]}" for split in SPLITS)
-        raise UserError(f"{name} is too short: {sum(sizes.values())} {unit} give {counts}; each split needs 2 or more")
+        total = sum(sizes.values())
+        raise UserError(f"{name} is too short: {total} {unit} give {counts}; each split needs {least} or more")
 
 
 TEXT = (

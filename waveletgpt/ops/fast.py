@@ -27,9 +27,9 @@ Span = tuple[int, int, int]  # window, its first coordinate, the one after its l
 
 # Elements worked on at a time on a CPU (1 MB of float32): more leaves the cache, less is call overhead.
 BLOCK = 1 << 18
-# The longest kernels for which each way beats an FFT, measured on one core: torch's convolution where it is a fast
-# one, shifted multiply-adds where it is not, and the kernel's gradient as one sum of products for each tap.
-CONVOLUTION_TAPS, SHIFT_TAPS, GRADIENT_TAPS = 64, 4, 16
+# The longest kernels, in taps, for which other ways beat an FFT, measured on one core: torch's convolution where it is
+# a fast one, shifted multiply-adds where it is not.
+CONVOLUTION_TAPS, SHIFT_TAPS = 32, 4
 
 
 def wavelet_mix(
@@ -42,7 +42,7 @@ def wavelet_mix(
 ) -> Tensor:
     """See `reference.wavelet_mix`; it differs by rounding, and for inputs that are not finite or huge.
 
-    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 64 taps (more than
+    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 32 taps (more than
     4 in float64, without oneDNN and on other devices than a CPU) go through an FFT: the rounding of a huge input
     reaches tokens before it, and, except on a CPU, a NaN all tokens of its coordinate and sequence.
     """
@@ -282,10 +282,16 @@ def _fake_backward(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Seq
 @_opaque("filter(Tensor x, int[] windows, Tensor[] kernels) -> Tensor", lambda x, windows, kernels: _contiguous(x))
 def _filter_op(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> Tensor:
     layout, signal, taps = _sorted_and_wide(x, windows, kernels)
+    short, few = _short(signal, taps, layout.windows)
     y = torch.empty_like(signal)
-    _filter(signal, taps, layout.windows, False, y)
+    if short:
+        y[..., :short] = _directly(signal[..., :short], taps[:short, :few], False)
+    if short < len(windows):
+        length = _fft_length(signal, taps)
+        product = _spectrum(signal[..., short:], length) * torch.fft.rfft(taps[short:], length)
+        y[..., short:] = torch.fft.irfft(product, length)[..., : x.shape[1]].transpose(1, 2)
     if x.device.type == "cpu" and not y.sum().isfinite():
-        # Together, coordinates are given taps of 0 beyond their windows, and 0 times NaN is NaN: do it one by one.
+        # A tap of 0 beyond a window times NaN is NaN, and an FFT spreads it: do each window by itself.
         for window, start, end in layout.groups:
             y[..., start:end] = _directly(signal[..., start:end], taps[start:end, :window], False)
     return layout.restore(y).to(x.dtype)
@@ -293,13 +299,25 @@ def _filter_op(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> 
 
 @_opaque("filter_backward(Tensor grad, Tensor x, int[] windows, Tensor[] kernels) -> Tensor[]", _fake_backward)
 def _filter_backward_op(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> list[Tensor]:
+    """By x: the same filter backwards in time. By tap j: the sum of grad[t] x[t - j] over B and t."""
     layout, signal, taps = _sorted_and_wide(x, windows, kernels)
-    grad = layout.sort(grad).to(signal.dtype)
-    grad_x = torch.empty_like(signal)
-    _filter(grad, taps, layout.windows, True, grad_x)
-    grad_taps = _tap_gradients(grad, signal, taps.shape[1], layout.windows)
+    short, few = _short(signal, taps, layout.windows)
+    grad, tokens, count = layout.sort(grad).to(signal.dtype), x.shape[1], taps.shape[1]
+    grad_x, grad_taps = torch.empty_like(signal), torch.zeros_like(taps)
+    if short:
+        grad_x[..., :short] = _directly(grad[..., :short], taps[:short, :few], True)
+        for j in range(few):
+            first = bisect_right(layout.windows, j)  # the others have no tap j
+            late, early = grad[:, j:, first:short], signal[:, : tokens - j, first:short]
+            grad_taps[first:short, j] = (late * early).sum((0, 1))
+    if short < len(windows):
+        length = _fft_length(signal, taps)
+        late, early = (_spectrum(part[..., short:], length) for part in (grad, signal))
+        product = late * torch.fft.rfft(taps[short:], length).conj()
+        grad_x[..., short:] = torch.fft.irfft(product, length)[..., :tokens].transpose(1, 2)
+        grad_taps[short:] = torch.fft.irfft((late * early.conj()).sum(0), length)[:, :count]
     grad_kernels = [
-        F.pad(grad_taps[start:end, :window], (0, max(0, window - taps.shape[1]))).to(kernel.dtype).contiguous()
+        F.pad(grad_taps[start:end, :window], (0, max(0, window - count))).to(kernel.dtype).contiguous()
         for (window, start, end), kernel in zip(layout.groups, kernels, strict=True)
     ]
     return [layout.restore(grad_x).to(x.dtype), *grad_kernels]
@@ -315,21 +333,15 @@ def _sorted_and_wide(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor
     return layout, signal, taps
 
 
-def _filter(signal: Tensor, taps: Tensor, windows: Windows, reverse: bool, out: Tensor) -> None:
-    """Sum of taps[j] signal[t - j] over j (t + j in reverse): short windows together, and long ones together."""
-    tokens, count = signal.shape[1], taps.shape[1]
+def _short(signal: Tensor, taps: Tensor, windows: Windows) -> tuple[int, int]:
+    """How many coordinates, the first ones, to filter directly and not by FFT, and how many taps they have."""
     limit = CONVOLUTION_TAPS if _convolves(signal) else SHIFT_TAPS
-    short = len(windows) if count <= limit else bisect_right(windows, limit)
-    if short:
-        out[..., :short] = _directly(signal[..., :short], taps[:short, : windows[short - 1]], reverse)
-    if short < len(windows):
-        length = _fft_length(tokens + count - 1)
-        response = torch.fft.rfft(taps[short:], length)
-        product = _spectrum(signal[..., short:], length) * (response.conj() if reverse else response)
-        out[..., short:] = torch.fft.irfft(product, length)[..., :tokens].transpose(1, 2)
+    short = len(windows) if taps.shape[1] <= limit else bisect_right(windows, limit)
+    return short, min(windows[short - 1], taps.shape[1]) if short else 0
 
 
 def _directly(signal: Tensor, taps: Tensor, reverse: bool) -> Tensor:
+    """Sum of taps[j] signal[t - j] over j; of taps[j] signal[t + j] in reverse."""
     tokens, (coordinates, count) = signal.shape[1], taps.shape
     if _convolves(signal):
         # (B, T, n) is an image of height 1 with its channels last: oneDNN takes it as it is.
@@ -351,28 +363,13 @@ def _convolves(signal: Tensor) -> bool:
     return signal.device.type == "cpu" and signal.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def _tap_gradients(grad: Tensor, signal: Tensor, count: int, windows: Windows) -> Tensor:
-    """Sum of grad[t] signal[t - j] over B and t for every coordinate and tap j: (C, count)."""
-    tokens = signal.shape[1]
-    result = signal.new_zeros(len(windows), count)
-    short = len(windows) if count <= GRADIENT_TAPS else bisect_right(windows, GRADIENT_TAPS)
-    for j in range(min(count, windows[short - 1]) if short else 0):
-        first = bisect_right(windows, j)  # the others have no tap j
-        late, early = grad[:, j:, first:short], signal[:, : tokens - j, first:short]
-        result[first:short, j] = (late * early).sum((0, 1))
-    if short < len(windows):
-        length = _fft_length(tokens + count - 1)
-        late, early = (_spectrum(part[..., short:], length) for part in (grad, signal))
-        result[short:] = torch.fft.irfft((late * early.conj()).sum(0), length)[:, :count]
-    return result
-
-
 def _spectrum(signal: Tensor, length: int) -> Tensor:
     return torch.fft.rfft(signal.transpose(1, 2), length)
 
 
-def _fft_length(needed: int) -> int:
-    """The next of 5, 6, 7 or 8 times a power of two: short factors make a fast transform."""
+def _fft_length(signal: Tensor, taps: Tensor) -> int:
+    """Room for the whole result, at the next of 5, 6, 7 or 8 times a power of two: small factors make it fast."""
+    needed = signal.shape[1] + taps.shape[1] - 1
     step = 1 << max(1, (needed - 1).bit_length() - 3)
     return -(-needed // step) * step
 

@@ -127,7 +127,8 @@ def group_kernels(kernels: Iterable[Tensor], groups: dict[int, list[int]]) -> li
         fitting = ((window,), (len(members), window))
         if tuple(kernel.shape) not in fitting:
             raise ValueError(f"kernels[{i}] has shape {tuple(kernel.shape)}: window {window} needs one of {fitting}")
-    return [kernel.expand(len(members), -1) for kernel, members in zip(given, groups.values(), strict=True)]
+    pairs = zip(given, groups.values(), strict=True)
+    return [kernel if kernel.dim() == 2 else kernel.expand(len(members), -1) for kernel, members in pairs]
 
 
 def check_mix(x: Tensor, edge: str, state: Tensor | None) -> None:
