@@ -80,9 +80,8 @@ def mixing_cost(options: argparse.Namespace) -> None:
     memory: dict[str, float] = {}
     for name in MIXINGS:
         mixing, _, short = name.partition(", ")
-        config = WaveletGPTConfig(
-            vocab_size=256, mixing=mixing, max_window=4 if short else None, **PRESETS[options.preset]
-        )
+        sizes = {**PRESETS[options.preset], "max_window": 4 if short else None}
+        config = WaveletGPTConfig(vocab_size=256, mixing=mixing, **sizes)
         torch.manual_seed(0)
         model = WaveletGPTForCausalLM(config).to(options.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 BEGIN = 256
 """The token before each picture."""
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
 """What is read. Pillow knows more, among them some (EPS) that it gives to another program to run."""
 FILE_LIMIT = 256 << 20
 """Bytes of a file, beyond which it is skipped."""
@@ -77,7 +77,9 @@ def load(data: bytes, shape: Shape) -> bytes:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        Image.init()
+        formats = [kind for kind in FORMATS if kind in Image.OPEN]  # builds of Pillow differ
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if picture.width * picture.height > PIXEL_LIMIT:
             raise Unusable(f"{picture.width} x {picture.height} pixels, the limit is {PIXEL_LIMIT:,}")
         picture.draft(None, (2 * shape.size, 2 * shape.size))  # large JPEGs are decoded at a fraction of their size

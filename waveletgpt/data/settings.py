@@ -88,17 +88,11 @@ class DataSettings:
 
     def semitones(self) -> list[int]:
         """What training pieces are shifted by, 0 (as they are) first; raises UserError for what is no such list."""
-        found = _numbers("transpose", self.transpose, int, "whole semitones from -60 to 60, such as -3,2")
-        if any(abs(value) > 60 for value in found):
-            raise UserError(f'transpose is "{self.transpose}": give semitones from -60 to 60')
-        return list(dict.fromkeys([0, *found]))
+        return list(dict.fromkeys([0, *_numbers("transpose", self.transpose, int, -60, 60)]))
 
     def tempos(self) -> list[float]:
         """What the speed of training pieces is multiplied by, 1 first; raises UserError for what is no such list."""
-        found = _numbers("tempo_scale", self.tempo_scale, float, "factors from 0.25 to 4, such as 0.95,1.05")
-        if not all(0.25 <= value <= 4 for value in found):
-            raise UserError(f'tempo_scale is "{self.tempo_scale}": give factors from 0.25 to 4')
-        return list(dict.fromkeys([1.0, *found]))
+        return list(dict.fromkeys([1.0, *_numbers("tempo_scale", self.tempo_scale, float, 0.25, 4)]))
 
     def listops_lengths(self) -> tuple[int, int]:
         """Shortest and longest expression, in tokens; raises UserError for what is no such range."""
@@ -114,8 +108,14 @@ class DataSettings:
         return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "waveletgpt"
 
 
-def _numbers(name: str, value: str | None, kind: Callable[[str], _Number], mend: str) -> list[_Number]:
+def _numbers(
+    name: str, value: str | None, kind: Callable[[str], _Number], low: _Number, high: _Number
+) -> list[_Number]:
     try:
-        return [kind(part) for part in (value or "").split(",") if part.strip()]
+        found = [kind(part) for part in (value or "").split(",") if part.strip()]
     except ValueError:
-        raise UserError(f'{name} is "{value}": give {mend}') from None
+        found = [low - 1]
+    if not all(low <= number <= high for number in found):
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f'{name} is "{value}": give {what} from {low} to {high}, separated by commas')
+    return found
