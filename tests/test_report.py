@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -283,3 +284,34 @@ def test_importing_the_report_is_cheap() -> None:
     # With "waveletgpt" among its words the process counts as the command line, which registers no models.
     result = subprocess.run([sys.executable, "-c", code, "waveletgpt"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_sounds_and_pictures_travel_inside_the_page(tmp_path: Path) -> None:
+    """A player and pictures as data URIs; a file outside the run folder or a broken one is named, not shown."""
+    import wave
+
+    from PIL import Image
+
+    run = make_run(tmp_path / "a", "none", 0, curve(1.5))
+    folder = run.path / "samples"
+    folder.mkdir()
+    with wave.open(str(folder / "0.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(3200))
+    Image.new("L", (8, 8), 128).save(folder / "1.png")
+    (folder / "2.wav").write_bytes(b"no sound")
+    (tmp_path / "secret.png").write_bytes((folder / "1.png").read_bytes())
+    rows = [
+        {"kind": "audio", "file": "samples/0.wav", "prompt": "the first 5 tokens"},
+        {"kind": "image", "file": "samples/1.png"},
+        {"kind": "audio", "file": "samples/2.wav"},
+        {"kind": "image", "file": "../secret.png"},
+        {"kind": "music", "file": "samples/gone.mid"},
+    ]
+    (run.path / "samples.json").write_text(json.dumps(rows))
+    page = write_report(tmp_path, [run]).read_text()
+    assert page.count('<audio controls src="data:audio/wav;base64,') == 1
+    assert page.count('<img src="data:image/png;base64,') >= 2
+    assert "outside the run folder" in page
+    assert "samples/2.wav" in page
+    assert "samples/gone.mid" in page

@@ -16,7 +16,7 @@ from typing import Any
 from .data.settings import DataSettings
 from .errors import UserError, suggest
 
-# Sizes of the model by name; the comment says what for. Windows of 2 and 4 tokens are what learned soonest on text
+# Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
 # (docs/results.md, "Windows"); the paper's, up to the context, are the `paper` preset's and the configuration's default.
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on a CPU: tests and first tries.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
@@ -234,6 +234,8 @@ def train(
         args=training_arguments(recipe, run.path, device_arguments),
         train_dataset=RandomWindows(store.split("train"), context, recipe.max_steps * sequences, recipe.seed, record),
         eval_dataset=FixedWindows(store.split("validation"), context, recipe.training.eval_windows, record),
+        # Windows are of one length: the collator that goes with a tokenizer would only look for padding.
+        data_collator=default_data_collator,
         processing_class=store.load_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
@@ -275,7 +277,8 @@ def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recip
             from .generation import sample_run
 
             # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
-            model = WaveletGPTForCausalLM.from_pretrained(run.path).to(trainer.args.device)
+            model = WaveletGPTForCausalLM.from_pretrained(run.path)
+            model.to(trainer.args.device)  # type: ignore[arg-type]
             write_json(run.path / "samples.json", sample_run(model, store, recipe, run.path))
             run.update_info(status="finished", result=result(run, store))
     trainer.accelerator.wait_for_everyone()

@@ -16,10 +16,12 @@ import os
 import re
 from pathlib import Path
 
+from waveletgpt.data.acoustic import ACOUSTIC
 from waveletgpt.data.audio import AUDIO
 from waveletgpt.data.hub import PREFIX, Hub
 from waveletgpt.data.images import IMAGES
 from waveletgpt.data.modality import Modality, SampleFile
+from waveletgpt.data.music import MUSIC
 from waveletgpt.data.named import NAMED, NamedSet, fetch
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Files, Source
@@ -32,7 +34,7 @@ __all__ = [
     "StoreWriter", "TokenStore", "find", "prepare",
 ]  # fmt: skip
 
-MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (*TEXT, AUDIO, IMAGES)}
+MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (*TEXT, AUDIO, ACOUSTIC, IMAGES, MUSIC)}
 DEFAULT_MODALITY = "chars"
 
 

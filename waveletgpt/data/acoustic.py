@@ -43,7 +43,9 @@ class Codec:
         """Raises UserError if there is no such model, or one that is no codec, or none that tokens can be made of."""
         import torch
         from transformers import AutoConfig, AutoModel
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         if not Path(name).is_dir():
             fail_soon()
         try:

@@ -45,7 +45,8 @@ def _python_source() -> Path:
 
 # Sizes and hashes: text8 and enwik8 as in the Hugging Face hub's and many others' records of the originals, WikiText as
 # in Salesforce's original archive (of which the address is its author's copy), Shakespeare as in the repository,
-# CIFAR-10 as in many others' records of the original (its site gives the MD5 only).
+# CIFAR-10 as in many others' records of the original (its site gives the MD5 only), LibriSpeech as in torchaudio's and
+# TensorFlow Datasets' records, spoken digits as in those of TensorFlow Datasets.
 NAMED = {
     named.name: named
     for named in (
@@ -82,6 +83,40 @@ NAMED = {
             "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "aclImdb_v1.tar.gz", 84_125_825,
             "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
             include="*/pos/*.txt,*/neg/*.txt",
+        ),
+        NamedSet(
+            "youtube-mix", "4 hours of piano as 241 clips of a minute, 16 kHz, in SaShiMi's splits", "audio",
+            "academic research only; log in and accept the terms at huggingface.co/datasets/krandiash/youtubemix",
+            "https://huggingface.co/datasets/krandiash/youtubemix/resolve/main/youtubemix.zip", "youtubemix.zip",
+            include="*.wav",
+            splits={
+                f"out{clip:03}.wav": "train" if clip < 212 else "validation" if clip < 226 else "test"
+                for clip in range(241)
+            },
+        ),
+        *(
+            NamedSet(
+                f"librispeech-{part}", f"LibriSpeech {part}: {about} (Panayotov et al. 2015)", "audio",
+                "CC BY 4.0", f"https://www.openslr.org/resources/12/{part}.tar.gz", f"{part}.tar.gz", size, sha,
+                include="*.flac",
+            )
+            for part, about, size, sha in (
+                ("dev-clean", "5 hours of read books", 337_926_286,
+                 "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3"),
+                ("train-clean-100", "100 hours of read books", 6_387_309_499,
+                 "d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2"),
+                ("train-clean-360", "364 hours of read books", 23_049_477_885,
+                 "146a56496217e96c14334a160df97fffedd6e0a04e66b9c5af0d40be3c792ecf"),
+                ("train-other-500", "497 hours of read books, harder to understand", 30_593_501_606,
+                 "ddb22f27f96ec163645d53215559df6aa36515f26e01dd70798188350adcb6d2"),
+            )
+        ),
+        NamedSet(
+            "fsdd", "Free Spoken Digit Dataset 1.0.9: 2,500 digits at 8 kHz (Jackson et al.)", "audio", "CC BY-SA 4.0",
+            "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/v1.0.9.tar.gz",
+            "free-spoken-digit-dataset-1.0.9.tar.gz", 11_975_353,
+            "8bc44cde129d505cbbb6b365c09f80c663f2aa77578afc634e6141a2f87100c0",
+            include="*.wav",
         ),
         NamedSet(
             "cifar10", "60,000 pictures of 32 x 32 in 10 classes, official test split (Krizhevsky 2009)", "images",

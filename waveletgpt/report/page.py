@@ -6,6 +6,7 @@ data or of a sample is escaped on its way in.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -227,8 +228,68 @@ def _other_sample(folder: Path, sample: dict[str, Any]) -> str:
     return f'<p class="text">{escape(what)}</p>'
 
 
+def _embedded(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _player(path: Path) -> str:
+    """An audio player, for a file small enough to travel inside the page."""
+    if not path.is_file() or path.stat().st_size > _EMBEDDED:
+        return ""
+    return f'<audio controls src="{_embedded("audio/wav", path.read_bytes())}"></audio>'
+
+
+def _image(data: bytes, what: str) -> str:
+    return f'<img src="{_embedded("image/png", data)}" alt="{escape(what)}">'
+
+
+def _audio_sample(folder: Path, sample: dict[str, Any]) -> str:
+    from ..data.audio import picture
+
+    path = _file(folder, sample)
+    return _player(path) + _image(picture(path), "waveform and spectrogram") + _caption(sample)
+
+
+def _music_sample(folder: Path, sample: dict[str, Any]) -> str:
+    from ..data.music import picture
+
+    path = _file(folder, sample)
+    return _player(path.with_suffix(".wav")) + _image(picture(path), "piano roll") + _caption(sample)
+
+
+def _image_sample(folder: Path, sample: dict[str, Any]) -> str:
+    return _image(_file(folder, sample).read_bytes(), "generated picture") + _caption(sample)
+
+
+def _file(folder: Path, sample: dict[str, Any]) -> Path:
+    """The sample's file; samples.json may not point outside the run folder."""
+    path = (folder / str(sample.get("file"))).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{sample.get('file')} is outside the run folder")
+    return path
+
+
+def _caption(sample: dict[str, Any]) -> str:
+    words = f"{sample.get('prompt') or ''} ({sample.get('file')})"
+    return f'<p class="text"><mark>{escape(words)}</mark></p>'
+
+
+_EMBEDDED = 1 << 20  # bytes of sound that one sample may add to the page
+
 # How a sample of each kind is shown: (run folder, entry of samples.json) -> HTML. A modality adds its own line.
-SAMPLE_RENDERERS: dict[str, Callable[[Path, dict[str, Any]], str]] = {"text": _text_sample}
+SAMPLE_RENDERERS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
+    "text": _text_sample,
+    "audio": _audio_sample,
+    "music": _music_sample,
+    "image": _image_sample,
+}
+
+
+def _show(folder: Path, sample: dict[str, Any]) -> str:
+    try:
+        return SAMPLE_RENDERERS.get(str(sample.get("kind", "text")), _other_sample)(folder, sample)
+    except Exception as error:  # a file may be gone or broken, a library for pictures missing: the report goes on
+        return _other_sample(folder, {**sample, "text": str(error)})
 
 
 def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
@@ -248,10 +309,9 @@ def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
         for arm, (record, samples) in found.items():
             if row < len(samples):
                 sample = samples[row]
-                show = SAMPLE_RENDERERS.get(str(sample.get("kind", "text")), _other_sample)
                 cards += (
                     f'<article class="sample"><h4>{swatch(styles[arm])}{escape(arm)}, seed {record.seed}</h4>'
-                    f"{show(record.path, sample)}</article>"
+                    f"{_show(record.path, sample)}</article>"
                 )
         html += f'<div class="samples">{cards}</div>'
     intro = "Same prompts and same random seed for all arms; prompts in grey." if len(found) > 1 else "Prompts in grey."
