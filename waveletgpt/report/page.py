@@ -224,7 +224,8 @@ def _text_sample(folder: Path, sample: dict[str, Any]) -> str:
 
 
 def _other_sample(folder: Path, sample: dict[str, Any]) -> str:
-    what = f"{sample.get('kind')}: {sample.get('file') or sample.get('text') or 'nothing to show'}"
+    parts = [str(sample[key]) for key in ("file", "text") if sample.get(key)] or ["nothing to show"]
+    what = f"{sample.get('kind')}: {', '.join(parts)}"
     return f'<p class="text">{escape(what)}</p>'
 
 
