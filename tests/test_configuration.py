@@ -77,6 +77,7 @@ def test_equal_windows_are_a_single_scale() -> None:
         ({"min_window": 8, "max_window": 4}, "max_window=4 is smaller than min_window=8"),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"n_positions": 0, "max_window": None}, "n_positions=0 must be at least 1"),
         ({"n_embd": 18}, "n_embd=18 is not a multiple of n_head=4"),
         ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
         ({"n_embd": 12, "position_embedding": "rope"}, "even n_embd / n_head, got 12 / 4"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import PAD, tiny_model, tokens
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from waveletgpt import WaveletGPTForCausalLM
 from waveletgpt.mixing import MIXERS
@@ -156,11 +156,9 @@ def test_a_cache_without_mixing_states_is_refused(settings: dict) -> None:
 
 
 def test_continuous_batching_is_refused() -> None:
-    # It keeps its own cache of keys and values.
-    from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
-
+    # It has its own cache, for keys and values only, and knows from `layer_types` that this is not enough.
     with pytest.raises(ValueError, match="hybrid"):
-        group_layers_by_attn_type(tiny_model().config)
+        tiny_model().generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2, eos_token_id=PAD, pad_token_id=PAD))
 
 
 def test_decoding_compiles_into_one_graph() -> None:

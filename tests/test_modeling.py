@@ -457,6 +457,12 @@ def test_weights_that_a_checkpoint_lacks_start_as_they_should(tmp_path: Path) ->
                 assert torch.equal(parameter, fresh.get_parameter(name)), name
 
 
+def test_settings_changed_while_loading_are_checked(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="mixing='haar' is unknown"):
+        WaveletGPTForCausalLM.from_pretrained(tmp_path, mixing="haar")
+
+
 def test_what_is_uploaded_includes_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded: set[str] = set()
 

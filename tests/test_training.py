@@ -190,24 +190,27 @@ def start(store: TokenStore, out: Path, steps: int) -> subprocess.Popen:
 
 
 def test_kill_9_at_random_moments_changes_no_bit(store: TokenStore, tmp_path: Path) -> None:
-    steps, rng = 60, random.Random(0)
+    """Every life of the run gets some steps further and is killed at a random moment: between steps, in one, while it
+    evaluates or while it saves."""
+    kills, rng = int(os.environ.get("WAVELETGPT_TEST_KILLS", 3)), random.Random(0)
+    steps = 8 * kills + 8
     recipe = tiny_recipe(max_steps=steps, save_every=2, eval_every=4)
     whole = train(recipe, store, tmp_path / "whole", data=DATA, show_progress=False)
-    out = tmp_path / "killed"
-    kills = 0
-    for _ in range(int(os.environ.get("WAVELETGPT_TEST_KILLS", 3))):
-        process = start(store, out, steps)
-        assert process.stdout is not None
-        process.stdout.readline()  # imports are done: from here on it prepares, trains, saves
-        time.sleep(rng.uniform(0.05, 1.5))
-        kills += process.poll() is None
+    killed = RunFolder(tmp_path / "killed")
+    for _ in range(kills):
+        process = start(store, killed.path, steps)
+        saved = max((step for step, _ in killed.checkpoints()), default=0)
+        goal = saved + rng.randint(3, 8)  # at least one checkpoint further
+        while max((row["step"] for row in killed.metrics()), default=0) < goal:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
-        process.wait()
-    process = start(store, out, steps)
+        process.communicate()
+        assert max(step for step, _ in killed.checkpoints()) > saved
+    process = start(store, killed.path, steps)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert kills
-    killed = RunFolder(out)
     assert_same_weights(whole, killed)
     assert without_seconds(whole) == without_seconds(killed)
 

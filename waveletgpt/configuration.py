@@ -125,7 +125,6 @@ class WaveletGPTConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        self._check("architecture", ARCHITECTURES)
         if self.position_embedding is None:
             self.position_embedding = "learned" if self.architecture == "gpt2" else "rope"
         if self.n_kv_head is None:
@@ -133,15 +132,17 @@ class WaveletGPTConfig(PreTrainedConfig):
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd if self.architecture == "gpt2" else -(-8 * self.n_embd // 96) * 32
         if self.max_window is None:
-            self.max_window = max(self.min_window, 1 << (self.n_positions.bit_length() - 1))
-        self._validate()
+            self.max_window = max(self.min_window, 1 << self.n_positions.bit_length() >> 1)
+        self.check()
         super().__post_init__(**kwargs)
 
-    def _check(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(choices)}")
 
-    def _validate(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError, as the constructor does; for values that were set later, or while loading."""
+        self._check_choice("architecture", ARCHITECTURES)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -151,19 +152,19 @@ class WaveletGPTConfig(PreTrainedConfig):
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even n_embd / n_head, got {self.n_embd} / {self.n_head}")
-        self._check("norm_position", ("pre", "post"))
-        self._check("position_embedding", POSITION_EMBEDDINGS)
-        self._check("mixing", MIXINGS)
-        self._check("mix_edge", ("zero", "partial"))
-        self._check("mix_sharing", ("coordinate", "level"))
-        self._check("mix_placement", ("block", "input"))
+        self._check_choice("norm_position", ("pre", "post"))
+        self._check_choice("position_embedding", POSITION_EMBEDDINGS)
+        self._check_choice("mixing", MIXINGS)
+        self._check_choice("mix_edge", ("zero", "partial"))
+        self._check_choice("mix_sharing", ("coordinate", "level"))
+        self._check_choice("mix_placement", ("block", "input"))
         if not 0 < self.mix_fraction <= 1 or self.mix_fraction * self.n_embd < 1:
             raise ValueError(
                 f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a coordinate; "
                 'mixing="none" turns mixing off'
             )
         if isinstance(self.mix_layers, str):
-            self._check("mix_layers", ("all", "inner"))
+            self._check_choice("mix_layers", ("all", "inner"))
         elif any(not 0 <= layer < self.n_layer for layer in self.mix_layers):
             raise ValueError(f"mix_layers={self.mix_layers} names a block outside 0 ... {self.n_layer - 1}")
         self.mix_windows()

@@ -183,6 +183,7 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
+        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_positions = (
             nn.Embedding(config.n_positions, config.n_embd) if config.position_embedding == "learned" else None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -198,7 +199,13 @@ def train(
     device_arguments = choose_device(recipe)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
+    arguments = training_arguments(recipe, run.path, device_arguments)
+    _ = arguments.device  # joins the process group, where there is one
     checkpoint = find_start(run, recipe, store, resume)
+    # All processes look at the folder before the first of them writes there.
+    PartialState().wait_for_everyone()
+    # The start is evaluated once, not again at every resumption.
+    arguments.eval_on_start = checkpoint is None
     if run.finished:
         return run
 
@@ -231,7 +238,7 @@ def train(
         recipe,
         sequences * context,
         model=model,
-        args=training_arguments(recipe, run.path, device_arguments),
+        args=arguments,
         train_dataset=RandomWindows(store.split("train"), context, recipe.max_steps * sequences, recipe.seed, record),
         eval_dataset=FixedWindows(store.split("validation"), context, recipe.training.eval_windows, record),
         # Windows are of one length: the collator that goes with a tokenizer would only look for padding.
@@ -361,7 +368,6 @@ def training_arguments(recipe: Recipe, folder: Path, device: dict[str, Any]) -> 
         logging_steps=t.log_every,
         eval_strategy="steps",
         eval_steps=recipe.eval_every,
-        eval_on_start=True,
         save_strategy="steps",
         save_steps=recipe.save_every,
         bf16=t.precision == "bf16",

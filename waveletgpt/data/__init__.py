@@ -20,6 +20,7 @@ from waveletgpt.data.acoustic import ACOUSTIC
 from waveletgpt.data.audio import AUDIO
 from waveletgpt.data.hub import PREFIX, Hub
 from waveletgpt.data.images import IMAGES
+from waveletgpt.data.listops import LISTOPS
 from waveletgpt.data.modality import Modality, SampleFile
 from waveletgpt.data.music import MUSIC
 from waveletgpt.data.named import NAMED, NamedSet, fetch
@@ -34,7 +35,9 @@ __all__ = [
     "StoreWriter", "TokenStore", "find", "prepare",
 ]  # fmt: skip
 
-MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (*TEXT, AUDIO, ACOUSTIC, IMAGES, MUSIC)}
+MODALITIES: dict[str, Modality] = {
+    modality.name: modality for modality in (*TEXT, AUDIO, ACOUSTIC, IMAGES, MUSIC, LISTOPS)
+}
 DEFAULT_MODALITY = "chars"
 
 

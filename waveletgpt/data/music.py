@@ -135,7 +135,7 @@ def _played(keys: dict[str, np.ndarray], clock: _Clock, controls: dict[str, np.n
     order = np.argsort(controls["time"][pedal], kind="stable")
     times, down = controls["time"][pedal][order].astype(np.int64), (controls["value"][pedal] >= 64)[order]
     if len(times):
-        # For each release: whether the pedal is down then, and when it next comes up, with the track's end at the latest.
+        # For each release: whether the pedal is down then, and when it next comes up (or the track ends).
         state = np.searchsorted(times, ends, "right") - 1
         ups = np.append(times[~down], max(ends.max(), times[-1]))
         lifted = ups[np.searchsorted(ups[:-1], ends, "right")]
@@ -399,8 +399,8 @@ def _excerpt(prompt: str) -> tuple[Path, float]:
 def render(path: Path, font: str | None = None) -> Path | None:
     """Write the sound of a MIDI file beside it, as WAV; None where there is no fluidsynth or no sound font.
 
-    The font is `font`, $SOUNDFONT, or one of the system's. The program's errors are logged, not raised: the MIDI file is
-    what counts.
+    The font is `font`, $SOUNDFONT, or one of the system's. The program's errors are logged, not raised: the MIDI file
+    is what counts.
     """
     program = shutil.which("fluidsynth")
     font = font or os.environ.get("SOUNDFONT") or next((str(file) for file in _fonts()), None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from waveletgpt.data.download import download, verify
+from waveletgpt.data.listops import Generated
 from waveletgpt.data.settings import DataSettings
-from waveletgpt.data.sources import Files
+from waveletgpt.data.sources import Files, Source
 from waveletgpt.errors import UserError
 
 
@@ -31,6 +33,8 @@ class NamedSet:
     """Its hash; None if none is published: then the first download's is recorded beside it and holds from then on."""
     include: str | None = None
     exclude: str | None = None
+    made: Callable[[DataSettings], Source] | None = None
+    """What generates it, for a set that is nowhere."""
     splits: dict[str, str] = field(default_factory=dict)
     """The set's own splits: file name -> split. Without, it is divided like any other data."""
 
@@ -125,11 +129,22 @@ NAMED = {
             include="*.bin",
             splits={f"data_batch_{i}.bin": "train" for i in range(1, 6)} | {"test_batch.bin": "test"},
         ),
+        NamedSet(
+            "maestro", "1,276 piano performances, the MIDI files of MAESTRO v3, in its own splits", "music",
+            "CC BY-NC-SA 4.0",
+            "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip",
+            "maestro-v3.0.0-midi.zip", 58_416_533, "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
+            include="*.mid,*.midi,*.csv",
+        ),
+        NamedSet(
+            "listops", "nested operations on digits, generated: --listops-count, --listops-length, --listops-seed",
+            "listops", "generated here", None, made=Generated,
+        ),
     )
 }  # fmt: skip
 
 
-def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Files:
+def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Source:
     """The set's files: those on this machine, else downloaded, in either case verified.
 
     Raises UserError if it cannot be reached, if a copy isn't what it should be, or if `data_dir` has none.
@@ -139,6 +154,8 @@ def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Fil
         include=settings.include or named.include,
         exclude=",".join(filter(None, (settings.exclude, named.exclude))) or None,
     )
+    if named.made:
+        return named.made(settings)
     if named.url is None:
         return Files(_python_source(), globs, named.name)
     if settings.data_dir:

@@ -29,7 +29,7 @@ Span = tuple[int, int, int]  # window, its first coordinate, the one after its l
 BLOCK = 1 << 18
 # The longest kernels, in taps, for which other ways beat an FFT, measured on one core: torch's convolution where it is
 # a fast one, shifted multiply-adds where it is not.
-CONVOLUTION_TAPS, SHIFT_TAPS = 32, 4
+CONVOLUTION_TAPS, SHIFT_TAPS = 16, 4
 
 
 def wavelet_mix(
@@ -42,7 +42,7 @@ def wavelet_mix(
 ) -> Tensor:
     """See `reference.wavelet_mix`; it differs by rounding, and for inputs that are not finite or huge.
 
-    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 32 taps (more than
+    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 16 taps (more than
     4 in float64, without oneDNN and on other devices than a CPU) go through an FFT: the rounding of a huge input
     reaches tokens before it, and, except on a CPU, a NaN all tokens of its coordinate and sequence.
     """
