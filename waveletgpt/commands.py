@@ -246,7 +246,7 @@ class DataPrepare:
     data: Positional[str] = DEFAULT_DATA
     """File, folder, archive, data set name, or hf:OWNER/NAME."""
     modality: str | None = None
-    """text8, chars, bytes or bpe; default: the data set's own."""
+    """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own."""
     source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
 
     def run(self) -> None:

@@ -121,7 +121,8 @@ class Recipe:
     """All settings of a run but the data's name and the output folder."""
 
     modality: str | None = None
-    """How files become tokens: text8, chars, bytes, bpe; default: the data set's own."""
+    """How files become tokens: text8, chars, bytes, bpe, audio, acoustic, images, music, listops; default: the data
+    set's own."""
     preset: str = "small"
     """Sizes of the model: tiny, small, paper, gpt2."""
     architecture: str = "gpt2"

@@ -368,23 +368,24 @@ def test_too_short(tmp_path: Path, settings: DataSettings) -> None:
         prepare(save(tmp_path / "click.wav", np.zeros(10)), "audio", settings, progress=False)
 
 
-FUZZED = {
-    "wav": encoded(speech(0.2)), "float": encoded(speech(0.1), subtype="FLOAT"), "flac": encoded(speech(0.2), form="FLAC"),
-    "ogg": encoded(speech(0.2), form="OGG"), "mp3": encoded(speech(0.2), form="MP3"),
-    "aiff": encoded(speech(0.2), form="AIFF"), "adpcm": encoded(speech(0.2), subtype="IMA_ADPCM"),
-    "opus": encoded(speech(0.2), form="OGG", subtype="OPUS"), "alac": encoded(speech(0.2), form="CAF", subtype="ALAC_16"),
-}  # fmt: skip
+FUZZED = [
+    encoded(speech(0.2), RATE, form, subtype)
+    for form, subtype in (
+        ("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "IMA_ADPCM"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"),
+        ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16"), ("CAF", "ALAC_16"),
+    )
+]  # fmt: skip
 
 
 @hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kind=st.sampled_from(sorted(FUZZED)),
+    kind=st.integers(0, len(FUZZED) - 1),
     cut=st.floats(0, 1),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=6),
     head=st.booleans(),
 )
 def test_any_bytes_are_read_or_refused(
-    kind: str, cut: float, flips: list[tuple[float, int]], head: bool, tmp_path: Path
+    kind: int, cut: float, flips: list[tuple[float, int]], head: bool, tmp_path: Path
 ) -> None:
     """Flipped bits (with `head` among the first 64 bytes) and cut ends: samples that are numbers, or Unusable."""
     content = bytearray(FUZZED[kind])
@@ -401,8 +402,8 @@ def test_any_bytes_are_read_or_refused(
             total += len(block)
             if total > 100 * RATE:  # a header may claim hours; blocks stay small
                 break
-    except Unusable as error:
-        assert "\n" not in str(error)
+    except Unusable:
+        pass
 
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -464,7 +465,8 @@ def test_prompts(tmp_path: Path, tokenizer: Any) -> None:
     assert AUDIO.encode_prompt(f"{path}@0.25", tokenizer) == codes[:4000]
     assert AUDIO.encode_prompt(f"{path}@9", tokenizer) == codes
     assert AUDIO.encode_prompt("", tokenizer) == [mulaw.SILENCE]
-    assert len(AUDIO.encode_prompt(str(save(tmp_path / "cd.flac", speech(3, 44_100), 44_100, "FLAC")), tokenizer)) == RATE
+    other = save(tmp_path / "cd.flac", speech(3, 44_100), 44_100, "FLAC")
+    assert len(AUDIO.encode_prompt(str(other), tokenizer)) == RATE
 
 
 @pytest.mark.parametrize(

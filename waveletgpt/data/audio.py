@@ -23,7 +23,7 @@ from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Source, report_skipped
 from waveletgpt.data.splits import HASHED, Spool, point_of, split_of
-from waveletgpt.data.store import SPLITS, StoreWriter
+from waveletgpt.data.store import StoreWriter
 from waveletgpt.data.text import require_splits
 from waveletgpt.errors import UserError
 
