@@ -257,3 +257,13 @@ def test_tables_have_a_row_per_arm_and_escape_bars(tmp_path: Path) -> None:
     assert all(len(row) == len(header) for row in rows)
     assert all(line.replace("\\|", "").count("|") == markdown_table(summarize(runs, "none")).split("\n")[0].count("|")
                for line in markdown_table(summarize(runs, "none")).splitlines())  # fmt: skip
+
+
+def test_a_disturbed_machine_is_told(tmp_path: Path) -> None:
+    """Median 1,000 tokens/s but a mean of half of it: other work ran beside the training."""
+    runs = [make_run(tmp_path / arm, arm, 0, [(0, 3.0), (100, 2.0)]) for arm in ("none", "fixed")]
+    for run, seconds in zip(runs, (100.0, 200.0), strict=True):
+        result = {**run.info["result"], "tokens": 100_000, "seconds": seconds, "tokens_per_second": 1000.0}
+        run.update_info(result=result)
+    notes = " ".join(summarize(runs, "none")["notes"])
+    assert "busy with other things at times (`fixed`)" in notes

@@ -120,6 +120,13 @@ class Record:
         return rows[-1]["tokens"] / rows[-1]["step"] if rows else None
 
     @property
+    def was_disturbed(self) -> bool:
+        """Whether the mean speed is over 15 % below the median one."""
+        result = self.info.get("result") or {}
+        tokens, seconds, median = (result.get(key) for key in ("tokens", "seconds", "tokens_per_second"))
+        return bool(tokens and seconds and median) and tokens / seconds < 0.85 * median
+
+    @property
     def usable(self) -> bool:
         return self.info.get("status") == "finished" and bool(self.curve) and math.isfinite(self.final_nll)
 
@@ -349,6 +356,11 @@ def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[in
         values = {str((r.info.get("environment") or {}).get(key)) for r in everyone}
         if len(values) > 1:
             notes.append(f"The runs differ in {key} ({', '.join(sorted(values))}): do not compare their seconds.")
+    # The median over the logging intervals is what the machine can do; a mean far below it had other work to share with.
+    busy = dict.fromkeys(r.arm for r in everyone if r.was_disturbed)
+    if busy:
+        names = ", ".join(f"`{arm}`" for arm in busy)
+        notes.append(f"The machine was busy with other things at times ({names}): believe the steps, not the seconds.")
     return notes
 
 

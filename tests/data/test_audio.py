@@ -9,6 +9,7 @@ import math
 import struct
 import sys
 import tarfile
+import tempfile
 import tracemalloc
 import wave
 import zipfile
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from tests.helpers import tiny_recipe
 from waveletgpt.data import SPLITS, DataSettings, TokenStore, audio, mulaw, prepare
 from waveletgpt.data.audio import AUDIO, Unusable, picture, recording
+from waveletgpt.data.splits import Spool, point_of, split_of
 from waveletgpt.errors import UserError
 from waveletgpt.evaluation import evaluate_run, generate_from_run
 from waveletgpt.training import train
@@ -297,6 +299,44 @@ def test_few_long_recordings_are_held_out_at_the_end(tmp_path: Path, settings: D
     assert whole(store).tolist() == sorted(whole(store).tolist())  # in the order of the names, codes 0 to 3
     assert set(store.split("validation").tolist()) == set(store.split("test").tolist()) == {3}
     assert sum(counts["documents"] for counts in store.meta["splits"].values()) == 4
+
+
+@hypothesis_settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    unit=st.sampled_from([1, 2, 6]),
+    gap=st.integers(0, 50),
+    held_out=st.tuples(st.floats(0.01, 0.4), st.sampled_from([0.0, 0.05, 0.3])),
+)
+def test_splits_of_a_spool(lengths: list[int], unit: int, gap: int, held_out: tuple[float, float]) -> None:
+    """Whatever the lengths: what is read back is what was written, less the gaps, each part of it in one split."""
+    chosen = DataSettings(validation_fraction=held_out[0], test_fraction=held_out[1])
+    with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
+        for index, length in enumerate(lengths):
+            point = point_of(bytes([index]))
+            spool.write(b"broken")
+            spool.drop_document()
+            spool.end_document(split_of(None, point, chosen), spool.write(bytes([index]) * length * unit), point)
+        spool.divide(chosen, unit=unit, gap=gap)
+        pieces = list(spool.pieces(lambda block: len(block) // unit * unit))
+    assert all(len(piece.data) % unit == 0 for piece in pieces)
+    for split in SPLITS:
+        assert sum(len(piece.data) for piece in pieces if piece.split == split) == spool.sizes[split]
+    written = b"".join(bytes([index]) * length * unit for index, length in enumerate(lengths))
+    read = b"".join(piece.data for piece in pieces)
+    if spool.method == "position":
+        gaps = 2 if held_out[1] else 1
+        assert len(written) - len(read) == spool.gap * unit * gaps
+        assert spool.gap <= gap
+        assert written.startswith(b"".join(piece.data for piece in pieces if piece.split == "train"))
+        last = [piece.data for piece in pieces if piece.split == ("test" if held_out[1] else "validation")]
+        assert written.endswith(b"".join(last))
+    else:
+        assert read == written
+        homes = [{piece.split for piece in pieces if index in piece.data} for index in range(len(lengths))]
+        assert all(len(home) == 1 for home in homes)
+        for split, share in zip(SPLITS[1:], held_out, strict=True):
+            assert share / 2 <= spool.sizes[split] / len(written) <= share * 2
 
 
 # --- broken files ---------------------------------------------------------------------------------------------------

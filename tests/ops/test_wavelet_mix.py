@@ -131,6 +131,8 @@ def test_every_dtype(backend: str, edge: str, dtype: torch.dtype, windows: list[
     assert y.dtype == dtype
     expected = mix(x, windows, kernels, edge)
     sums = 1e-12 if dtype == torch.float64 else 1e-5
+    if kernels and edge == "partial":
+        sums *= 10  # w / n, up to 100 here, enlarges the rounding of an FFT too
     assert_close(y.double(), expected, rtol=0.51 * torch.finfo(dtype).eps + sums, atol=sums)
 
 
