@@ -17,7 +17,7 @@ from .data.settings import DataSettings
 from .errors import UserError, suggest
 
 # Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
-# (docs/results.md, "Windows"); the paper's, up to the context, are the `paper` preset's and the configuration's default.
+# (docs/results.md, "Windows"); the paper's, up to the context, are those of `paper` and of the configuration.
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on a CPU: tests and first tries.
     "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "max_window": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import sys
@@ -221,10 +222,8 @@ def test_damaged_files(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
-    try:
+    with contextlib.suppress(Unusable):
         assert len(load(bytes(content), COLOUR)) == COLOUR.values
-    except Unusable as error:
-        assert str(error)
 
 
 def test_splits_go_by_content(pictures: Path, settings: DataSettings) -> None:
@@ -235,7 +234,7 @@ def test_splits_go_by_content(pictures: Path, settings: DataSettings) -> None:
         path.with_name(f"copy-{path.name}").write_bytes(path.read_bytes())
     found = [{row.tobytes() for row in records(store_of(pictures, settings), split)} for split in SPLITS]
     assert sum(map(len, found)) == 120
-    assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    assert len(found[0] | found[1] | found[2]) == 120
 
 
 def test_few_pictures(tmp_path: Path, settings: DataSettings) -> None:

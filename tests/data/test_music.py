@@ -82,7 +82,7 @@ def pedal(when: int, value: int) -> Event:
 
 
 def rows(notes: np.ndarray) -> list[tuple[float, float, int, int]]:
-    return [(round(float(n["start"]), 6), round(float(n["end"]), 6), int(n["pitch"]), int(n["velocity"])) for n in notes]
+    return [(round(start, 6), round(end, 6), pitch, velocity) for start, end, pitch, velocity in notes.tolist()]
 
 
 def piece(seed: int, count: int = 300) -> list[Event]:
@@ -91,9 +91,10 @@ def piece(seed: int, count: int = 300) -> list[Event]:
     events = [tempo(0, 512_347)]  # so that no time is halfway between two frames
     when = 0
     for _ in range(count):
-        when += rng.choice([0, 7, 60, 113, 480])
+        gap = rng.choice([0, 7, 60, 113, 480])
+        when += gap
         events += note(when, rng.choice([1, 30, 200, 900, 3000]), rng.randrange(40, 60), rng.randrange(1, 128))
-        if rng.random() < 0.2:
+        if gap and rng.random() < 0.2:  # never twice at one time
             events.append(pedal(when + 3, rng.choice([0, 63, 64, 127])))
         if rng.random() < 0.1:
             events.append(tempo(when + 5, rng.randrange(200_000, 1_500_000)))
@@ -165,7 +166,7 @@ def test_there_and_back(seed: int, tmp_path: Path) -> None:
     notes = read_midi(midi(events))
     expected: dict[tuple[int, int], list[Any]] = {}
     for start, end, pitch, velocity in played(events):
-        key = (pitch, round(start / FRAME ))
+        key = (pitch, round(start / FRAME))
         known = expected.setdefault(key, [start, end, velocity])
         known[1] = max(known[1], end)
         known[0], known[2] = max((known[2], known[0]), (velocity, start))[::-1]
@@ -383,8 +384,7 @@ def test_damaged_files(data: st.DataObject) -> None:
         content = bytearray(b"MThd\0\0\0\6\0\0\0\1" + ticks + b"MTrk" + size.to_bytes(4) + body)
     try:
         notes = read_midi(bytes(content))
-    except Unusable as error:
-        assert str(error)
+    except Unusable:
         return
     assert len(notes)
     assert (notes["start"] >= 0).all()
