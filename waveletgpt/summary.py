@@ -356,7 +356,7 @@ def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[in
         values = {str((r.info.get("environment") or {}).get(key)) for r in everyone}
         if len(values) > 1:
             notes.append(f"The runs differ in {key} ({', '.join(sorted(values))}): do not compare their seconds.")
-    # The median over the logging intervals is what the machine can do; a mean far below it had other work to share with.
+    # The median over the logging intervals is what the machine can do; a mean far below it shared it with other work.
     busy = dict.fromkeys(r.arm for r in everyone if r.was_disturbed)
     if busy:
         names = ", ".join(f"`{arm}`" for arm in busy)

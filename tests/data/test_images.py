@@ -23,6 +23,8 @@ from waveletgpt.data.images import BEGIN, IMAGES, PIXEL_LIMIT, Shape, Unusable, 
 from waveletgpt.data.windows import FixedWindows, RandomWindows
 from waveletgpt.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged files
+
 SMALL = Shape(8, 1)
 COLOUR = Shape(8, 3)
 
