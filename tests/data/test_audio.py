@@ -301,6 +301,17 @@ def test_few_long_recordings_are_held_out_at_the_end(tmp_path: Path, settings: D
     assert sum(counts["documents"] for counts in store.meta["splits"].values()) == 4
 
 
+def test_youtube_mix_in_its_own_splits(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "youtubemix.zip", "w") as archive:
+        for code, clip in enumerate((0, 211, 212, 225, 226, 240)):
+            level = np.full(500, mulaw.decode(np.uint8(code)))
+            archive.writestr(f"youtubemix/out{clip:03}.wav", encoded(level, subtype="FLOAT"))
+    chosen = DataSettings(cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path))
+    store = prepare("youtube-mix", None, chosen, progress=False)
+    assert (store.modality, store.meta["split"]) == ("audio", "given")
+    assert [set(store.split(split).tolist()) for split in SPLITS] == [{0, 1}, {2, 3}, {4, 5}]
+
+
 @hypothesis_settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40),

@@ -133,6 +133,7 @@ class ImagesModality:
 
     name = "images"
     description = "pixels, 8 bits, grey or RGB, row after row, of pictures made square (256 + 1)"
+    sample_tokens = 1024
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """Size and mode; raises UserError for a tokenizer of another's."""
