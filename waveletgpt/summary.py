@@ -123,8 +123,8 @@ class Record:
     def was_disturbed(self) -> bool:
         """Whether the mean speed is over 15 % below the median one."""
         result = self.info.get("result") or {}
-        tokens, seconds, median = (result.get(key) for key in ("tokens", "seconds", "tokens_per_second"))
-        return bool(tokens and seconds and median) and tokens / seconds < 0.85 * median
+        tokens, seconds, median = (_float(result.get(key)) for key in ("tokens", "seconds", "tokens_per_second"))
+        return seconds > 0 and tokens / seconds < 0.85 * median
 
     @property
     def usable(self) -> bool:

@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tests.helpers import tiny_recipe
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, TokenStore, prepare
 from waveletgpt.data.listops import END, IDS, LISTOPS, OPERATORS, WORDS, Generated, evaluate, generate_listops
 from waveletgpt.errors import UserError
+from waveletgpt.evaluation import generate_from_run
+from waveletgpt.training import train
 
 FUNCTIONS = {
     "[MIN": min,
@@ -117,9 +120,7 @@ def test_what_is_no_expression(text: str) -> None:
 
 
 def listops(data: Path | str, cache: DataSettings, **changes: Any) -> TokenStore:
-    chosen = DataSettings(
-        **{"cache_dir": cache.cache_dir, "listops_count": 200, "listops_length": "10-40", **changes}
-    )
+    chosen = DataSettings(**{"cache_dir": cache.cache_dir, "listops_count": 200, "listops_length": "10-40", **changes})
     return prepare(str(data), None if data == "listops" else "listops", chosen, progress=False)
 
 
@@ -227,3 +228,14 @@ def test_samples_say_what_is_right(tmp_path: Path) -> None:
 def test_wrong_lengths(length: str) -> None:
     with pytest.raises(UserError, match=f'listops_length is "{length}": give shortest and longest'):
         DataSettings(listops_length=length)
+
+
+def test_from_a_name_to_an_answer(settings: DataSettings, tmp_path: Path) -> None:
+    """Train on expressions, ask for a value, and read what was said."""
+    store = listops("listops", settings)
+    recipe = tiny_recipe(modality="listops", max_steps=3, eval_every=3, save_every=3)
+    run = train(recipe, store, tmp_path / "run", data="listops", show_progress=False)
+    prompt = "[SM 7 8 ] ="
+    (written,) = generate_from_run(run.path, prompt, tokens=1, stop=False, device="cpu", out=tmp_path / "out")
+    text = written if prompt in written else Path(written).read_text()
+    assert text.startswith(prompt)

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tests.helpers import tiny_recipe
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, NamedSet, TokenStore, prepare
 from waveletgpt.data.music import (
     END,
@@ -39,6 +40,8 @@ from waveletgpt.data.music import (
     write_midi,
 )
 from waveletgpt.errors import UserError
+from waveletgpt.evaluation import generate_from_run
+from waveletgpt.training import train
 
 pytest.importorskip("symusic")
 
@@ -480,3 +483,15 @@ def test_without_symusic(pieces: Path, settings: DataSettings, monkeypatch: pyte
     with pytest.raises(UserError, match=r"pip install 'waveletgpt\[music\]'"):
         music(pieces, settings)
     assert MODALITIES["music"] is MUSIC
+
+
+def test_from_a_folder_to_a_piece(pieces: Path, settings: DataSettings, tmp_path: Path) -> None:
+    """Train on MIDI files, give the start of one, and get one that starts so."""
+    store = music(pieces, settings)
+    recipe = tiny_recipe(modality="music", max_steps=3, eval_every=3, save_every=3)
+    run = train(recipe, store, tmp_path / "run", data=str(pieces), show_progress=False)
+    assert (tmp_path / "run" / "samples" / "0.mid").is_file()
+    path = next(pieces.rglob("0.mid"))
+    (written,) = generate_from_run(run.path, f"{path}@2", tokens=20, device="cpu", out=tmp_path / "out")
+    start = from_tokens(MUSIC.encode_prompt(f"{path}@2", None))[0]["start"]
+    assert np.allclose(read_midi(Path(written).read_bytes())["start"][: len(start)], start, atol=1e-6)

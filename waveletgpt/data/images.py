@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 BEGIN = 256
 """The token before each picture."""
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 """What is read. Pillow knows more, among them some (EPS) that it gives to another program to run."""
 FILE_LIMIT = 256 << 20
 """Bytes of a file, beyond which it is skipped."""
-PIXEL_LIMIT = 80_000_000
+PIXEL_LIMIT = 64_000_000
 """Pixels of a picture, beyond which it is skipped: a few bytes can claim to hold billions."""
 _FILES_AT_ONCE = 256
 _BYTES_AT_ONCE = 64 << 20
@@ -234,7 +234,7 @@ def _shape(tokenizer: Any) -> Shape:
 
 def _read(documents: Iterable[Document], shape: Shape) -> Iterator[tuple[str, str | None, _Found]]:
     """(name, split, its pictures or why there are none) of each file, decoded by several threads."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for batch in _batches(documents):
             names, splits, contents = zip(*batch, strict=True)
             with warnings.catch_warnings():
