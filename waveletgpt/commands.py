@@ -235,7 +235,14 @@ class DataList:
         table = Table("name", "what", "modality", "bytes", "licence", "address")
         for name, known in NAMED.items():
             size = f"{known.size:,}" if known.size else ""
-            table.add_row(name, known.description, known.modality, size, known.licence, known.url or "on every machine")
+            table.add_row(
+                name,
+                known.description,
+                known.modality,
+                size,
+                known.licence,
+                known.url or ("generated" if known.made else "on every machine"),
+            )
         Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

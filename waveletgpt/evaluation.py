@@ -133,7 +133,8 @@ def generate_from_run(
         return [str(tokenizer.decode([*shown, *row])) for row in rows]
     place = Path(out) if out else run.path / "generated"
     place.mkdir(parents=True, exist_ok=True)
-    return [str(modality.write_sample([*ids, *row], tokenizer, place / str(i)).path) for i, row in enumerate(rows)]
+    samples = [modality.write_sample([*ids, *row], tokenizer, place / str(i)) for i, row in enumerate(rows)]
+    return [str(sample.path) if sample.text is None else sample.text for sample in samples]
 
 
 def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
