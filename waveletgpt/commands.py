@@ -44,7 +44,7 @@ class Train:
     def run(self) -> None:
         from .training import train
 
-        store = prepare_quietly(self.data, self.settings)
+        store = prepare_store(self.data, self.settings)
         run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
@@ -80,7 +80,7 @@ class Compare:
         from .summary import headline
 
         parse_arms(self.arms, plain(self.settings))
-        store = prepare_quietly(self.data, self.settings)
+        store = prepare_store(self.data, self.settings)
         summary = compare(
             plain(self.settings),
             store,
@@ -287,7 +287,7 @@ def plain(settings: Recipe) -> Recipe:
     return Recipe(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Recipe)})
 
 
-def prepare_quietly(data: str, settings: Recipe) -> Any:
+def prepare_store(data: str, settings: Recipe) -> Any:
     from .data import prepare
 
     return prepare(data, settings.modality, settings.source)

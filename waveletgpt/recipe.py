@@ -145,6 +145,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, PRESETS)
+        # Names as in configuration.py, which imports transformers: too slow for --help.
         check_choice("architecture", self.architecture, ("gpt2", "llama"))
         check_choice("mixing", self.mixing, ("none", "fixed", "learnable", "ema", "conv", "shift"))
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))

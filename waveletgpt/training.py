@@ -254,7 +254,7 @@ def train(
         trainer.clock.before = json.loads((checkpoint[1] / "clock.json").read_text())["seconds"]
 
     try:
-        with stop_signals(recorder), quiet_resume(), disk_errors(run.path):
+        with stop_signals(recorder), disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
     except Diverged as error:
         if main:
@@ -453,13 +453,3 @@ def stop_signals(recorder: Recorder) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def quiet_resume() -> Iterator[None]:
-    """Tied weights make resuming warn of a missing key that is not missing."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*missing keys.*")
-        yield
