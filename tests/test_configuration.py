@@ -82,6 +82,10 @@ def test_equal_windows_are_a_single_scale() -> None:
         ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
         ({"n_embd": 12, "position_embedding": "rope"}, "even n_embd / n_head, got 12 / 4"),
         ({"mixing": "ema", "hidden_size": 18}, "n_embd=18"),
+        ({"pooling": "max"}, "pooling='max' is unknown; use one of last, mean, attention"),
+        ({"n_inputs": 3}, "n_inputs=3 must be 1 or 2"),
+        ({"frame_size": 0}, "frame_size=0 must be at least 1"),
+        ({"frame_hidden": 0}, "frame_hidden=0 must be at least 1"),
     ],
 )
 def test_bad_values_are_named(settings: dict, message: str) -> None:
@@ -132,6 +136,8 @@ def test_mix_layers(mix_layers: str | list[int], expected: list[bool]) -> None:
         # Equal to what the defaults would give for the default context, but not for this one.
         {"max_window": 1024, "n_positions": 32, "n_inner": 3072, "n_kv_head": 4},
         {"architecture": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"causal": False, "pooling": "mean", "n_inputs": 2, "id2label": {0: "no", 1: "yes", 2: "perhaps"}},
+        {"frame_size": 400, "frame_hidden": 64, "problem_type": "multi_label_classification", "num_labels": 7},
     ],
 )
 def test_saved_and_loaded_it_is_the_same(settings: dict, tmp_path: Path) -> None:
@@ -155,3 +161,11 @@ def test_saved_and_loaded_it_is_the_same(settings: dict, tmp_path: Path) -> None
 
 def test_auto_config_knows_the_type() -> None:
     assert type(AutoConfig.for_model("waveletgpt", n_embd=64, n_head=4)) is WaveletGPTConfig
+
+
+def test_what_a_classifier_is_set_to() -> None:
+    config = tiny_config(num_labels=3, causal=False, pooling="attention", n_inputs=2, frame_size=400)
+    assert (config.num_labels, config.frame_hidden) == (3, 2048)
+    assert tiny_config(id2label={0: "cat", 1: "dog", 2: "bird"}).num_labels == 3
+    default = tiny_config()
+    assert (default.causal, default.pooling, default.n_inputs, default.frame_size) == (True, "last", 1, None)

@@ -1,14 +1,29 @@
-"""Generating with a cache gives what recomputing everything gives, for every mixing and every way to decode."""
+"""Generating with a cache gives what recomputing everything gives, for every mixing and every way to decode; samples
+are continued with it, past the context too, and shown as they come."""
 
 from __future__ import annotations
 
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny import PAD, tiny_model, tokens
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny import PAD, VOCAB, tiny_model, tokens
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
+from tests.helpers import make_store, tiny_recipe
 from waveletgpt import WaveletGPTForCausalLM
+from waveletgpt.data.encoders import Bytes
+from waveletgpt.errors import UserError
+from waveletgpt.evaluation import generate_from_run, print_samples, streaming
+from waveletgpt.generation import generate_tokens
 from waveletgpt.mixing import MIXERS
+from waveletgpt.training import train
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -172,6 +187,150 @@ def test_decoding_compiles_into_one_graph() -> None:
     options = {"attention_mask": mask, "max_new_tokens": 5}
     compiled = generate(model, ids, cache_implementation="static", compile_config=compiling, **options)
     assert torch.equal(compiled, generate(model, ids, use_cache=False, **options))
+
+
+# --- generate_tokens ------------------------------------------------------------------------------------------------
+
+
+def lengths_read(model: WaveletGPTForCausalLM) -> list[int]:
+    """Filled with the number of tokens of each forward pass from now on."""
+    found: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    return found
+
+
+@pytest.mark.parametrize("settings", [VARIANTS[0], VARIANTS[1], {"architecture": "llama", "mixing": "fixed"}], ids=name)
+def test_each_token_is_read_once(settings: dict) -> None:
+    """With the cache a new token costs one token; only where the context is full its last half is read again."""
+    model = tiny_model(n_positions=32, **settings)
+    read = lengths_read(model)
+    generate_tokens(model, [1, 2, 3], tokens=30, samples=2, stop=False)
+    assert read == [3, *[1] * 29]
+    read.clear()
+    generate_tokens(model, [1, 2, 3], tokens=60, stop=False)
+    assert read == [3, *[1] * 29, *[16, *[1] * 16], *[16, *[1] * 12]]
+
+
+def test_the_whole_context_is_used() -> None:
+    model = tiny_model(n_positions=16, tie_word_embeddings=False)
+    ids = tokens(1, 20)[0].tolist()
+    for length in (1, 7, 15, 16):
+        expected = ids[:length]
+        while len(expected) <= 16:  # what a model of 16 positions says after 16 tokens is the last it says of them
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+        (found,) = generate_tokens(model, ids[:length], tokens=17 - length, temperature=0, stop=False)
+        assert ids[:length] + found == expected
+    longer = generate_tokens(model, ids, tokens=1, temperature=0, stop=False)[0]
+    assert longer == [int(model(torch.tensor([ids[-8:]])).logits[0, -1].argmax())]
+
+
+def test_what_is_watched_is_what_comes() -> None:
+    model = tiny_model(n_positions=16)
+    for samples in (1, 3):
+        seen: list[list[int]] = []
+        rows = generate_tokens(model, [1, 2], tokens=40, samples=samples, seed=3, stop=False, watch=seen.append)
+        assert [list(row) for row in zip(*seen, strict=True)] == rows
+        assert rows == generate_tokens(model, [1, 2], tokens=40, samples=samples, seed=3, stop=False)
+        assert rows != generate_tokens(model, [1, 2], tokens=40, samples=samples, seed=4, stop=False)
+
+
+def test_suppressed_tokens_never_come() -> None:
+    model = tiny_model(n_positions=16)
+    few = set(range(0, VOCAB, 7))
+    for options in ({"temperature": 0}, {"temperature": 5.0}, {"temperature": 5.0, "samples": 3}):
+        rows = generate_tokens(model, [1], tokens=60, stop=False, suppress_tokens=sorted(few), **options)
+        assert not few & {token for row in rows for token in row}
+        assert all(len(row) == 60 for row in rows)
+
+
+def test_a_sample_stops_at_the_end_token() -> None:
+    model = tiny_model(n_positions=16, eos_token_id=5, pad_token_id=5)
+    full = generate_tokens(model, [1], tokens=60, samples=4, temperature=2.0, stop=False)
+    assert any(5 in row for row in full)
+    short = generate_tokens(model, [1], tokens=60, samples=4, temperature=2.0)
+    assert not any(5 in row for row in short)
+    assert any(len(row) < 60 for row in short)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"samples": 0}, {"tokens": 0}]
+)
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="must be"):
+        generate_tokens(tiny_model(), [1], **{"tokens": 1, **wrong})
+    with pytest.raises(UserError, match="gives no token"):
+        generate_tokens(tiny_model(), [], tokens=1)
+
+
+# --- shown as it comes ----------------------------------------------------------------------------------------------
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(prompt=st.binary(max_size=4), new=st.lists(st.integers(0, 255) | st.sampled_from(list("é한😀".encode()))))
+def test_streamed_text_is_the_text(prompt: bytes, new: list[int]) -> None:
+    """Any bytes, also those that are no characters: what was written adds up, and nothing was taken back."""
+    tokenizer = Bytes().tokenizer()
+    written: list[str] = []
+    with streaming(tokenizer, list(prompt), 256, written.append) as watch:
+        for token in [*new, 256]:
+            watch([token])
+    assert "".join(written) == tokenizer.decode([*prompt, *new])
+
+
+def test_whole_characters_are_streamed_at_once() -> None:
+    written: list[str] = []
+    with streaming(Bytes().tokenizer(), list(b"a"), None, written.append) as watch:
+        for token in "b한c".encode():
+            watch([token])
+    assert [text for text in written if text] == ["a", "b", "한", "c"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generation")
+    store = make_store(folder, 1000)
+    return train(tiny_recipe(max_steps=3), store, folder / "run", data="words", show_progress=False).path
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(run: Path, out: io.StringIO, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        print_samples(run, "the cat", device="cpu", tokens=30, stop=False, **settings)
+    return out.getvalue()
+
+
+def test_a_terminal_gets_the_same_text_piece_by_piece(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[str] = []
+
+    class Noting(Terminal):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return super().write(text)
+
+    (text,) = generate_from_run(run_folder, "the cat", device="cpu", tokens=30, stop=False)
+    assert printed(run_folder, Noting(), monkeypatch) == f"{text}\n"
+    assert len([piece for piece in pieces if piece]) > 20
+    pieces.clear()
+    assert printed(run_folder, io.StringIO(), monkeypatch) == f"{text}\n"
+    rows = generate_from_run(run_folder, "the cat", device="cpu", tokens=30, stop=False, samples=2)
+    expected = "".join(f"--- sample {i + 1}\n{row}\n" for i, row in enumerate(rows))
+    for out in (Terminal(), io.StringIO()):
+        assert printed(run_folder, out, monkeypatch, samples=2) == expected
+
+
+def test_a_bar_on_a_terminal_only(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for out in (Terminal(), io.StringIO()):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", out)
+            generate_from_run(run_folder, "the cat", device="cpu", tokens=30)
+        assert ("generating" in out.getvalue()) == out.isatty()
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from tiny import tiny_config, tiny_model, tokens
 from transformers import DynamicCache
 
 from waveletgpt import WaveletGPTForCausalLM
-from waveletgpt.mixing import MIXERS, LearnableMean, Mixer
+from waveletgpt.mixing import MIXERS, Clock, Layout, LearnableMean, Mixer
 
 PEERS = ["ema", "conv", "shift"]
 
@@ -81,7 +81,11 @@ def test_chunks_with_a_cache_are_the_whole(kind: str, edge: str, chunks: list[in
     whole = torch.randn(2, sum(chunks), 16)
     seen = torch.arange(1, sum(chunks) + 1)[None]
     cache = DynamicCache(config=tiny_config(mixing=kind)).layers[0]
-    parts = [mixer(x, s, cache=cache) for x, s in zip(whole.split(chunks, 1), seen.split(chunks, 1), strict=True)]
+    parts, past = [], 0
+    for x, s in zip(whole.split(chunks, 1), seen.split(chunks, 1), strict=True):
+        clock = Clock(Layout(mixer.windows, x.device), past, x.shape[1]) if mixer.windows else None
+        parts.append(mixer(x, s, cache=cache, clock=clock))
+        past += x.shape[1]
     torch.testing.assert_close(torch.cat(parts, 1), mixer(whole, seen), atol=1e-6, rtol=1e-5)
 
 

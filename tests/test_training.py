@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from tests.helpers import make_store, tiny_recipe
 from waveletgpt.data import TokenStore
 from waveletgpt.data.windows import FixedWindows, RandomWindows
+from waveletgpt.environment import peak_flops
 from waveletgpt.errors import UserError
 from waveletgpt.runs import RunFolder
-from waveletgpt.training import Diverged, Interrupted, Recorder, build_model, train
+from waveletgpt.tasks import LanguageModeling
+from waveletgpt.training import Diverged, Interrupted, Recorder, train
 
 DATA = "words.txt"
 
@@ -89,9 +91,9 @@ def test_windows_start_where_records_start() -> None:
 
 
 def test_arms_start_from_the_same_weights(store: TokenStore) -> None:
-    none = dict(build_model(tiny_recipe(mixing="none"), store).named_parameters())
+    none = dict(LanguageModeling(store).build_model(tiny_recipe(mixing="none")).named_parameters())
     for mixing in ("fixed", "learnable", "ema", "conv"):
-        other = dict(build_model(tiny_recipe(mixing=mixing), store).named_parameters())
+        other = dict(LanguageModeling(store).build_model(tiny_recipe(mixing=mixing)).named_parameters())
         for name, value in none.items():
             assert torch.equal(value, other[name]), (mixing, name)
 
@@ -135,7 +137,7 @@ def test_held_out_loss_is_that_of_a_plain_loop(undisturbed: RunFolder, store: To
 def test_weight_decay_spares_biases_norms_and_kernels(store: TokenStore) -> None:
     from waveletgpt.training import RunTrainer
 
-    model = build_model(tiny_recipe(mixing="learnable"), store)
+    model = LanguageModeling(store).build_model(tiny_recipe(mixing="learnable"))
     decayed = set(RunTrainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     assert all("kernels" not in name and "norm" not in name and not name.endswith("bias") for name in decayed)
     assert {"model.embed_tokens.weight", "model.blocks.0.attention.qkv_proj.weight"} <= decayed
@@ -356,3 +358,19 @@ def test_two_processes_are_one_with_twice_the_batch(store: TokenStore, tmp_path:
         key = "loss" if "loss" in a else "nll"
         assert a[key] == pytest.approx(b[key], abs=2e-4)  # float32 sums in another order
     assert json.loads((tmp_path / "two" / "run.json").read_text())["environment"]["processes"] == 2
+
+
+def test_a_run_says_how_fast_it_computed_and_how_long_it_waited(undisturbed: RunFolder) -> None:
+    info = undisturbed.info
+    result = info["result"]
+    assert result["flops_per_second"] == pytest.approx(result["tokens_per_second"] * info["model"]["flops_per_token"])
+    assert result["mfu"] is None  # a CPU's peak is not known
+    assert 0 < result["waiting_for_data"] < 1
+
+
+def test_peaks_of_gpus() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA L4", "fp32") == 60e12
+    assert peak_flops("NVIDIA L40", "bf16") is None
+    assert peak_flops(None, "bf16") is None

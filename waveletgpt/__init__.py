@@ -13,11 +13,20 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "WaveletGPTConfig": "configuration",
     "WaveletGPTForCausalLM": "modeling",
+    "WaveletGPTForSequenceClassification": "modeling",
     "WaveletGPTModel": "modeling",
     "ema_mix": "ops",
     "wavelet_mix": "ops",
 }
-__all__ = ["WaveletGPTConfig", "WaveletGPTForCausalLM", "WaveletGPTModel", "__version__", "ema_mix", "wavelet_mix"]
+__all__ = [
+    "WaveletGPTConfig",
+    "WaveletGPTForCausalLM",
+    "WaveletGPTForSequenceClassification",
+    "WaveletGPTModel",
+    "__version__",
+    "ema_mix",
+    "wavelet_mix",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,9 @@ from .recipe import load_recipe
 HELP: dict[str, str] = {
     "train DATA": "train one model",
     "compare DATA": "train arms side by side and report the speed-up",
+    "lra TASK": "the same for classifiers, on the Long Range Arena",
+    "classify DATA": "the same for classifiers of recordings",
+    "predict RUN FILE...": "classes of files",
     "evaluate RUN": "loss, perplexity, bits per byte on held-out data",
     "generate RUN": "continue a prompt",
     "report RUN...": "write report.html from run folders",
@@ -59,7 +62,7 @@ def _defaults(kind: type, words: list[str]) -> Any:
     compare = changes.pop("compare", None) or {}
     if not isinstance(compare, dict) or not set(compare) <= {"arms", "seeds"}:
         raise UserError(f"{path}: `compare` holds `arms` and `seeds`, nothing else")
-    for name, value in [("data", changes.pop("data", None)), *compare.items()]:
+    for name, value in [(key, changes.pop(key, None)) for key in ("data", "task")] + list(compare.items()):
         if name in names and value is not None:
             command[name] = tuple(map(str, value)) if isinstance(value, list) else value
     default = kind()

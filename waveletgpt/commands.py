@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from .data.settings import DataSettings
+from .data.task_settings import TaskSettings
 from .errors import UserError, suggest
-from .recipe import Recipe
+from .recipe import ClassifierRecipe, Recipe
 
 DEFAULT_DATA = "python-stdlib"
 Flat = arg(name="")
@@ -48,8 +49,11 @@ class Train:
         run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
+        say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}")
+        share = f", {result['mfu']:.1%} of this GPU's peak" if result["mfu"] else ""
         say(
-            f"held-out loss {result['final_nll']:.4f} nats per token{bits}; {result['tokens_per_second']:,.0f} tokens/s"
+            f"{result['tokens_per_second']:,.0f} tokens/s, {result['flops_per_second'] / 1e9:,.3g} GFLOP/s of the model"
+            f"{share}; {result['waiting_for_data']:.1%} of the time waiting for data"
         )
         say(f"run folder: {run.path}   (waveletgpt report {run.path}, waveletgpt generate {run.path})")
 
@@ -76,35 +80,119 @@ class Compare:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
-        from .compare import compare, parse_arms
-        from .summary import headline
+        from .compare import parse_arms
 
         parse_arms(self.arms, plain(self.settings))
-        store = prepare_store(self.data, self.settings)
-        summary = compare(
-            plain(self.settings),
-            store,
-            self.out,
-            data=self.data,
-            arms=self.arms,
-            seeds=self.seeds,
-            resume=self.resume,
-        )
-        print_summary(summary)
-        say(headline(summary))
-        say(f"report: {Path(self.out) / 'report.html'}")
+        train_arms(self, prepare_store(self.data, self.settings), self.data)
+
+
+@dataclass(frozen=True)
+class ClassifierOptions(ClassifierRecipe):
+    source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Lra:
+    """Train several arms as classifiers on a task of the Long Range Arena and report their accuracy.
+
+    Tasks: listops, text, retrieval, image, pathfinder, pathx. The first arm is the baseline.
+    """
+
+    task: Positional[str] = ""
+    """listops, text, retrieval, image, pathfinder or pathx."""
+    data: str | None = None
+    """Folder or archive with the task's official files; default: generated, or the named data set."""
+    out: str | None = None
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed; default: runs/lra-TASK."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first, as in `waveletgpt compare`."""
+    seeds: int = 1
+    """Seeds per arm, from --seed on."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=ClassifierOptions)
+
+    def run(self) -> None:
+        from .compare import parse_arms
+        from .data.long_range_arena import TASKS, prepare_task
+
+        if self.task not in TASKS:
+            raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
+        parse_arms(self.arms, plain(self.settings))
+        train_arms(self, prepare_task(self.task, self.data, self.settings.source), self.task, f"runs/lra-{self.task}")
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Train several arms as classifiers of recordings and report accuracy, or mean average precision.
+
+    DATA: a folder per class, or the layout of FSD50K, ESC-50 or the Free Spoken Digit Dataset.
+    """
+
+    data: Positional[str] = ""
+    """Folder, archive or data set name."""
+    out: str = "runs/classify"
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first, as in `waveletgpt compare`."""
+    seeds: int = 1
+    """Seeds per arm, from --seed on."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=lambda: ClassifierOptions(preset="clips"))
+
+    def run(self) -> None:
+        from .compare import parse_arms
+        from .data.clips import prepare_clips
+
+        if not self.data:
+            raise UserError("classify: name a folder of recordings, such as one folder per class")
+        if self.settings.modality not in (None, "audio"):
+            raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
+        parse_arms(self.arms, plain(self.settings))
+        train_arms(self, prepare_clips(self.data, self.settings.source), self.data)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Tell the classes of files with a classifier's run."""
+
+    run_folder: Positional[str]
+    """Run folder of `waveletgpt classify` or `waveletgpt lra`."""
+    files: Positional[tuple[str, ...]] = ()
+    """Recordings, texts or pictures, as the run was trained on."""
+    top: int = 3
+    """How many of the likeliest classes to print."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from .prediction import predict_files
+
+        rows = predict_files(self.run_folder, self.files, self.top, self.device)
+        if self.json:
+            print(json.dumps([{"file": name, "classes": dict(classes)} for name, classes in rows], indent=1))
+            return
+        for name, classes in rows:
+            say(f"{name}: " + ", ".join(f"{label} {share:.1%}" for label, share in classes))
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Loss, perplexity and bits per byte of a run's model on held-out data."""
+    """Loss, perplexity and bits per byte of a run's model on held-out data; of a classifier its accuracy."""
 
     run_folder: Positional[str]
     """Run folder."""
     split: str = "validation"
     """validation or test."""
     windows: int | None = None
-    """Windows to read; default: the whole split, without overlap."""
+    """Windows to read; default: the whole split, without overlap. Classifiers always read all of it."""
     batch_size: int = 16
     """Windows at once."""
     device: str = "auto"
@@ -114,7 +202,16 @@ class Evaluate:
 
     def run(self) -> None:
         from .evaluation import evaluate_run
+        from .prediction import evaluate_classifier
 
+        if is_classifier(self.run_folder):
+            found = evaluate_classifier(self.run_folder, self.split, self.batch_size, self.device)
+            if self.json:
+                print(json.dumps(found, indent=1))
+                return
+            scores = ", ".join(f"{name} {found[name]:.2%}" for name in ("accuracy", "map", "top5") if name in found)
+            say(f"{found['split']}: {scores} ({found['recordings']:,} examples)")
+            return
         value = evaluate_run(self.run_folder, self.split, self.windows, self.batch_size, self.device)
         if self.json:
             print(json.dumps(value, indent=1))
@@ -184,9 +281,8 @@ class Report:
     """Folder to write; default: the first one given."""
 
     def run(self) -> None:
-        from .report import write_report
+        from .report import write_results
         from .runs import RunFolder, find_runs
-        from .summary import headline, write_summary
 
         if not self.runs:
             raise UserError("name at least one run folder")
@@ -200,10 +296,8 @@ class Report:
             )
         found.sort(key=lambda run: run.info["arm"] != baseline)
         out = Path(self.out or self.runs[0])
-        summary = write_summary(out, found, baseline)
-        print_summary(summary)
-        say(headline(summary))
-        say(f"report: {write_report(out, found, baseline)}")
+        print_summary(write_results(out, found, baseline))
+        say(f"report: {out / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -273,6 +367,9 @@ class DataPrepare:
 COMMANDS: dict[str, type] = {
     "train": Train,
     "compare": Compare,
+    "lra": Lra,
+    "classify": Classify,
+    "predict": Predict,
     "evaluate": Evaluate,
     "generate": Generate,
     "report": Report,
@@ -282,9 +379,10 @@ COMMANDS: dict[str, type] = {
 }
 
 
-def plain(settings: Recipe) -> Recipe:
-    """The parsed settings as a `Recipe` proper."""
-    return Recipe(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Recipe)})
+def plain(settings: Recipe) -> Any:
+    """The parsed settings as a `Recipe` or `ClassifierRecipe` proper."""
+    kind = ClassifierRecipe if isinstance(settings, ClassifierRecipe) else Recipe
+    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
 
 
 def prepare_store(data: str, settings: Recipe) -> Any:
@@ -293,18 +391,46 @@ def prepare_store(data: str, settings: Recipe) -> Any:
     return prepare(data, settings.modality, settings.source)
 
 
+def train_arms(command: Compare | Lra | Classify, store: Any, data: str, out: str | None = None) -> None:
+    """Train the arms of a command on a store, print the table and where the report is."""
+    from .compare import compare
+
+    place = command.out or out or "runs/compare"
+    summary = compare(
+        plain(command.settings),
+        store,
+        place,
+        data=data,
+        arms=command.arms,
+        seeds=command.seeds,
+        resume=command.resume,
+    )
+    print_summary(summary)
+    say(f"report: {Path(place) / 'report.html'}")
+
+
+def is_classifier(folder: str) -> bool:
+    """Whether a run is a classifier's; raises UserError where there is no run."""
+    from .runs import RunFolder
+    from .scores import CLASSIFICATION
+
+    return RunFolder.open(folder).info.get("task") == CLASSIFICATION
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
+    """The table of arms, and the result in a sentence."""
     from rich.console import Console
     from rich.table import Table
 
-    from .summary import summary_table
+    from .report import in_words
 
-    header, rows = summary_table(summary)
+    header, rows, sentence = in_words(summary)
     table = Table(*header)
     for row in rows:
         table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    say(sentence)

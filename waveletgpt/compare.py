@@ -1,6 +1,6 @@
 """A comparison: arms x seeds on the same batches, one run folder each, then summary and report.
 
-`summary.py` has the figures (pure functions over curves), `report.py` the page.
+`summary.py` has the figures (pure functions over curves), `scores.py` those of classifiers, `report/` the page.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from .configuration import MIXINGS
 from .errors import UserError
 from .recipe import Recipe, check_choice
-from .report import write_report
+from .report import write_results
 from .runs import RunFolder, find_runs
-from .summary import write_summary
 
 if TYPE_CHECKING:
     from .data import TokenStore
+    from .data.examples import ExampleStore
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
 
 def compare(
     recipe: Recipe,
-    store: TokenStore,
+    store: TokenStore | ExampleStore,
     out: str | Path,
     *,
     data: str,
@@ -82,14 +82,15 @@ def compare(
         UserError: bad arms, an `out` that holds something else, settings other than the runs there have.
         Interrupted: Ctrl-C; what was trained is saved.
     """
-    from .training import Diverged, build_model, check_length, train
+    from .tasks import task_of
+    from .training import Diverged, train
 
     out = Path(out)
     parsed = parse_arms(arms, recipe)
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
     for arm in parsed:
-        check_length(store, build_model(arm.recipe, store).config.n_positions)
+        task_of(store).build_model(arm.recipe)  # tells of settings that do not go before hours are spent
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not resume:
@@ -109,6 +110,5 @@ def compare(
                 runs.append(RunFolder(folder))
             gc.collect()
             if any(run.info["arm"] == parsed[0].name for run in runs):
-                summary = write_summary(out, runs, parsed[0].name)
-                write_report(out, runs, parsed[0].name)
+                summary = write_results(out, runs, parsed[0].name)
     return summary

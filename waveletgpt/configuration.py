@@ -1,4 +1,4 @@
-"""Settings of a WaveletGPT model: a GPT-2 or Llama decoder, plus how its hidden states are mixed over time.
+"""Settings of a WaveletGPT model: a GPT-2 or Llama transformer, plus how its hidden states are mixed over time.
 
 This file, `modeling.py`, `mixing.py` and the operator's definition travel inside every saved checkpoint, so it imports
 nothing else of the package.
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 ARCHITECTURES = ("gpt2", "llama")
 MIXINGS = ("none", "fixed", "learnable", "ema", "conv", "shift")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "rope", "none")
+POOLINGS = ("last", "mean", "attention")
 
 
 def window_schedule(n: int, min_window: int, max_window: int, allocation: str = "uniform") -> list[int]:
@@ -47,7 +48,7 @@ def window_schedule(n: int, min_window: int, max_window: int, allocation: str = 
 
 
 class WaveletGPTConfig(PreTrainedConfig):
-    """Configuration of a `WaveletGPTForCausalLM`. Names are GPT-2's; Llama's (`hidden_size`, ...) are aliases.
+    """Configuration of the models. Names are GPT-2's; Llama's (`hidden_size`, ...) are aliases.
 
     Args:
         architecture: "gpt2" (learned positions, LayerNorm, GELU, biases) or "llama" (rotary positions, RMSNorm,
@@ -71,7 +72,15 @@ class WaveletGPTConfig(PreTrainedConfig):
         mix_placement: "block" (each block's output, as in the paper) or "input" (the normalised inputs of attention
             and feed-forward).
         mix_layers: "all", "inner" (all but the last block) or a list of block indices.
-        use_cache, tie_word_embeddings, ...: as in every Hugging Face configuration.
+        causal: False, for classifiers: attention sees both directions, and mixers give the mean of their filter and of
+            its mirror image in time.
+        pooling: what a classifier reads of its tokens: the "last" one, their "mean", or their mean weighted by
+            "attention" to a learned query. Padding never counts.
+        n_inputs: documents per example of a classifier, 1 or 2 (both through the same encoder).
+        frame_size: for a classifier of raw waveforms: samples per frame, each of which is a token. `vocab_size` then
+            means nothing.
+        frame_hidden: width between the frame and the embedding.
+        num_labels, id2label, problem_type, use_cache, tie_word_embeddings, ...: as in every Hugging Face configuration.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -115,6 +124,11 @@ class WaveletGPTConfig(PreTrainedConfig):
     mix_sharing: str = "coordinate"
     mix_placement: str = "block"
     mix_layers: str | list[int] = "all"
+    causal: bool = True
+    pooling: str = "last"
+    n_inputs: int = 1
+    frame_size: int | None = None
+    frame_hidden: int = 2048
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -143,7 +157,8 @@ class WaveletGPTConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError, as the constructor does; for values that were set later, or while loading."""
         self._check_choice("architecture", ARCHITECTURES)
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner"):
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner", "frame_hidden")
+        for name in (*sizes, *(["frame_size"] if self.frame_size is not None else [])):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
@@ -167,6 +182,9 @@ class WaveletGPTConfig(PreTrainedConfig):
             self._check_choice("mix_layers", ("all", "inner"))
         elif any(not 0 <= layer < self.n_layer for layer in self.mix_layers):
             raise ValueError(f"mix_layers={self.mix_layers} names a block outside 0 ... {self.n_layer - 1}")
+        self._check_choice("pooling", POOLINGS)
+        if self.n_inputs not in (1, 2):
+            raise ValueError(f"n_inputs={self.n_inputs} must be 1 or 2")
         self.mix_windows()
 
     @property
@@ -203,6 +221,7 @@ class WaveletGPTConfig(PreTrainedConfig):
             "AutoConfig": "configuration.WaveletGPTConfig",
             "AutoModel": "modeling.WaveletGPTModel",
             "AutoModelForCausalLM": "modeling.WaveletGPTForCausalLM",
+            "AutoModelForSequenceClassification": "modeling.WaveletGPTForSequenceClassification",
         }
         here, there = Path(__file__).parent, Path(save_directory)
         there.mkdir(parents=True, exist_ok=True)
@@ -222,7 +241,8 @@ class WaveletGPTConfig(PreTrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        return 2 if self.mix_placement == "input" else 1
+        # A mean's running sums are one more.
+        return (2 if self.mix_placement == "input" else 1) * (2 if self.mixing == "fixed" else 1)
 
 
 __all__ = ["WaveletGPTConfig"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from .configuration import WaveletGPTConfig
-from .mixing import Mixer
+from .mixing import Mixer, Mixers
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -18,7 +21,8 @@ def mixing_flops_per_token(config: WaveletGPTConfig) -> int:
     """FLOPs per token that mixing adds to a training step, forward and backward.
 
     A mean over w = 2^k takes k additions (the dyadic recurrence) and one scaling, and its gradient the same. A learned
-    kernel takes w multiply-adds forward, and as many for each of its two gradients. EMA counts as 3 operations.
+    kernel takes w multiply-adds forward, and as many for each of its two gradients. EMA counts as 3 operations. A model
+    that is not causal does all of it twice.
     """
     windows = config.mix_windows()
     if config.mixing == "fixed":
@@ -30,26 +34,37 @@ def mixing_flops_per_token(config: WaveletGPTConfig) -> int:
     else:
         once = 0
     places = 2 if config.mix_placement == "input" else 1
-    return once * places * sum(config.mixes(layer) for layer in range(config.n_layer))
+    directions = 1 if config.causal else 2
+    return once * places * directions * sum(config.mixes(layer) for layer in range(config.n_layer))
 
 
-def flops_per_token(config: WaveletGPTConfig, parameters: int, extra_parameters: int = 0) -> int:
+def flops_per_token(model: Any) -> int:
     """FLOPs per token of a training step (forward and backward): 6 N + 12 L E T (PaLM, arXiv 2204.02311, Appendix B)
-    plus mixing. N leaves out embeddings that are only looked up (positions; tokens unless tied to the head), and the
-    mixers, counted by their own rule."""
-    positions = config.n_positions if config.position_embedding == "learned" else 0
-    tokens = 0 if config.tie_word_embeddings else config.vocab_size
-    matrices = parameters - extra_parameters - (positions + tokens) * config.n_embd
+    plus mixing. N leaves out embeddings that are only looked up, and the mixers, counted by their own rule; a
+    classifier's head, used once for each example, counts as its share of a token of examples at the full context."""
+    config = model.config
+    used = {p for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    head = sum(p.numel() for p in model.score.parameters()) if hasattr(model, "score") else 0
+    every_token = sum(p.numel() for p in used) - count_parameters(model)[1] - head
+    flops = 6 * every_token + 6 * head // (config.n_inputs * config.n_positions)
+    if config.frame_size is not None:
+        flops -= 2 * config.frame_size * config.frame_hidden  # nothing flows back into the waveform
     attention = 12 * config.n_layer * config.n_embd * config.n_positions
-    return 6 * matrices + attention + mixing_flops_per_token(config)
+    return flops + attention + mixing_flops_per_token(config)
 
 
 def decoding_state_bytes(config: WaveletGPTConfig, itemsize: int = 4) -> dict[str, int]:
-    """Bytes per sequence that cached decoding holds at the full context: keys and values, and what mixers remember."""
+    """Bytes per sequence that cached decoding holds at the full context: keys and values, and what mixers remember.
+
+    A model that is not causal decodes nothing.
+    """
+    if not config.causal:
+        return {"keys_values": 0, "mixing": 0}
     keys_values = 2 * config.n_layer * config.n_kv_head * config.head_dim * config.n_positions
-    remembered = max(1, max(config.mix_windows(), default=1) - 1) * config.n_mixed * config.number_of_conv_states
-    mixing = sum(config.mixes(layer) for layer in range(config.n_layer)) * remembered
-    return {"keys_values": keys_values * itemsize, "mixing": mixing * itemsize}
+    with torch.device("meta"):
+        mixers = [mixer for layer in range(config.n_layer) for mixer in Mixers(config, layer)]
+    mixing = sum(mixer.state_bytes(itemsize) for mixer in mixers if isinstance(mixer, Mixer))
+    return {"keys_values": keys_values * itemsize, "mixing": mixing}
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -59,7 +74,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "extra_parameters": extra,
-        "flops_per_token": flops_per_token(config, parameters, extra),
+        "flops_per_token": flops_per_token(model),
         "mixing_flops_per_token": mixing_flops_per_token(config),
         "windows": config.mix_windows(),
         "n_embd": config.n_embd,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -34,6 +35,26 @@ def environment() -> dict[str, Any]:
         "git_revision": _revision(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+# Dense matrix FLOPs per second by GPU, from NVIDIA's data sheets: (bf16, TF32).
+_PEAKS = {
+    "H200": (989e12, 494e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100": (989e12, 494e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "L4": (121e12, 60e12),
+    "RTX 4090": (165e12, 83e12),
+    "A10": (125e12, 62e12),
+    "T4": (65e12, 8e12),
+}
+
+
+def peak_flops(gpu: str | None, precision: str) -> float | None:
+    """Most FLOPs per second of a GPU of this name, training in "bf16" or "fp32"; None where it is not known."""
+    found = next((peak for name, peak in _PEAKS.items() if gpu and re.search(rf"\b{name}\b", gpu)), None)
+    return None if found is None else found[0 if precision == "bf16" else 1]
 
 
 def command() -> str:

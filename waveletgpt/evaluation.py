@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,13 @@ from .data import MODALITIES, DataSettings, TokenStore, prepare
 from .data.text import TextModality
 from .data.windows import FixedWindows
 from .errors import UserError, suggest
-from .generation import generate_tokens
+from .generation import counting, generate_tokens
 from .modeling import WaveletGPTForCausalLM
 from .recipe import PRESETS, Recipe
 from .runs import RunFolder
 from .training import choose_device
+
+log = logging.getLogger(__name__)
 
 
 def load_model(run: RunFolder, device: str = "auto") -> WaveletGPTForCausalLM:
@@ -107,9 +113,17 @@ def evaluate_run(
 
 
 def generate_from_run(
-    folder: str | Path, prompt: str | None, *, device: str = "auto", out: str | Path | None = None, **settings: Any
+    folder: str | Path,
+    prompt: str | None,
+    *,
+    device: str = "auto",
+    out: str | Path | None = None,
+    write: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> list[str]:
     """Continue `prompt` (a text, or for other modalities a file; None begins anew); settings: `generate_tokens`.
+
+    A text of one sample is also given to `write` as it comes, prompt included; all else shows a bar on a terminal.
 
     Returns:
         Texts, prompt included; for sounds and pictures the paths of the files written in `out` (default: the run
@@ -126,15 +140,71 @@ def generate_from_run(
     modality = MODALITIES[run.info["data"]["modality"]]
     ids = [int(t) for t in modality.encode_prompt(prompt or "", tokenizer)]
     if settings.get("tokens") is None:
-        settings["tokens"] = getattr(modality, "sample_tokens", 200)
-    rows = generate_tokens(model, ids, **settings)
-    if isinstance(modality, TextModality):
-        shown = ids if prompt else []
+        settings["tokens"] = modality.new_tokens(ids, tokenizer)
+    settings["suppress_tokens"] = modality.suppress_tokens
+    is_text = isinstance(modality, TextModality)
+    shown = ids if prompt else []
+    with contextlib.ExitStack() as stack:
+        if write and is_text and settings.get("samples", 1) == 1:
+            end: Any = model.config.eos_token_id if settings.get("stop", True) else None
+            watch: Callable[[list[int]], None] = stack.enter_context(streaming(tokenizer, shown, end, write))
+        else:
+            watch = stack.enter_context(counting("generating", settings["tokens"]))
+        rows = generate_tokens(model, ids, watch=watch, **settings)
+    if is_text:
         return [str(tokenizer.decode([*shown, *row])) for row in rows]
     place = Path(out) if out else run.path / "generated"
     place.mkdir(parents=True, exist_ok=True)
     samples = [modality.write_sample([*ids, *row], tokenizer, place / str(i)) for i, row in enumerate(rows)]
+    for sample in samples:
+        if sample.repaired:
+            log.warning("%s: %s", sample.path, sample.repaired)
     return [str(sample.path) if sample.text is None else sample.text for sample in samples]
+
+
+@contextlib.contextmanager
+def streaming(
+    tokenizer: Any, prompt: list[int], end: int | None, write: Callable[[str], None]
+) -> Iterator[Callable[[list[int]], None]]:
+    """Write the text of `prompt` and of the tokens that come, up to `end`, a whole character at a time.
+
+    Yields what to call with each token.
+    """
+    tokens = list(prompt)
+    written = 0
+
+    def show(held_back: str = "\ufffd") -> None:
+        nonlocal written
+        text = tokenizer.decode(tokens).rstrip(held_back)  # the first bytes of a character that is still to come
+        write(text[written:])
+        written = max(written, len(text))
+
+    def watch(new: list[int]) -> None:
+        if new[0] != end:
+            tokens.extend(new)
+            show()
+
+    show()
+    yield watch
+    show(held_back="")
+
+
+def print_samples(folder: str | Path, prompt: str | None, **settings: Any) -> None:
+    """Print what `generate_from_run` gives; on a terminal a text of one sample as it comes."""
+    streamed: list[str] = []
+
+    def write(text: str) -> None:
+        streamed.append(text)
+        print(text, end="", flush=True)
+
+    rows = generate_from_run(folder, prompt, write=write if sys.stdout.isatty() else None, **settings)
+    if streamed:
+        print()
+        return
+    for i, row in enumerate(rows):
+        if len(rows) > 1:
+            print(f"--- sample {i + 1}")
+        print(row, flush=True)
 
 
 def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from .data import MODALITIES
+from .data.progress import bar
 from .errors import UserError
 
 
@@ -22,11 +28,14 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     stop: bool = True,
+    suppress_tokens: Sequence[int] = (),
+    watch: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue `prompt`, with the cache: `samples` lists of up to `tokens` new token ids.
 
-    `temperature=0` is greedy. `stop`: end a sample at the end-of-text token. Where the context is full, generation goes
-    on from its last half.
+    `temperature=0` is greedy. `stop`: end a sample at the end-of-text token. `suppress_tokens` never come. `watch` is
+    given the new token of every sample as soon as there is one. Where the context is full, generation goes on from its
+    last half.
 
     Raises:
         UserError: settings out of range, or an empty prompt.
@@ -46,14 +55,16 @@ def generate_tokens(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while ids.shape[1] < len(prompt) + tokens:
-            seen = ids if ids.shape[1] < context else ids[:, -max(1, context // 2) :]
-            new = min(context - seen.shape[1], len(prompt) + tokens - ids.shape[1])
+            seen = ids if ids.shape[1] <= context else ids[:, -max(1, context // 2) :]
+            new = min(context + 1 - seen.shape[1], len(prompt) + tokens - ids.shape[1])  # the last one is not read
             out = model.generate(
                 seen,
                 attention_mask=torch.ones_like(seen),
                 max_new_tokens=new,
                 eos_token_id=end if stop else None,
                 pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
+                suppress_tokens=list(suppress_tokens) or None,
+                streamer=_Watched(watch) if watch else None,
                 **(choice if temperature > 0 else {"do_sample": False}),
             )
             ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
@@ -64,30 +75,52 @@ def generate_tokens(
     return [row[: row.index(end)] if stop and end in row else row for row in rows]
 
 
+class _Watched(BaseStreamer):
+    """transformers' way to hear of each token."""
+
+    def __init__(self, watch: Callable[[list[int]], None]):
+        self.watch = watch
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() == 1:  # the first one, of two dimensions, is what generation goes on from
+            self.watch(value.tolist())
+
+    def end(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def counting(description: str, total: int) -> Iterator[Callable[[Any], None]]:
+    """A bar over `total` tokens on standard error, where that is a terminal; yields what to call at each of them."""
+    with bar(description, total, sys.stderr.isatty(), "tokens") as advance:
+        done = itertools.count(1)
+        yield lambda _: advance(next(done))
+
+
 def sample_run(model: Any, store: Any, recipe: Any, folder: Path) -> list[dict[str, Any]]:
     """The samples of a finished run: held-out excerpts continued, the same prompts for every arm.
 
     Returns what samples.json holds: kind, prompt, text, and for sounds and pictures the file, relative to `folder`.
     """
-    modality = MODALITIES[store.modality]
-    context, count = model.config.n_positions, recipe.training.samples
-    tokens, record = store.split("validation"), store.meta.get("record")
-    tokenizer = store.load_tokenizer()
-    length = max(1, min(record // 2 if record else min(32, context // 4), len(tokens) // 2))
-    rest = record - length if record else (recipe.training.sample_tokens or getattr(modality, "sample_tokens", 200))
+    modality, tokenizer = MODALITIES[store.modality], store.load_tokenizer()
     rows: list[dict[str, Any]] = []
-    for i in range(count):
-        start = i * (len(tokens) - length) // count
-        if record:
-            start -= start % record
-        prompt = [int(t) for t in tokens[start : start + length]]
-        new = generate_tokens(model, prompt, tokens=rest, temperature=0.8, seed=recipe.seed + i, stop=False)[0]
+    for i, prompt in enumerate(modality.excerpts(store.split("validation"), recipe.training.samples, tokenizer)):
+        length = recipe.training.sample_tokens or modality.new_tokens(prompt, tokenizer)
+        with counting(f"sample {i + 1}", length) as advance:
+            new = generate_tokens(
+                model, prompt, tokens=length, temperature=0.8, seed=recipe.seed + i, stop=False,
+                suppress_tokens=modality.suppress_tokens, watch=advance,
+            )[0]  # fmt: skip
         (folder / "samples").mkdir(exist_ok=True)
         sample = modality.write_sample(prompt + new, tokenizer, folder / "samples" / str(i))
         row = {"kind": sample.kind, "prompt": "", "text": sample.text or "", "file": f"samples/{sample.path.name}"}
-        if sample.kind == "text":
-            row.update(prompt=tokenizer.decode(prompt), text=tokenizer.decode(new))
+        if sample.text is not None:
+            given = tokenizer.decode(prompt)
+            # A character may be cut between prompt and continuation.
+            whole = sample.text.startswith(given)
+            row.update(prompt=given, text=sample.text.removeprefix(given) if whole else tokenizer.decode(new))
         else:
-            row["prompt"] = f"the first {length} tokens are held-out data"
+            row["prompt"] = f"the first {len(prompt)} tokens are held-out data"
+            row["prompt"] += f"; {sample.repaired}" if sample.repaired else ""
         rows.append(row)
     return rows

@@ -1,12 +1,15 @@
-"""Mixers: modules that replace some coordinates of the hidden states by a causal filter of themselves over time.
+"""Mixers: modules that replace some coordinates of the hidden states by a filter of themselves over time.
 
 A new mixer is one class here and one line in `MIXERS`; nothing else in the package knows their names.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S remembered positions.
+Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S inputs that came before, R values that
+decoding remembers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -19,26 +22,32 @@ from .ops import ema_mix, wavelet_mix
 class Mixer(nn.Module):
     """Base of all mixers: zeroes padding, splits the coordinates, carries the state, calls `mix` on the C mixed ones.
 
-    One path serves training, prefill and decoding: what came before is put in front of what comes in.
+    With `causal=False` the result is the mean of two causal ones, forwards and backwards in time.
     """
 
     averages: ClassVar[bool] = False
     """Whether `mix_edge` applies: the result is a mean (or starts as one) over a finite window."""
+    n_states: ClassVar[int] = 1
+    """States in the layer's cache; `WaveletGPTConfig.number_of_conv_states` is the total."""
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__()
         self.n_mixed = config.n_mixed
         self.windows = tuple(config.mix_windows())
+        self.causal = config.causal
         self.edge = config.mix_edge if self.averages else "zero"
-        self.state_size = max(1, max(self.windows, default=1) - 1)
 
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
         """Filter x (B, T, C) causally along T; `state` (B, S, C) is what `remember` gave for the tokens before."""
         raise NotImplementedError
 
     def remember(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What later tokens need of these: the inputs `x` of a finite window, by default."""
+        """What later tokens need to know of these; of all that, only the last token's is kept."""
         return x
+
+    def state_bytes(self, itemsize: int) -> int:
+        """What the states take for a sequence whose hidden states have `itemsize` bytes a value."""
+        return self.n_mixed * itemsize
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set own parameters, not those of modules inside, to their starting values through the functions of `init`."""
@@ -50,6 +59,7 @@ class Mixer(nn.Module):
         padding_mask: torch.Tensor | None = None,
         cache: Any = None,
         state_idx: int = 0,
+        clock: Clock | None = None,
     ) -> torch.Tensor:
         """Mix hidden states.
 
@@ -57,8 +67,9 @@ class Mixer(nn.Module):
             hidden: (B, T, E).
             seen: (B or 1, T) number of real tokens up to and including each; needed by `mix_edge="partial"`.
             padding_mask: (B, T), 0 where a token is padding: its row is zeroed, or it would leak into real ones.
-            cache: this layer's cache of transformers, or None.
-            state_idx: which of the layer's states is this mixer's.
+            cache: this layer's cache of transformers, or None; a mixer that is not causal can use none.
+            state_idx: the first of the layer's states that are this mixer's.
+            clock: where decoding stands; mixers with windows need it if there is a cache.
 
         Returns:
             (B, T, E); the coordinates from C on are those of `hidden`.
@@ -66,32 +77,191 @@ class Mixer(nn.Module):
         if padding_mask is not None:
             hidden = hidden * padding_mask[..., None].to(hidden.dtype)
         # Split, not slices: its gradient is one concatenation instead of two zero-filled sums.
-        x, rest = hidden.split([self.n_mixed, hidden.shape[-1] - self.n_mixed], dim=-1)
-        state = None
-        if cache is not None and cache.has_previous_state[state_idx]:
-            state = cache.conv_states[state_idx].transpose(1, 2)
-        y = self.mix(x, state)
-        if cache is not None:
-            memory = self.remember(x, y).transpose(1, 2)
-            cache.update_conv_state(memory, state_idx=state_idx, conv_kernel_size=self.state_size)
-        if self.edge == "partial" and seen is not None:
-            # The operator's own edge="partial" counts rows; with padding only positions tell how many are real.
-            window = torch.tensor(self.windows, device=y.device)
-            y = (y * (window / seen[..., None].clamp(min=1).minimum(window))).to(y.dtype)
+        x, rest = hidden.split_with_sizes([self.n_mixed, hidden.shape[-1] - self.n_mixed], dim=-1)
+        y = self.mix(x, None) if cache is None else self.go_on(x, cache, state_idx, clock)
+        y = self._scale(y, seen, clock)
+        if not self.causal:
+            # Real tokens from each one to the last.
+            ahead = None if seen is None else (seen.amax(1, keepdim=True) + 1 - seen).flip(1)
+            y = (y + self._scale(self.mix(x.flip(1), None), ahead).flip(1)) / 2
         return torch.cat([y, rest], dim=-1) if rest.shape[-1] else y
+
+    def go_on(self, x: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor:
+        """`mix`, after the tokens in the cache, which takes these in too."""
+        state = cache.conv_states[state_idx].transpose(1, 2) if cache.has_previous_state[state_idx] else None
+        y = self.mix(x, state)
+        cache.update_conv_state(self.remember(x, y).transpose(1, 2), state_idx=state_idx, conv_kernel_size=1)
+        return y
+
+    def _scale(self, y: torch.Tensor, seen: torch.Tensor | None, clock: Clock | None = None) -> torch.Tensor:
+        """Means over what there is, if the edge asks for it."""
+        if self.edge == "zero" or seen is None:
+            return y
+        # The operator's own edge="partial" counts rows; with padding only positions tell how many are real.
+        window = torch.tensor(self.windows, device=y.device) if clock is None else clock.layout.window
+        return (y * (window / seen[..., None].clamp(min=1).minimum(window))).to(y.dtype)
 
     def extra_repr(self) -> str:
         windows = f", windows={min(self.windows)}...{max(self.windows)}" if self.windows else ""
         return f"n_mixed={self.n_mixed}{windows}, edge={self.edge!r}"
 
 
-class FixedMean(Mixer):
-    """Causal Haar approximation coefficients: the mean of the last w values (arXiv 2409.12924, Section 3)."""
+class Layout:
+    """Where decoding keeps the last w inputs of each coordinate, w its window: in a row of R = sum of w slots.
 
-    averages = True
+    Input number t goes to slot t mod w of the coordinate's own.
+    """
+
+    def __init__(self, windows: Sequence[int], device: torch.device):
+        self.size, self.longest = sum(windows), max(windows)
+        self.window = torch.tensor(windows, device=device)
+        self.start = self.window.cumsum(0) - self.window
+        # Of each slot: its coordinate, and which of that one's it is.
+        coordinates = torch.arange(len(windows), device=device)
+        self.owner = coordinates.repeat_interleave(self.window, output_size=self.size)
+        self.place = torch.arange(self.size, device=device) - self.start[self.owner]
+
+
+class Clock:
+    """Which inputs are in the slots: those of the `past` tokens before a forward pass, and of the `tokens` in it.
+
+    One serves all mixers.
+    """
+
+    def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int):
+        self.layout = layout
+        # Copies: a cache changes a `past` that is a tensor during the pass.
+        self.first, self.last = past + 0, past + tokens - 1
+        self.slots = layout.start + self.last % layout.window
+        """(C,) the slot of each coordinate's last input."""
+        self._ages: torch.Tensor | None = None
+
+    def ages(self) -> torch.Tensor:
+        """(R,) how many tokens before the last one the input in each slot came."""
+        if self._ages is None:
+            self._ages = (self.last - self.layout.place) % self.layout.window[self.layout.owner]
+        return self._ages
+
+    def pack(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs up to the last one, (B, any, C), to the row of them (B, R)."""
+        inputs = nn.functional.pad(inputs, (0, 0, max(0, self.layout.longest - inputs.shape[1]), 0))
+        rows = inputs.shape[1] - 1 - self.ages()
+        return inputs.flatten(1).index_select(1, rows * inputs.shape[2] + self.layout.owner)
+
+    def unpack(self, row: torch.Tensor) -> torch.Tensor:
+        """The row (B, R) before this pass to inputs (B, S, C), S the longest window; those too old are arbitrary."""
+        numbers = self.first - torch.arange(self.layout.longest, 0, -1, device=row.device)
+        return row[:, self.layout.start + numbers[:, None] % self.layout.window]
+
+
+class Windowed(Mixer):
+    """A weighted sum of the last w inputs. Decoding remembers those and no others (see `Layout`)."""
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__(config)
+        # Windows ascend, so that coordinates with the same one are neighbours.
+        self.groups = [(window, len(list(members))) for window, members in groupby(self.windows)]
+
+    def weights(self) -> list[torch.Tensor] | None:
+        """(n, w) or (w,) for each distinct window w, ascending; tap j weighs the value j tokens ago. None: means."""
+        raise NotImplementedError
 
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        return wavelet_mix(x, self.windows, state=state)
+        return wavelet_mix(x, self.windows, self.weights(), state=state)
+
+    def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
+        """`mix` one token x (B, C), the `states` taking it in; with little to call, or it would be felt."""
+        raise NotImplementedError
+
+    def pack(self, inputs: torch.Tensor, clock: Clock) -> list[torch.Tensor]:
+        """The states, `n_states` of them, that inputs (B, any, C) up to the last one leave behind."""
+        return [clock.pack(inputs)]
+
+    def state_bytes(self, itemsize: int) -> int:
+        return sum(self.windows) * itemsize
+
+    def go_on(self, x: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor:
+        assert clock is not None
+        indices = range(state_idx, state_idx + self.n_states)
+        state, inputs = None, x
+        if cache.has_previous_state[state_idx]:
+            row = cache.conv_states[state_idx]
+            # (B, C, S) where the cache recorded the past.
+            packed = row.ndim == 2
+            if packed and x.shape[1] == 1 and not cache.record_past and not torch.is_grad_enabled():
+                return self.step(x[:, 0], [cache.conv_states[i] for i in indices], clock)[:, None]
+            state = clock.unpack(row) if packed else row.transpose(1, 2)
+            inputs = torch.cat([state, x], dim=1)
+        if cache.record_past:
+            # To take tokens back, as speculative decoding does, it wants all inputs, in order.
+            sizes = [clock.layout.longest] + [0] * (self.n_states - 1)
+            new = [inputs.transpose(1, 2)[..., : None if size else 0] for size in sizes]
+        else:
+            new = self.pack(inputs, clock)
+            sizes = [value.shape[-1] for value in new]
+        for i, value, size in zip(indices, new, sizes, strict=True):
+            old = cache.conv_states[i]
+            if old is not None and old.shape != value.shape:
+                cache.is_conv_states_initialized[i] = False
+            # In place of what is there, not after it.
+            cache.has_previous_state[i] = False
+            cache.update_conv_state(value, state_idx=i, conv_kernel_size=size)
+        return self.mix(x, state)
+
+    def sums(self, row: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(B, R) -> (B, C) the sum over each coordinate's slots, in float32 or wider."""
+        if row.device.type == "cpu" and row.dtype == torch.float32 and row.numel() < 1 << 15:
+            # One call instead of one for each window; on larger ones it is slow.
+            lengths = layout.window.expand(row.shape[0], -1)
+            return torch.segment_reduce(row, "sum", lengths=lengths, axis=1, unsafe=True)
+        parts = row.split_with_sizes([window * n for window, n in self.groups], dim=1)
+        wide = torch.promote_types(row.dtype, torch.float32)
+        pairs = zip(parts, self.groups, strict=True)
+        return torch.cat([part.unflatten(1, (n, window)).sum(-1, dtype=wide) for part, (window, n) in pairs], dim=1)
+
+
+class FixedMean(Windowed):
+    """Causal Haar approximation coefficients: the mean of the last w values (arXiv 2409.12924, Section 3).
+
+    Decoding also remembers the sum of each window, so that a token costs the same whatever the window. In float64 the
+    rounding of adding and taking away does not add up to anything one could see.
+    """
+
+    averages = True
+    n_states = 2
+
+    def weights(self) -> None:
+        return None
+
+    def pack(self, inputs: torch.Tensor, clock: Clock) -> list[torch.Tensor]:
+        row = clock.pack(inputs)
+        # MPS has no float64.
+        return [row, self.sums(row.float() if row.device.type == "mps" else row.double(), clock.layout)]
+
+    def state_bytes(self, itemsize: int) -> int:
+        return super().state_bytes(itemsize) + self.n_mixed * torch.float64.itemsize
+
+    def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
+        row, sums = states
+        slots = clock.slots.expand(x.shape[0], -1)
+        sums.sub_(row.gather(1, slots)).add_(x)
+        row.scatter_(1, slots, x)
+        return (sums / clock.layout.window).to(x.dtype)
+
+
+class WeightedSum(Windowed):
+    """Windows with weights of their own."""
+
+    def weights(self) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+    def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
+        [row] = states
+        row.scatter_(1, clock.slots.expand(x.shape[0], -1), x)
+        # All weights in a row, w for each coordinate, turned to where the inputs are.
+        pairs = zip(self.weights(), self.groups, strict=True)
+        weights = torch.cat([weight.expand(n, window).flatten() for weight, (window, n) in pairs])
+        return self.sums(row * weights[clock.layout.start[clock.layout.owner] + clock.ages()], clock.layout).to(x.dtype)
 
 
 class Kernels(nn.ParameterList):
@@ -102,11 +272,11 @@ class Kernels(nn.ParameterList):
             init.constant_(kernel, 1.0 / kernel.shape[-1])
 
 
-class LearnableMean(Mixer):
+class LearnableMean(WeightedSum):
     """The same windows with trained weights, starting from the mean: the paper's "(L)".
 
     `kernels` holds one tensor per distinct window w, ascending: (n, w) for the n coordinates that have it, or (w,)
-    with `mix_sharing="level"`. Tap j weighs the value j tokens ago.
+    with `mix_sharing="level"`.
     """
 
     averages = True
@@ -118,8 +288,8 @@ class LearnableMean(Mixer):
             torch.full((w,) if shared else (self.windows.count(w), w), 1.0 / w) for w in sorted(set(self.windows))
         )
 
-    def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        return wavelet_mix(x, self.windows, list(self.kernels), state=state)
+    def weights(self) -> list[torch.Tensor]:
+        return list(self.kernels)
 
 
 class ExponentialMean(Mixer):
@@ -139,7 +309,7 @@ class ExponentialMean(Mixer):
         return y
 
 
-class ShortConvolution(Mixer):
+class ShortConvolution(WeightedSum):
     """Peer: x plus a depthwise causal convolution of 4 learned taps, zero at first (Canon layers, arXiv 2512.17351)."""
 
     def __init__(self, config: WaveletGPTConfig):
@@ -149,8 +319,14 @@ class ShortConvolution(Mixer):
     def reset_parameters(self, init: Any = nn.init) -> None:
         init.zeros_(self.kernel)
 
+    def weights(self) -> list[torch.Tensor]:
+        return [self.kernel]
+
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        return x + wavelet_mix(x, self.windows, [self.kernel], state=state)
+        return x + super().mix(x, state)
+
+    def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
+        return x + super().step(x, states, clock)
 
 
 class TokenShift(Mixer):
@@ -180,6 +356,7 @@ class Mixers(nn.ModuleList):
 
     def __init__(self, config: WaveletGPTConfig, layer: int):
         self.slots = self.places[config.mix_placement] if config.mixes(layer) else ()
+        self.n_states = MIXERS[config.mixing].n_states if self.slots else 0
         super().__init__(MIXERS[config.mixing](config) for _ in self.slots)
 
     def at(self, place: str, hidden: torch.Tensor, **context: Any) -> torch.Tensor:
@@ -187,4 +364,4 @@ class Mixers(nn.ModuleList):
         if place not in self.slots:
             return hidden
         idx = self.slots.index(place)
-        return self[idx](hidden, state_idx=idx, **context)
+        return self[idx](hidden, state_idx=idx * self.n_states, **context)

@@ -1,23 +1,32 @@
-"""The decoder: GPT-2 or Llama blocks with a mixer, as Hugging Face models.
+"""The transformer: GPT-2 or Llama blocks with a mixer, as Hugging Face models that go on with a text or classify one.
 
 Baseline and wavelet model are one class that differ in `config.mixing`.
 
-Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H heads, D head width, V vocabulary.
+Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H heads, D head width, V vocabulary,
+N samples of a waveform.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
@@ -28,7 +37,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import WaveletGPTConfig
-from .mixing import Kernels, Mixer, Mixers
+from .mixing import Clock, Kernels, Layout, Mixer, Mixers
 
 
 def _norm(config: WaveletGPTConfig) -> nn.Module:
@@ -41,7 +50,7 @@ class ResidualLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H query heads and `n_kv_head` key/value heads; one projection makes all three."""
+    """Self-attention with H query heads and `n_kv_head` key/value heads; one projection makes all three."""
 
     def __init__(self, config: WaveletGPTConfig, layer: int):
         super().__init__()
@@ -51,7 +60,7 @@ class Attention(nn.Module):
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
         self.num_key_value_groups = config.n_head // config.n_kv_head
         self.scaling = config.head_dim**-0.5
-        self.is_causal = True
+        self.is_causal = config.causal
         bias = config.architecture == "gpt2"
         self.qkv_proj = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=bias)
         self.out_proj = ResidualLinear(config.n_embd, config.n_embd, bias=bias)
@@ -103,7 +112,7 @@ class FeedForward(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """One decoder block, then its mixer."""
+    """One transformer block, then its mixer."""
 
     def __init__(self, config: WaveletGPTConfig, layer: int):
         super().__init__()
@@ -124,11 +133,13 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         seen: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
+        clock: Clock | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         context = {
             "seen": seen,
             "padding_mask": padding_mask,
+            "clock": clock,
             "cache": past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None,
         }
 
@@ -176,6 +187,8 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
             # Each block adds two terms to the residual stream: scaled so that its variance stays put (GPT-2, 2.3).
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, ClassificationHead) and module.query is not None:
+            init.zeros_(module.query)
 
 
 class WaveletGPTModel(WaveletGPTPreTrainedModel):
@@ -184,7 +197,9 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
         config.check()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens = (
+            nn.Embedding(config.vocab_size, config.n_embd) if config.frame_size is None else FrameEmbedding(config)
+        )
         self.embed_positions = (
             nn.Embedding(config.n_positions, config.n_embd) if config.position_embedding == "learned" else None
         )
@@ -192,6 +207,8 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.rotary = LlamaRotaryEmbedding(config) if config.position_embedding == "rope" else None  # type: ignore[arg-type]
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.windows = config.mix_windows()
+        self.layouts: dict[torch.device, Layout] = {}
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -246,7 +263,9 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         if self.embed_positions is not None:
             # The length of a static cache is a tensor, which a compiler cannot look at.
             known = not (isinstance(total, torch.Tensor) and torch.compiler.is_compiling())
-            if known and total > self.config.n_positions:
+            compiling = torch.compiler.is_compiling()
+            # Padding takes no position.
+            if known and total > self.config.n_positions and (compiling or positions.max() >= self.config.n_positions):
                 raise ValueError(
                     f"{total} tokens exceed n_positions={self.config.n_positions} of the learned positions; "
                     'shorten the input, or train with position_embedding "rope", "sinusoidal" or "none"'
@@ -277,10 +296,16 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
 
         Raises:
             ValueError: packed documents, sequences beyond learned positions, a cache without mixing states, the
-                attention of a serving engine, which brings such a cache.
+                attention of a serving engine, which brings such a cache; any cache if the model is not causal.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if not self.config.causal:
+            if past_key_values is not None:
+                raise ValueError(
+                    "a model that is not causal takes no past_key_values: later tokens change earlier ones"
+                )
+            use_cache = False
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -298,6 +323,11 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         hidden = self._embed(hidden, positions, past + hidden.shape[1])
         rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None
 
+        clock = None
+        if past_key_values is not None and self.windows:
+            if hidden.device not in self.layouts:
+                self.layouts[hidden.device] = Layout(self.windows, hidden.device)
+            clock = Clock(self.layouts[hidden.device], past, hidden.shape[1])
         for block in self.blocks:
             hidden = block(
                 hidden,
@@ -306,6 +336,7 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 seen=positions + 1,
                 padding_mask=masks["linear_attention"],
+                clock=clock,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
@@ -338,7 +369,7 @@ def create_masks(
         "position_ids": position_ids,
     }
     return {
-        "full_attention": create_causal_mask(**arguments),
+        "full_attention": (create_causal_mask if config.causal else create_bidirectional_mask)(**arguments),
         "linear_attention": create_recurrent_attention_mask(**arguments) if config.mixing != "none" else None,
     }
 
@@ -350,6 +381,8 @@ class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
+        if not config.causal or config.frame_size is not None:
+            raise ValueError("a language model needs causal=True and tokens (frame_size=None)")
         self.model = WaveletGPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
@@ -416,8 +449,167 @@ class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
+class FrameEmbedding(nn.Module):
+    """Frames of a waveform to embeddings, in place of a table of tokens (Audio Transformers, arXiv 2105.00335)."""
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__()
+        assert config.frame_size is not None
+        self.up_proj = nn.Linear(config.frame_size, config.frame_hidden)
+        self.down_proj = nn.Linear(config.frame_hidden, config.n_embd)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(frames), approximate="tanh"))
+
+
+def split_frames(
+    samples: torch.Tensor, mask: torch.Tensor | None, size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cut waveforms into frames that do not overlap; zeros fill up the last one.
+
+    samples (B, N), mask (B, N) or None -> frames (B, T, size), mask (B, T) or None, with T = ceil(N / size). The first
+    frame starts with the first real sample, however much padding comes before it.
+    """
+    if mask is not None:
+        N = samples.shape[1]
+        order = (mask.long().argmax(1, keepdim=True) + torch.arange(N, device=mask.device)) % N
+        samples, mask = (samples * mask.to(samples.dtype)).gather(1, order), mask.gather(1, order)
+    fill = (0, -samples.shape[1] % size)
+    frames = nn.functional.pad(samples, fill).unflatten(1, (-1, size))
+    if mask is not None:
+        mask = nn.functional.pad(mask, fill).unflatten(1, (-1, size)).amax(-1)
+    return frames, mask
+
+
+class ClassificationHead(nn.Module):
+    """Pool over time, then classify with the Long Range Arena's perceptrons (arXiv 2011.04006, its `classifier_head`).
+
+    One document: E -> n_inner -> labels. Two, pooled to u and v: [u, v, u - v, u v] -> n_inner -> n_inner/2 -> labels.
+    """
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__()
+        self.pooling = config.pooling
+        self.n_inputs = config.n_inputs
+        # Zero: it starts as the mean.
+        self.query = nn.Parameter(torch.zeros(config.n_embd)) if config.pooling == "attention" else None
+        labels: Any = config.num_labels  # declared as if it could be None
+        widths = [config.n_embd, config.n_inner, labels]
+        if config.n_inputs == 2:
+            widths = [4 * config.n_embd, config.n_inner, -(-config.n_inner // 2), labels]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden (B * n_inputs, T, E), mask (B * n_inputs, T) or None -> logits (B, labels)."""
+        x = self.pool(hidden, mask)
+        if self.n_inputs == 2:
+            u, v = x.unflatten(0, (-1, 2)).unbind(1)
+            x = torch.cat([u, v, u - v, u * v], dim=-1)
+        for layer in self.layers[:-1]:
+            x = nn.functional.relu(layer(x))
+        return self.layers[-1](x)
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden (B, T, E) -> (B, E) over the tokens that are real by mask (B, T)."""
+        B, T, _ = hidden.shape
+        real = torch.ones(B, T, dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
+        if self.pooling == "last":
+            last = (torch.arange(T, device=hidden.device) * real).argmax(1)
+            return hidden[torch.arange(B, device=hidden.device), last]
+        scores = hidden.new_zeros(B, T) if self.query is None else hidden @ self.query
+        # Not infinity: a document may be empty.
+        weights = scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(1)
+        return (weights.to(hidden.dtype)[:, None] @ hidden)[:, 0]
+
+
+class WaveletGPTForSequenceClassification(WaveletGPTPreTrainedModel):
+    """The transformer with a head that classifies whole texts, pairs of texts, or waveforms."""
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__(config)
+        self.model = WaveletGPTModel(config)
+        self.score = ClassificationHead(config)
+        if config.frame_size is not None:
+            self.main_input_name = "input_values"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits (B, num_labels) in the model's dtype, and the loss if asked for.
+
+        Args:
+            input_ids: (B, T); with `n_inputs=2` (B, 2, T), and so for the others.
+            attention_mask: of the same shape, 0 at padding, which may be on either side; None: everything is real.
+            labels: (B,) class of each; or (B, num_labels), floats: 0 and 1 for
+                `problem_type="multi_label_classification"`, else shares of the classes.
+            input_values: (B, N) waveforms in [-1, 1], in place of `input_ids`, if the model has a `frame_size`.
+            inputs_embeds: (B, T, E), in place of `input_ids`.
+
+        Raises:
+            ValueError: none or several of the inputs, or one that does not fit the configuration; and as the model.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        if (input_values is not None) + (input_ids is not None) + (inputs_embeds is not None) != 1:
+            raise ValueError("give one of input_ids, input_values and inputs_embeds")
+        if inputs_embeds is None and (input_values is None) != (self.config.frame_size is None):
+            wanted = (
+                "input_ids, no waveforms: it has no frame_size" if self.config.frame_size is None else "input_values"
+            )
+            raise ValueError(f"this model reads {wanted}")
+        ids, samples, embeddings, mask = (
+            self._one_document_per_row(x) for x in (input_ids, input_values, inputs_embeds, attention_mask)
+        )
+        if samples is not None and self.config.frame_size is not None:
+            frames, mask = split_frames(samples, mask, self.config.frame_size)
+            embeddings = self.model.embed_tokens(frames.to(self.dtype))
+        outputs = self.model(input_ids=ids, attention_mask=mask, inputs_embeds=embeddings, **kwargs)
+        logits = self.score(outputs.last_hidden_state, mask)
+        loss = None
+        if labels is not None:
+            multiple = self.config.problem_type == "multi_label_classification"
+            if labels.is_floating_point() and not multiple:
+                # Shares of the classes, as mix-up makes them: the library's loss takes numbers of classes only.
+                loss = nn.functional.cross_entropy(logits.float(), labels.float())
+            else:
+                loss = self.loss_function(
+                    labels=labels.float() if multiple else labels,
+                    pooled_logits=logits.float(),
+                    config=self.config,
+                    num_items_in_batch=None if multiple else num_items_in_batch,
+                )
+            if labels.ndim == 2 and num_items_in_batch is not None:
+                # These losses are means over this batch; accumulation wants the share of all items in the step.
+                loss = loss * labels.numel() / num_items_in_batch
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _one_document_per_row(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, 2, ...) -> (2 B, ...), if examples have two documents."""
+        if self.config.n_inputs == 1 or x is None:
+            return x
+        if x.ndim < 3 or x.shape[1] != 2:
+            raise ValueError(f"an input has shape {tuple(x.shape)}: n_inputs=2 needs (B, 2, ...)")
+        return x.flatten(0, 1)
+
+
 AutoConfig.register("waveletgpt", WaveletGPTConfig, exist_ok=True)
 AutoModel.register(WaveletGPTConfig, WaveletGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(WaveletGPTConfig, WaveletGPTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(WaveletGPTConfig, WaveletGPTForSequenceClassification, exist_ok=True)
 
-__all__ = ["WaveletGPTForCausalLM", "WaveletGPTModel", "WaveletGPTPreTrainedModel"]
+__all__ = [
+    "WaveletGPTForCausalLM",
+    "WaveletGPTForSequenceClassification",
+    "WaveletGPTModel",
+    "WaveletGPTPreTrainedModel",
+]

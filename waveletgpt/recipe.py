@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .data.settings import DataSettings
+from .data.task_settings import TaskSettings
 from .errors import UserError, suggest
 
 # Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
 # (docs/results.md, "Windows"); the paper's, up to the context, are those of `paper` and of the configuration.
+_SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
+_LEARNED = {"position_embedding": "learned", "pooling": "mean"}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on a CPU: tests and first tries.
     "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "max_window": 4},
@@ -27,6 +31,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layer": 10, "n_embd": 128, "n_head": 8, "n_positions": 512},
     # GPT-2 small: 124 M parameters with its own vocabulary.
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "max_window": 4},
+}
+
+# Classifiers; their length is that of the data's longest example, and their windows go up to it. `lra-small` and
+# `clips` are for laptops; the others have the parameters of the Long Range Arena's own Transformer, within 10 % (its
+# released configurations, github.com/google-research/long-range-arena), but four blocks where it has one: mixing works
+# between blocks.
+CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
+    "lra-small": {"n_layer": 4, "n_embd": 64, "n_head": 4, "pooling": "mean"},
+    "lra-listops": {"n_layer": 4, "n_embd": 512, "n_head": 8, "n_inner": 1024, **_SINUSOIDAL},
+    "lra-text": {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_inner": 1024, **_SINUSOIDAL},
+    "lra-retrieval": {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_inner": 440, **_SINUSOIDAL},
+    "lra-image": {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_inner": 160, **_LEARNED},
+    "lra-pathfinder": {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_inner": 32, **_SINUSOIDAL},
+    "lra-pathx": {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_inner": 32, **_LEARNED},
+    # An audio transformer on the waveform: frames of 25 ms at 16 kHz, 2048 -> 64 (arXiv 2105.00335).
+    "clips": {"n_layer": 6, "n_embd": 64, "n_head": 8, "frame_size": 400, "frame_hidden": 2048, "pooling": "mean"},
 }
 
 
@@ -143,8 +163,12 @@ class Recipe:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     source: DataSettings = field(default_factory=DataSettings)
 
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Sizes of the model by name."""
+        return PRESETS
+
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, PRESETS)
+        check_choice("preset", self.preset, self.presets())
         # Names as in configuration.py, which imports transformers: too slow for --help.
         check_choice("architecture", self.architecture, ("gpt2", "llama"))
         check_choice("mixing", self.mixing, ("none", "fixed", "learnable", "ema", "conv", "shift"))
@@ -197,7 +221,7 @@ class Recipe:
                 given["mix_layers"] = [int(part) for part in layers.split(",")]
             except ValueError:
                 raise UserError(f'model.mix_layers={layers!r} is not "all", "inner" or indices such as 0,2') from None
-        return {**PRESETS[self.preset], "architecture": self.architecture, "mixing": self.mixing, **given}
+        return {**self.presets()[self.preset], "architecture": self.architecture, "mixing": self.mixing, **given}
 
     def override(self, changes: dict[str, Any], where: str) -> Recipe:
         """A copy with `changes`, nested as in a recipe file; a bare model setting (`n_layer`) also goes.
@@ -206,37 +230,38 @@ class Recipe:
             UserError: unknown name (with a suggestion) or a value of the wrong type; `where` names the source.
         """
         nested: dict[str, Any] = {}
+        groups = self.groups()
         for name, value in changes.items():
             name = name.replace("-", "_")
             group, _, rest = name.partition(".")
             if rest:
                 nested.setdefault(group, {})
                 nested[group] = {**nested[group], rest: value}
-            elif name in _GROUPS and isinstance(value, dict):
+            elif name in groups and isinstance(value, dict):
                 nested[name] = {**nested.get(name, {}), **value}
-            elif name in _fields(Recipe) and name not in _GROUPS:
+            elif name in _fields(type(self)) and name not in groups:
                 nested[name] = value
             else:
-                home = next((g for g, kind in _GROUPS.items() if name in _fields(kind)), None)
+                home = next((g for g, kind in groups.items() if name in _fields(kind)), None)
                 if home is None:
-                    raise _unknown(name, where)
+                    raise self._unknown(name, where)
                 nested[home] = {**nested.get(home, {}), name: value}
         arguments: dict[str, Any] = {}
         for name, value in nested.items():
-            if name in _GROUPS:
-                kind, current = _GROUPS[name], getattr(self, name)
+            if name in groups:
+                kind, current = groups[name], getattr(self, name)
                 for key in value:
                     if key.replace("-", "_") not in _fields(kind):
-                        raise _unknown(f"{name}.{key}", where)
+                        raise self._unknown(f"{name}.{key}", where)
                 typed = {
                     key.replace("-", "_"): _typed(kind, key.replace("-", "_"), item, f"{where}: {name}.{key}")
                     for key, item in value.items()
                 }
                 arguments[name] = dataclasses.replace(current, **typed)
-            elif name in _fields(Recipe):
-                arguments[name] = _typed(Recipe, name, value, f"{where}: {name}")
+            elif name in _fields(type(self)):
+                arguments[name] = _typed(type(self), name, value, f"{where}: {name}")
             else:
-                raise _unknown(name, where)
+                raise self._unknown(name, where)
         return dataclasses.replace(self, **arguments)
 
     def as_dict(self) -> dict[str, Any]:
@@ -244,21 +269,80 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @classmethod
+    def groups(cls) -> dict[str, type]:
+        """Settings that are groups of settings: name and class."""
+        hints = typing.get_type_hints(cls)
+        return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+    def _unknown(self, name: str, where: str) -> UserError:
+        names = [*_fields(type(self)), *(f"{g}.{n}" for g, kind in self.groups().items() for n in _fields(kind))]
+        return UserError(f'{where}: no setting "{name}"{suggest(name, names)}')
+
+    @classmethod
     def from_dict(cls, value: dict[str, Any], where: str = "run.json") -> Recipe:
         """The inverse of `as_dict`."""
         return cls().override({k: v for k, v in value.items() if v is not None}, where)
 
 
-_GROUPS: dict[str, type] = {"model": ModelSettings, "training": TrainingSettings, "source": DataSettings}
+@dataclass(frozen=True)
+class ClassifierSettings(ModelSettings):
+    """What differs from the preset in a classifier."""
+
+    causal: bool | None = None
+    """Whether attention and mixing see the past only (True), or both directions."""
+    pooling: str | None = None
+    """One vector from all tokens: "mean", "last" or "attention"."""
+    frame_size: int | None = None
+    """Samples of a recording that become one token."""
+    frame_hidden: int | None = None
+    """Width of the dense layer that reads the samples of a frame."""
+
+
+@dataclass(frozen=True)
+class ClassifierTraining(TrainingSettings):
+    """Optimiser, schedule, evaluation, checkpoints, augmentation."""
+
+    eval_windows: int = 500
+    """Held-out examples that the evaluations on the way read; the one at the end reads all."""
+    gain: float = 0.0
+    """Augmentation of recordings: loudness changed at random by up to so many dB; 0 for none."""
+    crop: float = 0.0
+    """Augmentation of recordings: shifted at random by up to this share of their length; 0 for none."""
+    mixup: float = 0.0
+    """Augmentation of recordings: mixed in pairs with Beta(a, a) weights, arXiv 1710.09412; 0 for none."""
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(Recipe):
+    """All settings of a classifier's run but the task's name and the output folder."""
+
+    modality: str | None = None
+    """What examples are: a task and a folder of recordings have their own; leave it out."""
+    preset: str = "lra-small"
+    """Sizes of the model: lra-small, lra-listops, lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx,
+    clips."""
+    max_steps: int = 2000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Examples per batch and process."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    model: ClassifierSettings = field(default_factory=ClassifierSettings)
+    training: ClassifierTraining = field(default_factory=ClassifierTraining)
+    source: TaskSettings = field(default_factory=TaskSettings)  # type: ignore[assignment]
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return CLASSIFIER_PRESETS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gain", "crop", "mixup"):
+            if not getattr(self.training, name) >= 0:
+                raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
 
 
 def _fields(kind: type) -> dict[str, Any]:
     return {f.name: f for f in dataclasses.fields(kind)}
-
-
-def _unknown(name: str, where: str) -> UserError:
-    names = [*_fields(Recipe), *(f"{g}.{n}" for g, kind in _GROUPS.items() for n in _fields(kind))]
-    return UserError(f'{where}: no setting "{name}"{suggest(name, names)}')
 
 
 def _typed(kind: type, name: str, value: Any, where: str) -> Any:

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .data import TokenStore
 from .errors import UserError
 from .recipe import Recipe
 from .runs import STAGING, RunFolder
 
 
-def find_start(run: RunFolder, recipe: Recipe, store: TokenStore, resume: bool) -> tuple[int, Path] | None:
+def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -> tuple[int, Path] | None:
     """The newest checkpoint (step, folder) to go on from; None: from the start.
 
     Raises:
@@ -38,10 +37,10 @@ def find_start(run: RunFolder, recipe: Recipe, store: TokenStore, resume: bool) 
             f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
             "use its settings, or another --out"
         )
-    if info["data"]["fingerprint"] != store.fingerprint:
+    if info["data"]["fingerprint"] != fingerprint:
         raise UserError(
             f"--resume with other data: {run.path} was trained on {info['data']['name']} "
-            f"({info['data']['fingerprint'][:12]}), this is {store.fingerprint[:12]}; use another --out"
+            f"({info['data']['fingerprint'][:12]}), this is {fingerprint[:12]}; use another --out"
         )
     checkpoints = run.checkpoints()
     if not checkpoints:

@@ -21,7 +21,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from .runs import RunFolder, write_atomically, write_json
 from .summary_text import headline, markdown_table, summary_table
 
 __all__ = [
-    "Record", "check_comparable", "curves_csv", "flatten", "headline", "interpolate", "markdown_table", "read_records",
-    "same_performance_step", "settings_of", "summarize", "summarize_records", "summary_table", "write_summary",
+    "LOSS", "Measure", "Record", "assemble", "check_comparable", "compared", "curves_csv", "flatten", "headline",
+    "interpolate", "markdown_table", "mean", "read_records", "same_performance_step", "settings_of", "spread",
+    "summarize", "summarize_records", "summary_table", "write_summary",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -227,6 +228,23 @@ def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]
 
 def summarize_records(records: Sequence[Record], baseline: str | None) -> dict[str, Any]:
     """`summarize` for runs that are read already."""
+    return assemble(records, baseline, _arm_numbers, _against, early=True)
+
+
+def assemble(
+    records: Sequence[Record],
+    baseline: str | None,
+    numbers: Callable[[dict[str, Any], Sequence[Record]], dict[str, Any]],
+    against: Callable[[Sequence[Record], dict[int, Record]], dict[str, Any]],
+    *,
+    early: bool,
+) -> dict[str, Any]:
+    """The frame of every summary: which runs count, what is said of each arm and of it against the baseline, notes.
+
+    Args:
+        numbers: of an arm's run.json and its runs that count; against: of those runs and the baseline's by seed.
+        early: whether to warn where the baseline had its final loss long before its end.
+    """
     if not records:
         raise UserError("there is no run to summarize")
     arms: dict[str, list[Record]] = {}
@@ -255,11 +273,11 @@ def summarize_records(records: Sequence[Record], baseline: str | None) -> dict[s
     for name, group in arms.items():
         notes += _left_out(name, group, base if name != baseline else {})
         counted = [r for r in group if r.usable and (not base or r.seed in base)]
-        entry = _arm_numbers(group[0].info, counted)
+        entry = numbers(group[0].info, counted)
         if baseline is not None and name != baseline:
-            entry |= _against(counted, base)
+            entry |= against(counted, base)
         summary["arms"][name] = entry
-    summary["notes"] = notes + _warnings(arms, baseline, base)
+    summary["notes"] = notes + _warnings(arms, baseline, base if early else {}, len(base))
     return summary
 
 
@@ -271,29 +289,50 @@ def _arm_numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, A
         "extra_parameters": model.get("extra_parameters"),
         "flops_per_token": model.get("flops_per_token"),
         "mixing_flops_per_token": model.get("mixing_flops_per_token"),
-        "tokens_per_second": _mean([result.get("tokens_per_second") for result in results]),
-        "seconds": _mean([r.seconds for r in counted]),
+        "tokens_per_second": mean([result.get("tokens_per_second") for result in results]),
+        "seconds": mean([r.seconds for r in counted]),
         "steps": max((r.steps for r in counted), default=None),
         "seeds": [r.seed for r in counted],
-        "final_nll": _spread([r.final_nll for r in counted]),
-        "bits_per_byte": _mean([_bits_per_byte(r) for r in counted]),
+        "final_nll": spread([r.final_nll for r in counted]),
+        "bits_per_byte": mean([_bits_per_byte(r) for r in counted]),
     }
 
 
-def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, Any]:
-    """The part of an arm's numbers that compares it, seed by seed, with the baseline."""
-    reached = [same_performance_step(r.losses, base[r.seed].losses[-1][1]) if base else None for r in counted]
-    mean_step = _mean(reached)
-    baseline_steps = _mean([float(base[r.seed].steps) for r in counted if base])
-    baseline_seconds = _mean([base[r.seed].seconds for r in counted if base])
-    own_seconds = _mean(
+@dataclass(frozen=True)
+class Measure:
+    """What arms are compared by; of runs that are usable.
+
+    `curve` is (step, value) in order of step, lower is better; `target` what the others have to reach, of a run of the
+    baseline; `final` the value that is reported.
+    """
+
+    curve: Callable[[Record], Sequence[tuple[float, float]]]
+    target: Callable[[Record], float]
+    final: Callable[[Record], float]
+
+
+LOSS = Measure(lambda r: r.losses, lambda r: r.losses[-1][1], lambda r: r.final_nll)
+
+
+def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measure) -> dict[str, Any]:
+    """How an arm's runs stand against the baseline's of the same seed.
+
+    Returns:
+        same_performance_step (mean, per_seed, reached), same_performance_seconds, step_speedup, time_speedup, and the
+        difference in the final value (mean, std, per_seed, ci95).
+    """
+    reached = [same_performance_step(measure.curve(r), measure.target(base[r.seed])) if base else None for r in counted]
+    mean_step = mean(reached)
+    baseline_steps = mean([float(base[r.seed].steps) for r in counted if base])
+    baseline_seconds = mean([base[r.seed].seconds for r in counted if base])
+    own_seconds = mean(
         [
             None if step is None or not r.steps else r.seconds / r.steps * step
             for r, step in zip(counted, reached, strict=True)
         ]
     )
-    differences = [r.final_nll - base[r.seed].final_nll for r in counted if base]
-    difference = _spread(differences)
+    differences = [measure.final(r) - measure.final(base[r.seed]) for r in counted if base]
+    difference = spread(differences)
     n = len(differences)
     std = difference["std"]
     difference["ci95"] = None if std is None else _T95.get(n - 1, 2.0) * std / math.sqrt(n)
@@ -306,8 +345,14 @@ def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, An
         "same_performance_seconds": own_seconds,
         "step_speedup": _ratio(baseline_steps, mean_step),
         "time_speedup": _ratio(baseline_seconds, own_seconds),
-        "final_nll_difference": difference,
+        "difference": difference,
     }
+
+
+def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, Any]:
+    """The part of an arm's numbers that compares its loss, seed by seed, with the baseline's."""
+    numbers = compared(counted, base, LOSS)
+    return {("final_nll_difference" if key == "difference" else key): value for key, value in numbers.items()}
 
 
 def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> list[str]:
@@ -331,10 +376,10 @@ def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> li
     return notes
 
 
-def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[int, Record]) -> list[str]:
+def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[int, Record], seeds: int) -> list[str]:
     """What a reader has to know before believing the speed-ups."""
     notes = []
-    if len(base) == 1 and len(arms) > 1:
+    if seeds == 1 and len(arms) > 1:
         notes.append("One seed only: nothing here says how much of a difference is chance.")
     early = [s for r in base.values() if (s := same_performance_step(r.losses, r.losses[-1][1])) and s < 0.95 * r.steps]
     if early and len(arms) > 1:
@@ -376,15 +421,16 @@ def _float(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     """The mean, or None where there is no value or one is missing."""
     present = [float(v) for v in values if v is not None and math.isfinite(v)]
     return statistics.fmean(present) if present and len(present) == len(values) else None
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value) and the values themselves."""
     std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    return {"mean": _mean(values), "std": std, "per_seed": [v if math.isfinite(v) else None for v in values]}
+    return {"mean": mean(values), "std": std, "per_seed": [v if math.isfinite(v) else None for v in values]}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

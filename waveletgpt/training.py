@@ -1,4 +1,4 @@
-"""The one trainer: a recipe and a token store in, a run folder out (`runs.py` says what is in it).
+"""The one trainer: a recipe and a store of tokens or labelled examples in, a run folder out (see `runs.py`).
 
 A thin layer over the transformers `Trainer`, which brings DDP, FSDP, bf16, compilation and accumulation. Added here:
 batches that depend on the seed and the step alone, checkpoints that appear whole or not at all, a clock that counts
@@ -19,29 +19,29 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
-from .configuration import WaveletGPTConfig
 from .cost import describe
-from .data import TokenStore
-from .data.windows import FixedWindows, RandomWindows
-from .environment import command, environment
+from .environment import command, environment, peak_flops
 from .errors import UserError
 from .mixing import Mixer
-from .modeling import WaveletGPTForCausalLM
 from .progress import ProgressBar
 from .recipe import Recipe
 from .resuming import find_start
 from .runs import STAGING, RunFolder, disk_errors, publish, write_json
+from .tasks import Task, task_of
+
+if TYPE_CHECKING:
+    from .data import TokenStore
+    from .data.examples import ExampleStore
 
 
 class Diverged(RuntimeError):
@@ -77,9 +77,10 @@ class Clock:
 class RunTrainer(Trainer):
     """`Trainer` that writes a run folder."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, tokens_per_step: int, **kwargs: Any):
-        self.run, self.recipe, self.tokens_per_step = run, recipe, tokens_per_step
+    def __init__(self, run: RunFolder, recipe: Recipe, task: Task, tokens_per_step: int, **kwargs: Any):
+        self.run, self.recipe, self.task, self.tokens_per_step = run, recipe, task, tokens_per_step
         self.clock = Clock()
+        self.waited = self.resumed_at = 0.0
         self._output_dir: str | None = None
         super().__init__(**kwargs)
 
@@ -95,6 +96,14 @@ class RunTrainer(Trainer):
             for inner, _ in module.named_parameters()
         }
         return [n for n, p in model.named_parameters() if p.ndim >= 2 and n not in mixers]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Counts the seconds that training waits for data."""
+        start = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.waited += time.perf_counter() - start
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.clock.paused():
@@ -153,7 +162,7 @@ class Recorder(TrainerCallback):
                     f"try a lower --lr than {self.trainer.recipe.lr:g}, a longer --training.warmup-steps, or fp32"
                 )
         elif "eval_loss" in logs:
-            row = {"nll": logs["eval_loss"]}
+            row = {"nll": logs["eval_loss"], **{name: logs[f"eval_{name}"] for name in self.trainer.task.measures}}
             if not math.isfinite(logs["eval_loss"]):
                 raise Diverged(
                     f"the held-out loss became {logs['eval_loss']} at step {state.global_step}; "
@@ -170,7 +179,7 @@ class Recorder(TrainerCallback):
 
 def train(
     recipe: Recipe,
-    store: TokenStore,
+    store: TokenStore | ExampleStore,
     out: str | Path,
     *,
     data: str,
@@ -181,6 +190,7 @@ def train(
     """Train one model and leave a run folder at `out`.
 
     Args:
+        store: tokens to model, or labelled examples to classify (with a `ClassifierRecipe`).
         data: the name or path the store was made of, for the record.
         arm: name of the arm in a comparison; default: the mixing.
         resume: go on from the newest checkpoint of `out`; a finished run is left as it is.
@@ -199,9 +209,10 @@ def train(
     device_arguments = choose_device(recipe)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
-    arguments = training_arguments(recipe, run.path, device_arguments)
+    task = task_of(store)
+    arguments = training_arguments(recipe, run.path, {**task.arguments(), **device_arguments})
     _ = arguments.device  # joins the process group, where there is one
-    checkpoint = find_start(run, recipe, store, resume)
+    checkpoint = find_start(run, recipe, task.fingerprint, resume)
     # All processes look at the folder before the first of them writes there.
     PartialState().wait_for_everyone()
     # The start is evaluated once, not again at every resumption.
@@ -209,22 +220,20 @@ def train(
     if run.finished:
         return run
 
-    model = build_model(recipe, store)
-    context = model.config.n_positions
-    check_length(store, context)
-    record = store.meta.get("record")
+    model = task.build_model(recipe)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     sequences = recipe.batch_size * recipe.training.accumulation * processes
     info: dict[str, Any] = {
         "status": "running",
+        "task": task.name,
         "arm": arm or recipe.mixing,
         "seed": recipe.seed,
         "command": command(),
         "recipe": {"data": data, **recipe.as_dict()},
-        "data": describe_data(store, data),
+        "data": task.describe(data),
         "model": describe(model),
         "environment": environment(),
-        "probe": [int(t) for t in store.split("validation")[:context]],
+        "probe": task.probe(model),
     }
     if main:
         with disk_errors(run.path):
@@ -236,14 +245,15 @@ def train(
     trainer = RunTrainer(
         run,
         recipe,
-        sequences * context,
+        task,
+        sequences * task.sequence_tokens(model),
         model=model,
         args=arguments,
-        train_dataset=RandomWindows(store.split("train"), context, recipe.max_steps * sequences, recipe.seed, record),
-        eval_dataset=FixedWindows(store.split("validation"), context, recipe.training.eval_windows, record),
-        # Windows are of one length: the collator that goes with a tokenizer would only look for padding.
-        data_collator=default_data_collator,
-        processing_class=store.load_tokenizer(),
+        train_dataset=task.train_data(recipe, model, recipe.max_steps * sequences),
+        eval_dataset=task.eval_data(recipe, model),
+        data_collator=task.collate,
+        compute_metrics=task.measure,
+        processing_class=task.tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
     recorder = Recorder(trainer)
@@ -251,7 +261,7 @@ def train(
     if show_progress and main:
         trainer.add_callback(ProgressBar(trainer, info["arm"], recipe.seed))
     if checkpoint:
-        trainer.clock.before = json.loads((checkpoint[1] / "clock.json").read_text())["seconds"]
+        trainer.clock.before = trainer.resumed_at = json.loads((checkpoint[1] / "clock.json").read_text())["seconds"]
 
     try:
         with stop_signals(recorder), disk_errors(run.path):
@@ -264,12 +274,13 @@ def train(
         if main:
             run.update_info(status="interrupted")
         raise Interrupted(f"saved {run.path} at step {trainer.state.global_step} of {recipe.max_steps}")
-    finish(trainer, run, store, recipe, main)
+    finish(trainer, main)
     return run
 
 
-def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recipe, main: bool) -> None:
-    """Put the final model, samples and result into the run folder; `status` turns "finished" last."""
+def finish(trainer: RunTrainer, main: bool) -> None:
+    """Put the final model, what it makes, and the result into the run folder; `status` turns "finished" last."""
+    run = trainer.run
     staging = run.path / STAGING
     with disk_errors(run.path):
         trainer.save_model(str(staging))
@@ -281,19 +292,17 @@ def finish(trainer: RunTrainer, run: RunFolder, store: TokenStore, recipe: Recip
                 if file.is_file() and file.name != TRAINING_ARGS_NAME:
                     os.replace(file, run.path / file.name)
             shutil.rmtree(staging, ignore_errors=True)
-            from .generation import sample_run
-
-            # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
-            model = WaveletGPTForCausalLM.from_pretrained(run.path)
-            model.to(trainer.args.device)  # type: ignore[arg-type]
-            write_json(run.path / "samples.json", sample_run(model, store, recipe, run.path))
-            run.update_info(status="finished", result=result(run, store))
+            more = trainer.task.finish(run, trainer.recipe, trainer.args.device)
+            # Of this process: a resumed run does not know how long those before it waited.
+            waiting = trainer.waited / max(trainer.clock.read() - trainer.resumed_at, 1e-9)
+            run.update_info(status="finished", result={**result(run), "waiting_for_data": round(waiting, 4), **more})
     trainer.accelerator.wait_for_everyone()
 
 
-def result(run: RunFolder, store: TokenStore) -> dict[str, Any]:
+def result(run: RunFolder) -> dict[str, Any]:
     """Final held-out loss and speed. Tokens per second: median over the logging intervals, so that neither compilation
-    nor a busy moment counts."""
+    nor a busy moment counts; `mfu`: the model's FLOPs as a share of what the GPU can do (arXiv 2204.02311, Appendix B),
+    None where that is not known."""
     rows = run.metrics()
     last = [row for row in rows if "nll" in row][-1]
     ticks = [row for row in rows if "loss" in row]
@@ -302,45 +311,24 @@ def result(run: RunFolder, store: TokenStore) -> dict[str, Any]:
         for a, b in itertools.pairwise(ticks)
         if b["seconds"] > a["seconds"]
     ]
-    size = store.bytes_per_token("validation")
+    info = run.info
+    speed = statistics.median(rates) if rates else last["tokens"] / max(last["seconds"], 1e-9)
+    flops = speed * info["model"]["flops_per_token"]
+    peak = peak_flops(info["environment"]["gpu"], info["recipe"]["training"]["precision"])
+    processes = info["environment"]["processes"]
     return {
         "final_nll": last["nll"],
-        "bits_per_byte": last["nll"] / math.log(2) / size if size else None,
         "seconds": last["seconds"],
-        "tokens_per_second": statistics.median(rates) if rates else last["tokens"] / max(last["seconds"], 1e-9),
+        "tokens_per_second": speed,
+        "flops_per_second": flops,
+        "mfu": flops / (peak * processes) if peak else None,
         "steps": last["step"],
         "tokens": last["tokens"],
     }
 
 
-def build_model(recipe: Recipe, store: TokenStore) -> WaveletGPTForCausalLM:
-    """A freshly initialised model; the same seed gives the same weights to all arms, where they share them.
-
-    Raises:
-        UserError: settings that contradict each other.
-    """
-    tokenizer = store.load_tokenizer()
-    special = getattr(tokenizer, "eos_token_id", None)
-    try:
-        config = WaveletGPTConfig(
-            vocab_size=store.vocab_size,
-            bos_token_id=special,
-            eos_token_id=special,
-            pad_token_id=special,
-            **recipe.model_settings(),
-        )
-    except ValueError as error:
-        raise UserError(f"model settings: {error}") from None
-    set_seed(recipe.seed)
-    try:
-        config._attn_implementation = recipe.training.attention
-        return WaveletGPTForCausalLM(config)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"training.attention={recipe.training.attention}: {error}") from None
-
-
-def training_arguments(recipe: Recipe, folder: Path, device: dict[str, Any]) -> TrainingArguments:
-    """The recipe in the words of transformers."""
+def training_arguments(recipe: Recipe, folder: Path, more: dict[str, Any]) -> TrainingArguments:
+    """The recipe in the words of transformers, and `more` of them."""
     t = recipe.training
     schedules: dict[str, tuple[str, dict[str, Any]]] = {
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
@@ -377,15 +365,13 @@ def training_arguments(recipe: Recipe, folder: Path, device: dict[str, Any]) -> 
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_num_workers=t.workers,
-        label_names=["shift_labels"],
-        prediction_loss_only=True,
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="no",
         report_to=["tensorboard"],
         disable_tqdm=True,
         log_level="error",
-        **device,
+        **more,
     )
 
 
@@ -405,31 +391,6 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
         distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         return {"use_cpu": True, **({"ddp_backend": "gloo"} if distributed else {})}
     return {}
-
-
-def check_length(store: TokenStore, context: int) -> None:
-    """Raises UserError unless train and validation hold a window."""
-    for split in ("train", "validation"):
-        have = len(store.split(split))
-        if have < context + 1:
-            raise UserError(
-                f"the {split} split has {have} tokens, a window needs {context + 1}; "
-                "give more data, or a shorter --model.n-positions"
-            )
-
-
-def describe_data(store: TokenStore, data: str) -> dict[str, Any]:
-    """The `data` part of run.json."""
-    return {
-        "name": data,
-        "modality": store.modality,
-        "fingerprint": store.fingerprint,
-        "store": str(store.path),
-        "vocab_size": store.vocab_size,
-        "bytes_per_token": {split: store.bytes_per_token(split) for split in ("train", "validation", "test")},
-        "splits": store.meta.get("splits"),
-        "source": store.meta.get("source"),
-    }
 
 
 @contextlib.contextmanager

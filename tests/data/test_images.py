@@ -18,13 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helpers import tiny_recipe
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, NamedSet, TokenStore, prepare
 from waveletgpt.data.images import BEGIN, IMAGES, PIXEL_LIMIT, Shape, Unusable, load, save_grid
 from waveletgpt.data.windows import FixedWindows, RandomWindows
 from waveletgpt.errors import UserError
-from waveletgpt.evaluation import generate_from_run
-from waveletgpt.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged files
 
@@ -91,9 +88,15 @@ def test_tokens_that_are_no_picture(pictures: Path, settings: DataSettings, tmp_
     @hypothesis_settings(max_examples=30, deadline=None)
     @given(st.lists(st.integers(-1, 300), max_size=100))
     def check(tokens: list[int]) -> None:
-        pixels = [token for token in tokens if 0 <= token < 256][:64]
-        shown = np.asarray(Image.open(IMAGES.write_sample(tokens, tokenizer, tmp_path / "sample").path))
+        every = [token for token in tokens if 0 <= token < 256]
+        pixels = every[:64]
+        sample = IMAGES.write_sample(tokens, tokenizer, tmp_path / "sample")
+        shown = np.asarray(Image.open(sample.path))
         assert shown[::32, ::32].reshape(-1).tolist() == pixels + [0] * (64 - len(pixels))
+        wrong = len(tokens) - len(every) - (tokens[:1] == [BEGIN])
+        told = ((wrong, "tokens that are no pixels passed over"), (64 - len(pixels), "missing pixels black"),
+                (len(every) - len(pixels), "pixels beyond the picture left out"))  # fmt: skip
+        assert sample.repaired == ", ".join(f"{count} {what}" for count, what in told if count)
 
     check()
 
@@ -109,6 +112,21 @@ def test_the_upper_half_is_a_prompt(pictures: Path, settings: DataSettings) -> N
         IMAGES.encode_prompt("nowhere.png", tokenizer)
     with pytest.raises(UserError, match="cannot be used: not a picture"):
         IMAGES.encode_prompt(__file__, tokenizer)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("grey", 8), ("rgb", 8), ("grey", 7), ("rgb", 1)])
+def test_what_completes_a_picture(mode: str, size: int, pictures: Path, settings: DataSettings) -> None:
+    """Whatever size and mode: of a prompt, of none, of what a report shows; the rows of an odd size are not cut."""
+    store = store_of(pictures, settings, image_mode=mode, image_size=size)
+    tokenizer, record = store.load_tokenizer(), store.meta["record"]
+    held_out = records(store, "validation")
+    prompts = IMAGES.excerpts(store.split("validation"), 2, tokenizer)
+    assert len(prompts) == 2
+    for prompt in (*prompts, IMAGES.encode_prompt(str(next(pictures.rglob("*.png"))), tokenizer), [BEGIN]):
+        assert len(prompt) + IMAGES.new_tokens(prompt, tokenizer) == record
+    for prompt in prompts:
+        assert len(prompt) == 1 + size // 2 * size * (3 if mode == "rgb" else 1)
+        assert prompt in held_out[:, : len(prompt)].tolist()
 
 
 def test_a_window_is_a_picture(pictures: Path, settings: DataSettings) -> None:
@@ -296,15 +314,3 @@ def test_without_pillow(pictures: Path, settings: DataSettings, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match=r"pip install 'waveletgpt\[images\]'"):
         store_of(pictures, settings)
-
-
-def test_from_a_folder_to_a_picture(pictures: Path, settings: DataSettings, tmp_path: Path) -> None:
-    """Train on pictures, give half of one, and get a whole one."""
-    store = store_of(pictures, settings)
-    recipe = tiny_recipe(modality="images", n_positions=64, max_steps=3, eval_every=3, save_every=3)
-    run = train(recipe, store, tmp_path / "run", data=str(pictures), show_progress=False)
-    assert (tmp_path / "run" / "samples" / "0.png").is_file()
-    path = sorted(pictures.rglob("*.png"))[0]
-    (written,) = generate_from_run(run.path, str(path), tokens=32, device="cpu", out=tmp_path / "out")
-    upper = np.asarray(Image.open(path).convert("L"))[:4]
-    assert np.array_equal(np.asarray(Image.open(written))[::32, ::32][:4], upper)

@@ -13,12 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.helpers import tiny_recipe
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, TokenStore, prepare
 from waveletgpt.data.listops import END, IDS, LISTOPS, OPERATORS, WORDS, Generated, evaluate, generate_listops
 from waveletgpt.errors import UserError
-from waveletgpt.evaluation import generate_from_run
-from waveletgpt.training import train
 
 FUNCTIONS = {
     "[MIN": min,
@@ -219,23 +216,29 @@ def test_samples_say_what_is_right(tmp_path: Path) -> None:
     @hypothesis_settings(max_examples=50, deadline=None)
     @given(st.lists(st.integers(-1, 20), max_size=40))
     def check(any_tokens: list[int]) -> None:
-        assert LISTOPS.write_sample(any_tokens, None, tmp_path / "any").kind == "text"
+        sample = LISTOPS.write_sample(any_tokens, None, tmp_path / "any")
+        unknown = sum(not 0 <= token <= END for token in any_tokens)
+        assert sample.repaired == (f"{unknown} unknown tokens left out" if unknown else "")
+        assert sample.text is not None
+        said = [word for line in sample.text.splitlines() for word in line.partition("    #")[0].split()]
+        assert said == [WORDS[token] for token in any_tokens if 0 <= token < END]
 
     check()
+
+
+def test_reports_ask_for_values(settings: DataSettings) -> None:
+    store = listops("listops", settings)
+    for count in (1, 4, 50):
+        found = LISTOPS.excerpts(store.split("validation"), count, None)
+        assert len(found) == count
+        for prompt in found:
+            text = store.load_tokenizer().decode(prompt)
+            assert any(whole.startswith(f"{text} ") for whole in texts(store, "validation"))
+            assert LISTOPS.new_tokens(prompt, None) == 2  # the value and the end
+    assert LISTOPS.new_tokens([END], None) == LISTOPS.new_tokens([IDS["[MAX"], 3], None) == 200
 
 
 @pytest.mark.parametrize("length", ["", "50", "50-10", "0-9", "a-b", "-5-9"])
 def test_wrong_lengths(length: str) -> None:
     with pytest.raises(UserError, match=f'listops_length is "{length}": give shortest and longest'):
         DataSettings(listops_length=length)
-
-
-def test_from_a_name_to_an_answer(settings: DataSettings, tmp_path: Path) -> None:
-    """Train on expressions, ask for a value, and read what was said."""
-    store = listops("listops", settings)
-    recipe = tiny_recipe(modality="listops", max_steps=3, eval_every=3, save_every=3)
-    run = train(recipe, store, tmp_path / "run", data="listops", show_progress=False)
-    prompt = "[SM 7 8 ] ="
-    (written,) = generate_from_run(run.path, prompt, tokens=1, stop=False, device="cpu", out=tmp_path / "out")
-    text = written if prompt in written else Path(written).read_text()
-    assert text.startswith(prompt)

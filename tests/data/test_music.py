@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.helpers import tiny_recipe
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, NamedSet, TokenStore, prepare
 from waveletgpt.data.music import (
     END,
@@ -40,8 +39,6 @@ from waveletgpt.data.music import (
     write_midi,
 )
 from waveletgpt.errors import UserError
-from waveletgpt.evaluation import generate_from_run
-from waveletgpt.training import train
 
 pytest.importorskip("symusic")
 
@@ -242,7 +239,9 @@ def test_repairs_are_counted(tmp_path: Path) -> None:
     assert (sample.kind, sample.path.name) == ("music", "sample.mid")
     assert len(read_midi(sample.path.read_bytes())) == 2
     assert picture(sample.path).startswith(b"\x89PNG")
+    assert sample.repaired == "1 keys struck while down, 1 keys left down, 1 notes without length"
     silent = MUSIC.write_sample([END, 999], None, tmp_path / "silent")
+    assert silent.repaired == "1 unknown tokens"
     assert picture(silent.path).startswith(b"\x89PNG")
 
 
@@ -335,6 +334,17 @@ def test_the_start_of_a_file_is_a_prompt(pieces: Path) -> None:
         MUSIC.encode_prompt(str(late), None)
 
 
+def test_reports_go_on_from_the_beginnings_of_pieces(pieces: Path, settings: DataSettings) -> None:
+    tokens = music(pieces, settings).split("train")
+    whole = [np.frombuffer(piece, np.uint16).tolist() for piece in contents(music(pieces, settings), "train")]
+    for count in (1, 3, len(whole), 2 * len(whole)):
+        found = MUSIC.excerpts(tokens, count, None)
+        assert len(found) == count
+        chosen = [whole[i * len(whole) // count] for i in range(count)]
+        assert [prompt[:60] for prompt in found] == [[END, *piece[:59]] for piece in chosen]
+        assert max(map(len, found)) == 129
+
+
 HUGE = 2**28 - 1
 BAD = {
     "empty.mid": (b"", "not a MIDI file"),
@@ -345,6 +355,7 @@ BAD = {
     "frames.mid": (midi(note(0, 9, 60), ticks=0xE728), "broken"),
     "noticks.mid": (midi(note(0, 9, 60), ticks=0), "no ticks"),
     "years.mid": (midi([tempo(0, 16_000_000), *note(HUGE, 9, 60)], ticks=1), "longer than 24 hours"),
+    "negative.mid": (midi([(HUGE * step, [0xB0, 1, step]) for step in range(1, 9)] + note(HUGE * 9, 9, 60)), "broken"),
 }
 
 
@@ -483,15 +494,3 @@ def test_without_symusic(pieces: Path, settings: DataSettings, monkeypatch: pyte
     with pytest.raises(UserError, match=r"pip install 'waveletgpt\[music\]'"):
         music(pieces, settings)
     assert MODALITIES["music"] is MUSIC
-
-
-def test_from_a_folder_to_a_piece(pieces: Path, settings: DataSettings, tmp_path: Path) -> None:
-    """Train on MIDI files, give the start of one, and get one that starts so."""
-    store = music(pieces, settings)
-    recipe = tiny_recipe(modality="music", max_steps=3, eval_every=3, save_every=3)
-    run = train(recipe, store, tmp_path / "run", data=str(pieces), show_progress=False)
-    assert (tmp_path / "run" / "samples" / "0.mid").is_file()
-    path = next(pieces.rglob("0.mid"))
-    (written,) = generate_from_run(run.path, f"{path}@2", tokens=20, device="cpu", out=tmp_path / "out")
-    start = from_tokens(MUSIC.encode_prompt(f"{path}@2", None))[0]["start"]
-    assert np.allclose(read_midi(Path(written).read_bytes())["start"][: len(start)], start, atol=1e-6)

@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import socket
 import tarfile
 import tracemalloc
@@ -24,7 +25,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from waveletgpt.data import DataSettings, find, prepare
+from waveletgpt.data import MODALITIES, DataSettings, detect, find, prepare
 from waveletgpt.data.encoders import load
 from waveletgpt.data.sources import CHUNK, Document, looks_like_text
 from waveletgpt.errors import UserError
@@ -195,6 +196,66 @@ def test_what_looks_like_text() -> None:
     assert not looks_like_text(b"a\0b")
     assert not looks_like_text("Привет, мир!".encode("cp1251") * 10)
     assert not looks_like_text(random.Random(0).randbytes(1000).replace(b"\0", b"\1"))
+
+
+def touched(folder: Path, counts: dict[str, int]) -> Path:
+    """So many files of each suffix."""
+    for suffix, count in counts.items():
+        for index in range(count):
+            path = folder / f"{index % 3}" / f"{index}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({".txt": 3}, "chars"), ({".py": 5, ".md": 1, "": 1}, "chars"), ({".txt": 8, ".png": 4}, "chars"),
+        ({".wav": 1}, "audio"), ({".FLAC": 2, ".ogg": 2, ".txt": 1, ".jpg": 1}, "audio"),
+        ({".mp3": 3, "": 1}, "audio"),
+        ({".mid": 8, ".midi": 2, ".kar": 1, ".csv": 1, "": 2}, "music"),
+        ({".png": 5, ".JPEG": 5, ".webp": 1, ".json": 2}, "images"), ({".npz": 9}, "chars"),
+    ],
+)  # fmt: skip
+def test_the_modality_is_told_by_the_names(counts: dict[str, int], expected: str, tmp_path: Path) -> None:
+    chosen = DataSettings(cache_dir=str(tmp_path / "cache"))
+    folder = touched(tmp_path / "in", counts)
+    with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
+        archive.add(folder, "in")
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "in")
+    for data in (folder, tmp_path / "set.tar.gz", tmp_path / "set.zip"):
+        source = find(str(data), chosen)
+        assert detect(source, chosen) == expected
+        assert detect(source, chosen) == expected  # remembered
+    only = DataSettings(cache_dir=chosen.cache_dir, include="*.md,*.txt")
+    if {".md", ".txt"} & set(counts):
+        for data in (folder, tmp_path / "set.tar.gz"):
+            assert detect(find(str(data), only), only) == "chars"
+
+
+def test_every_suffix_is_of_one_modality() -> None:
+    known = [suffix for modality in MODALITIES.values() for suffix in modality.suffixes]
+    assert len(known) == len(set(known)) > 30
+    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in known)
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        ({".wav": 4, ".mid": 4}, r"4 for audio and 4 for music \(\.mid, \.wav\)"),
+        ({".png": 6, ".txt": 6}, r"6 for chars and 6 for images \(\.\w+, \.\w+\)"),
+        ({".wav": 1, ".mid": 2, ".png": 3, ".md": 4, "": 2}, "6 for chars and 3 for images and 2 for music and 1 for"),
+    ],
+)  # fmt: skip
+def test_a_mix_of_kinds_is_told(counts: dict[str, int], found: str, tmp_path: Path, settings: DataSettings) -> None:
+    folder = touched(tmp_path / "in", counts)
+    with pytest.raises(UserError, match=rf"of several kinds.*{found}.*choose one with --modality") as caught:
+        prepare(folder, None, settings, progress=False)
+    assert "\n" not in str(caught.value)
+    chosen = DataSettings(cache_dir=settings.cache_dir, include="*.md,*.txt", test_fraction=0.0)
+    with pytest.raises(UserError, match=r"too short|no visible files|nothing to read"):  # no longer a mix
+        prepare(folder, None, chosen, progress=False)
 
 
 def test_tables(tmp_path: Path) -> None:

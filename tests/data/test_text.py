@@ -78,13 +78,16 @@ def test_bytes_are_their_own_ids(saved: Callable[[Any], Any]) -> None:
     check()
 
 
-def test_any_bytes_decode_and_make_a_sample(saved: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_any_tokens_decode_and_make_a_sample(saved: Callable[[Any], Any], tmp_path: Path) -> None:
     tokenizer = saved(Bytes())
 
     @quick
-    @given(st.lists(st.integers(0, 256), max_size=50))
-    def check(tokens: list[int]) -> None:
-        sample = MODALITIES["bytes"].write_sample(tokens, tokenizer, tmp_path / "sample")
+    @given(st.lists(st.integers(-2, 258), max_size=50))
+    def check(any_tokens: list[int]) -> None:
+        sample = MODALITIES["bytes"].write_sample(any_tokens, tokenizer, tmp_path / "sample")
+        tokens = [token for token in any_tokens if 0 <= token <= 256]
+        unknown = len(any_tokens) - len(tokens)
+        assert sample.repaired == (f"{unknown} unknown tokens left out" if unknown else "")
         parts = [bytes(part).decode("utf-8", "replace") for part in _divided(tokens, 256)]
         assert sample.text == END.join(parts)
         assert sample.path.read_bytes().decode() == sample.text

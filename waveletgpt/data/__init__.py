@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import re
+import sys
+from collections import Counter
 from pathlib import Path
 
 from waveletgpt.data.acoustic import ACOUSTIC
@@ -32,13 +34,15 @@ from waveletgpt.errors import UserError, suggest
 
 __all__ = [
     "MODALITIES", "NAMED", "SPLITS", "DataSettings", "Document", "Modality", "NamedSet", "SampleFile", "Source",
-    "StoreWriter", "TokenStore", "find", "prepare",
+    "StoreWriter", "TokenStore", "detect", "find", "prepare",
 ]  # fmt: skip
 
 MODALITIES: dict[str, Modality] = {
     modality.name: modality for modality in (*TEXT, AUDIO, ACOUSTIC, IMAGES, MUSIC, LISTOPS)
 }
 DEFAULT_MODALITY = "chars"
+MAJORITY = 2 / 3
+"""The share of files of one kind from which on a folder is taken to be of that kind."""
 
 
 def prepare(
@@ -50,7 +54,8 @@ def prepare(
     """The tokens of `data`: made once, and found again as long as neither its content nor the settings change.
 
     `data` is a file, a folder, a name in `NAMED`, or `hf:owner/name`; `modality` a name in `MODALITIES` (default: that
-    of the named set, else `chars`). Any number of processes may ask at once. Raises UserError for what cannot be used.
+    of the named set, else what `detect` finds). With `progress`, bars and what was taken are shown on standard error.
+    Any number of processes may ask at once. Raises UserError for what cannot be used.
     """
     settings = settings or DataSettings()
     if modality is not None and modality not in MODALITIES:
@@ -67,13 +72,20 @@ def prepare(
 def _prepare(data: str, modality: str | None, settings: DataSettings, progress: bool) -> TokenStore:
     source = find(data, settings, progress)
     named = NAMED.get(source.name)
-    chosen = modality or ("bpe" if settings.tokenizer else named.modality if named else DEFAULT_MODALITY)
+    chosen = modality or ("bpe" if settings.tokenizer else named.modality if named else "")
+    if not chosen:
+        chosen = detect(source, settings)
+        others = ", ".join(name for name in MODALITIES if name != chosen)
+        _say(progress, f"{data}: taken as {chosen}; --modality changes that: {others}")
+    if isinstance(source, Files) and source.folders:
+        beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
+        _say(progress, f"{data}: its folders {', '.join(source.folders)} are the splits{beside}")
     kind = MODALITIES[chosen]
     identity = {
         "format": FORMAT,
         "modality": chosen,
         "content": source.key(settings.cache),
-        "gives_splits": isinstance(source, Files) and source.gives_splits,
+        "gives_splits": isinstance(source, Files) and bool(source.own_splits),
         **{
             name: getattr(settings, name)
             for name in ("column", "include", "exclude", "validation_fraction", "test_fraction")
@@ -94,13 +106,41 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
     return TokenStore.open(path)
 
 
+def detect(source: Source, settings: DataSettings) -> str:
+    """The modality that most files of a source are of, told by their names; text, of whatever kind, is `chars`.
+
+    Raises UserError if no kind has `MAJORITY` of the files.
+    """
+    endings = source.suffixes(settings.cache) if isinstance(source, Files) else Counter[str]()
+    counts = Counter({modality.name: sum(endings[s] for s in modality.suffixes) for modality in MODALITIES.values()})
+    counts[DEFAULT_MODALITY] = endings.total() - counts.total()
+    name, count = counts.most_common(1)[0]
+    if endings and count < MAJORITY * endings.total():
+        found = " and ".join(f"{number:,} for {name}" for name, number in counts.most_common() if number)
+        names = [ending for ending, _ in endings.most_common() if ending]
+        raise UserError(
+            f"{source.name} holds files of several kinds, by their names {found} ({_some(names)}): choose one with "
+            f"--modality {name}, and its files with --include '*{names[0]}' or the like"
+        )
+    return name if endings else DEFAULT_MODALITY
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _say(shown: bool, line: str) -> None:
+    if shown:
+        print(line, file=sys.stderr, flush=True)
+
+
 def find(data: str, settings: DataSettings, progress: bool = True) -> Source:
     """What `data` names: a path that exists, else a named set (downloaded if need be), else one of the hub.
 
     Raises UserError if it names nothing.
     """
     if Path(data).exists():
-        return Files(Path(data), settings)
+        return Files(Path(data), settings, split_folders=True)
     if data in NAMED:
         return fetch(NAMED[data], settings, progress)
     if data.startswith(PREFIX):

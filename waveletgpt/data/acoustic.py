@@ -8,7 +8,7 @@ token says whose turn it is. T frames, K codebooks.
 from __future__ import annotations
 
 import functools
-import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,11 @@ import numpy as np
 from waveletgpt.data import encoders
 from waveletgpt.data.audio import excerpt, tokenise, write_wav
 from waveletgpt.data.hub import fail_soon
-from waveletgpt.data.modality import SampleFile
+from waveletgpt.data.modality import SampleFile, counted, spread
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Source
 from waveletgpt.data.store import StoreWriter
 from waveletgpt.errors import UserError
-
-log = logging.getLogger(__name__)
 
 CODECS = ("encodec", "mimi", "dac")
 """Hugging Face's `model_type` of the codecs that are known."""
@@ -86,6 +84,10 @@ class Codec:
                 waiting = waiting[length:]
         if len(waiting):
             yield self._encode(waiting, codebooks)
+
+    def frames(self, seconds: float) -> int:
+        """How many there are in so many seconds."""
+        return max(1, round(seconds * self.rate / self.hop))
 
     def _encode(self, samples: np.ndarray, codebooks: int) -> np.ndarray:
         import torch
@@ -160,8 +162,9 @@ class AcousticModality:
 
     name: str = "acoustic"
     description: str = "recordings as codes of EnCodec, Mimi or DAC (--codec), the first --codebooks of each frame"
-    sample_tokens: int = 750
-    """Tokens of a sample in a report, unless set: five seconds with two codebooks of EnCodec."""
+    suffixes: frozenset[str] = frozenset()
+    """None: recordings are `audio` unless this is asked for."""
+    suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """The codec, by name on the hub or the content of its folder, and how many codebooks."""
@@ -196,14 +199,23 @@ class AcousticModality:
         sound = excerpt(prompt, model.rate) if prompt else np.zeros(model.hop, np.float32)
         return [int(token) for codes in model.encode([sound], books) for token in to_tokens(codes, size)]
 
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """A second each, in whole frames."""
+        name, books, _ = _settings(tokenizer)
+        return spread(tokens, count, codec(name).frames(1) * books, books)
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """What completes the last frame of `prompt`, and five seconds."""
+        name, books, _ = _settings(tokenizer)
+        return -len(prompt) % books + codec(name).frames(5) * books
+
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write the sound of `tokens` as `stem`.wav; those out of turn are left out, with a warning."""
+        """Write the sound of `tokens` as `stem`.wav; those out of turn are left out."""
         name, books, size = _settings(tokenizer)
         codes, wrong = to_codes(tokens, books, size)
-        if wrong:
-            log.warning("%s: left out %d of %d tokens, which are in no whole frame", stem, wrong, len(tokens))
         model = codec(name)
-        return write_wav(stem, model.decode(codes), model.rate)
+        repaired = counted(Counter({"tokens in no whole frame left out": wrong}))
+        return write_wav(stem, model.decode(codes), model.rate, repaired)
 
 
 def _settings(tokenizer: Any) -> tuple[str, int, int]:

@@ -7,9 +7,9 @@ memory. What the modality `acoustic` shares stands here too: reading recordings,
 from __future__ import annotations
 
 import io
-import logging
 import math
 import wave
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from waveletgpt.data import encoders, mulaw
-from waveletgpt.data.modality import SampleFile
+from waveletgpt.data.modality import SampleFile, counted, spread
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Source, report_skipped
@@ -27,10 +27,13 @@ from waveletgpt.data.store import StoreWriter
 from waveletgpt.data.text import require_splits
 from waveletgpt.errors import UserError
 
-log = logging.getLogger(__name__)
-
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
 """What is read. libsndfile knows more, among them tables of numbers that are no sound."""
+SUFFIXES = frozenset(
+    (".wav", ".wave", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
+     ".snd", ".caf")
+)  # fmt: skip
+"""How files of these formats are called."""
 RATES = (1000, 1_000_000)
 """Samples a second that a recording may have: a header that claims others is broken."""
 LOUDEST = 1e6
@@ -41,6 +44,8 @@ GAP = 1.0
 """Seconds left out between splits where they are parts of one recording."""
 PROMPT = 1.0
 """Seconds of a prompt that doesn't say how many."""
+SAMPLE = 0.5
+"""Seconds of held-out sound that a sample in a report goes on from, and of what is new, unless set."""
 
 
 class Unusable(Exception):
@@ -134,7 +139,6 @@ def tokenise(
     libraries()
     dtype = np.dtype(np.uint8 if len(tokenizer) <= 1 << 8 else np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     unit = width * dtype.itemsize
-    given = source.gives_splits
     with Spool(writer.scratch) as spool:
         with bar(f"reading {source.name}", source.size, progress) as advance:
             for document in source.files():
@@ -148,11 +152,12 @@ def tokenise(
                     spool.drop_document()
                     source.skipped.append(f"{document.name.encode('utf-8', 'replace').decode()} ({error})")
                 else:
-                    spool.end_document(split_of(document.split, point, settings), size, point)
-                    given = given and document.split is not None
+                    split = split_of(document.split, point, settings, source.own_splits)
+                    spool.end_document(split, size, point)
                 advance(source.done)
         report_skipped(source, "recordings", spool.documents)
-        spool.divide(settings, given, unit=unit, gap=round(GAP * (frames_per_second or rate)))
+        gap = round(GAP * (frames_per_second or rate))
+        spool.divide(settings, source.own_splits, unit=unit, gap=gap)
         tokens = {split: size // dtype.itemsize for split, size in spool.sizes.items()}
         require_splits(source.name, tokens, settings, "tokens")
         writer.begin(len(tokenizer))
@@ -189,8 +194,8 @@ class AudioModality:
 
     name: str = "audio"
     description: str = "WAV, FLAC, OGG, MP3, AIFF as 16 kHz mono, 8-bit mu-law (256)"
-    sample_tokens: int = 8000
-    """Tokens of a sample in a report, unless set: half a second."""
+    suffixes: frozenset[str] = SUFFIXES
+    suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """The sample rate."""
@@ -214,13 +219,20 @@ class AudioModality:
             return [mulaw.SILENCE]
         return mulaw.encode(excerpt(prompt, sample_rate(tokenizer))).tolist()
 
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """Half a second each."""
+        return spread(tokens, count, round(SAMPLE * sample_rate(tokenizer)))
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """Half a second."""
+        return round(SAMPLE * sample_rate(tokenizer))
+
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write the sound of `tokens` as `stem`.wav; those that are no mu-law code are left out, with a warning."""
+        """Write the sound of `tokens` as `stem`.wav; those that are no mu-law code are left out."""
         codes = np.asarray(tokens, np.int64)
         known = codes[(codes >= 0) & (codes < mulaw.CODES)]
-        if len(known) < len(codes):
-            log.warning("%s: left out %d of %d tokens, which are no samples", stem, len(codes) - len(known), len(codes))
-        return write_wav(stem, mulaw.decode(known), sample_rate(tokenizer))
+        repaired = counted(Counter({"tokens that are no samples left out": len(codes) - len(known)}))
+        return write_wav(stem, mulaw.decode(known), sample_rate(tokenizer), repaired)
 
 
 def sample_rate(tokenizer: Any) -> int:
@@ -228,14 +240,14 @@ def sample_rate(tokenizer: Any) -> int:
     return int(tokenizer.init_kwargs.get("sample_rate", DataSettings.sample_rate))
 
 
-def write_wav(stem: Path, samples: np.ndarray, rate: int) -> SampleFile:
+def write_wav(stem: Path, samples: np.ndarray, rate: int, repaired: str = "") -> SampleFile:
     """Write samples in [-1, 1] as `stem`.wav, 16 bits mono; what is beyond is clipped, what is no number silent."""
     path = stem.with_name(stem.name + ".wav")
     levels = np.round(np.clip(np.nan_to_num(samples), -1, 1) * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, len(levels), "NONE", ""))
         file.writeframes(levels.tobytes())
-    return SampleFile("audio", path)
+    return SampleFile("audio", path, repaired=repaired)
 
 
 def picture(path: Path) -> bytes:

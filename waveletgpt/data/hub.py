@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ class Hub:
             raise UserError(f'"{name}" names no data set: write hf:owner/name or hf:owner/name:config')
 
     @property
-    def gives_splits(self) -> bool:
-        return all(split in self._sets() for split in SPLITS)
+    def own_splits(self) -> Set[str]:
+        """All three, or none."""
+        return set(SPLITS) if set(SPLITS) <= set(self._sets()) else set()
 
     def key(self, cache: Path) -> str:
         """The name itself: what it stood for when first prepared is kept, also offline; pin or change `@revision`."""
@@ -70,14 +71,14 @@ class Hub:
         Raises UserError if the data set cannot be reached or has no such column.
         """
         sets = self._sets()
-        splits = SPLITS if self.gives_splits else ["train"] if "train" in sets else list(sets)
+        splits = list(SPLITS) if self.own_splits else ["train"] if "train" in sets else list(sets)
         for split in splits:
             chosen = ""
             for number, row in enumerate(self._rows(sets[split]), 1):
                 name = f"{self.name} {split} row {number}"
                 chosen = chosen or tables.choose(self.name, self.settings.column, list(row))
                 if text := tables.text_of(row[chosen], name, chosen):
-                    yield Document(name, [text.encode("utf-8", "replace")], split if self.gives_splits else None)
+                    yield Document(name, [text.encode("utf-8", "replace")], split if self.own_splits else None)
 
     def _sets(self) -> dict[str, Any]:
         if self._opened is None:

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from waveletgpt.data import encoders
-from waveletgpt.data.modality import SampleFile
+from waveletgpt.data.modality import SampleFile, counted, spread
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Source, TooLarge, report_skipped
@@ -39,6 +40,11 @@ FILE_LIMIT = 256 << 20
 """Bytes of a file, beyond which it is skipped."""
 PIXEL_LIMIT = 64_000_000
 """Pixels of a picture, beyond which it is skipped: a few bytes can claim to hold billions."""
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+     ".pnm", ".tga", ".jp2", ".j2k", ".avif")
+)  # fmt: skip
+"""How files of these formats are called."""
 _FILES_AT_ONCE = 256
 _BYTES_AT_ONCE = 64 << 20
 _CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin")
@@ -59,6 +65,11 @@ class Shape(NamedTuple):
     def record(self) -> int:
         """Tokens of one picture."""
         return 1 + self.values
+
+    @property
+    def half(self) -> int:
+        """Values of the upper half."""
+        return self.size // 2 * self.size * self.channels
 
 
 class Unusable(Exception):
@@ -133,7 +144,8 @@ class ImagesModality:
 
     name = "images"
     description = "pixels, 8 bits, grey or RGB, row after row, of pictures made square (256 + 1)"
-    sample_tokens = 1024
+    suffixes = SUFFIXES
+    suppress_tokens = (BEGIN,)  # inside a picture; what is generated is what completes one
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """Size and mode; raises UserError for a tokenizer of another's."""
@@ -144,9 +156,8 @@ class ImagesModality:
 
         Raises UserError if Pillow is missing, if no file can be read, or if there are too few for the splits.
         """
-        _need_pillow()
+        need_pillow()
         shape = Shape(settings.image_size, 3 if settings.image_mode == "rgb" else 1)
-        own = set(getattr(source, "splits", {}).values()) or SPLITS
         with Spool(writer.scratch) as spool:
             with bar(f"reading {source.name}", source.size, progress) as advance:
                 for name, split, found in _read(source.files(), shape):
@@ -154,10 +165,11 @@ class ImagesModality:
                         source.skipped.append(f"{name}: {found}")
                         continue
                     for point, pixels in found:
-                        spool.end_document(split_of(split, point, settings, own), spool.write(pixels), point)
+                        chosen = split_of(split, point, settings, source.own_splits)
+                        spool.end_document(chosen, spool.write(pixels), point)
                     advance(source.done)
             report_skipped(source, "pictures", spool.documents)
-            spool.divide(settings, source.gives_splits, whole=True)
+            spool.divide(settings, source.own_splits, whole=True)
             pictures = {split: size // shape.values for split, size in spool.sizes.items()}
             require_splits(source.name, pictures, settings, "pictures", least=1)
             writer.begin(BEGIN + 1)
@@ -181,7 +193,7 @@ class ImagesModality:
         """
         if not prompt:
             return [BEGIN]
-        _need_pillow()
+        need_pillow()
         shape = _shape(tokenizer)
         path = Path(prompt).expanduser()
         if not path.is_file():
@@ -190,7 +202,17 @@ class ImagesModality:
             pixels = load(path.read_bytes(), shape)
         except Unusable as error:
             raise UserError(f"{prompt} cannot be used: {error}") from error
-        return [BEGIN, *pixels[: shape.size // 2 * shape.size * shape.channels]]
+        return [BEGIN, *pixels[: shape.half]]
+
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """The upper half of a picture each."""
+        shape = _shape(tokenizer)
+        return spread(tokens, count, 1 + shape.half, shape.record)
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """What completes the picture."""
+        record = _shape(tokenizer).record
+        return record - len(prompt) % record
 
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
         """Write the picture of `tokens` as `stem`.png, small ones enlarged to 256 pixels in whole steps.
@@ -199,12 +221,21 @@ class ImagesModality:
         """
         path = stem.with_name(stem.name + ".png")
         save_grid([tokens], tokenizer, path)
-        return SampleFile("image", path)
+        shape = _shape(tokenizer)
+        pixels = sum(0 <= token < BEGIN for token in tokens)
+        repairs = Counter(
+            {
+                "tokens that are no pixels passed over": len(tokens) - pixels - (tokens[:1] == [BEGIN]),
+                "missing pixels black": max(0, shape.values - pixels),
+                "pixels beyond the picture left out": max(0, pixels - shape.values),
+            }
+        )
+        return SampleFile("image", path, repaired=counted(repairs))
 
 
 def save_grid(samples: Sequence[Sequence[int]], tokenizer: Any, path: Path, columns: int = 8) -> Path:
     """Write the pictures of several samples as one PNG, `columns` in a row, thin grey lines between them."""
-    _need_pillow()
+    need_pillow()
     from PIL import Image
 
     shape = _shape(tokenizer)
@@ -285,7 +316,8 @@ def _write(spool: Spool, shape: Shape, writer: StoreWriter, advance: Callable[[i
         advance(done)
 
 
-def _need_pillow() -> None:
+def need_pillow() -> None:
+    """Raises UserError if Pillow is missing."""
     try:
         import PIL  # noqa: F401
     except ImportError:

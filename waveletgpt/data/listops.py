@@ -12,7 +12,8 @@ level, and only those of a permitted length are written out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from waveletgpt.data import encoders
-from waveletgpt.data.modality import SampleFile
+from waveletgpt.data.modality import SampleFile, counted
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Source, report_skipped
@@ -206,7 +207,7 @@ class Generated:
     name: str = "listops"
     size: int = 0
     done: int = 0
-    gives_splits: bool = False
+    own_splits: Set[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.skipped: list[str] = []
@@ -236,6 +237,8 @@ class ListOpsModality:
 
     name = "listops"
     description = "nested operations on digits and their values, the Long Range Arena's ListOps (16 + 1)"
+    suffixes: frozenset[str] = frozenset()
+    suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """Nothing to set; raises UserError for a tokenizer of another's."""
@@ -246,19 +249,20 @@ class ListOpsModality:
 
         The Long Range Arena's three files are its splits. Raises UserError if there is no expression, or too few.
         """
-        own = {document.name.rpartition("/")[2] for document in source.files()} >= set(OFFICIAL)
+        official = {document.name.rpartition("/")[2] for document in source.files()} >= set(OFFICIAL)
+        own = set(SPLITS) if official else source.own_splits
         with Spool(writer.scratch) as spool:
             with bar(f"reading {source.name}", source.size, progress) as advance:
                 for document in source.files():
-                    given = OFFICIAL.get(document.name.rpartition("/")[2]) if own else document.split
-                    for tokens in _expressions(document, source.skipped):
+                    given = OFFICIAL.get(document.name.rpartition("/")[2]) if official else document.split
+                    for tokens in expressions(document, source.skipped):
                         content = bytes(tokens)
                         point = point_of(content)
-                        spool.end_document(split_of(given, point, settings), spool.write(content), point)
+                        spool.end_document(split_of(given, point, settings, own), spool.write(content), point)
                         if not spool.documents % 100:
                             advance(source.done)
             report_skipped(source, "expressions", spool.documents)
-            spool.divide(settings, own or source.gives_splits, whole=True)
+            spool.divide(settings, own, whole=True)
             if spool.method == "none":
                 raise UserError(f"{source.name} has too few expressions for three splits: give 3 or more")
             writer.begin(END + 1)
@@ -281,18 +285,30 @@ class ListOpsModality:
             raise UserError(f'"{unknown[0]}" is no part of an expression: use digits, {" ".join(OPERATORS)}, ] and =')
         return [IDS[word] for word in words] or [END]
 
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """An expression and its `=` each."""
+        ends = np.append(-1, np.flatnonzero(tokens == END))
+        chosen = [i * (len(ends) - 1) // count for i in range(count)]
+        pieces = [tokens[ends[i] + 1 : ends[i + 1]].tolist() for i in chosen]
+        return [piece[: piece.index(IDS[EQUALS]) + 1] for piece in pieces]
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """A value and the end, where an expression is given; else 200."""
+        return 2 if prompt[-1] == IDS[EQUALS] else 200
+
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
         """Write `stem`.txt: an expression a line, and after it the value it really has."""
         documents: list[list[str]] = [[]]
         for token in tokens:
             if 0 <= token < END:
                 documents[-1].append(WORDS[token])
-            else:
+            elif token == END:
                 documents.append([])
+        unknown = sum(not 0 <= token <= END for token in tokens)
         text = "\n".join(_judged(words) for words in documents if words) + "\n"
         path = stem.with_name(stem.name + ".txt")
         path.write_text(text, encoding="utf-8")
-        return SampleFile("text", path, text)
+        return SampleFile("text", path, text, counted(Counter({"unknown tokens left out": unknown})))
 
 
 def _judged(words: list[str]) -> str:
@@ -311,7 +327,7 @@ def _words(text: str) -> list[str]:
     return text.replace("(", " ").replace(")", " ").split()
 
 
-def _expressions(document: Document, skipped: list[str]) -> Iterator[list[int]]:
+def expressions(document: Document, skipped: list[str]) -> Iterator[list[int]]:
     """The tokens of each row of a table `Source`, `Target`, the value after `=`; `skipped` tells of wrong rows."""
     wrong = first = 0
     reason = ""

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from waveletgpt.data import encoders
-from waveletgpt.data.modality import SampleFile
+from waveletgpt.data.modality import SampleFile, counted
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Source, TooLarge, report_skipped
@@ -266,7 +266,8 @@ class MusicModality:
 
     name = "music"
     description = "MIDI files as keys, velocities and 10 ms of real time, the events of the Music Transformer (388 + 1)"
-    sample_tokens = 512
+    suffixes = frozenset((".mid", ".midi", ".kar"))
+    suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """How training pieces are copied; raises UserError for a tokenizer of another's."""
@@ -279,11 +280,12 @@ class MusicModality:
         symusic is missing, if no file can be read, or if there are too few different pieces.
         """
         library()
-        own = _own_splits(source)
+        table = _table(source)
+        own = source.own_splits or set(table.values())
         with Spool(writer.scratch) as spool:
             with bar(f"reading {source.name}", source.size, progress) as advance:
                 for document in source.files():
-                    if document.name.lower().endswith(".csv") and own:
+                    if document.name.lower().endswith(".csv") and table:
                         continue
                     try:
                         notes = read_midi(_content(document))
@@ -291,12 +293,12 @@ class MusicModality:
                         source.skipped.append(f"{document.name}: {error}")
                         continue
                     content = notes.tobytes()
-                    split = document.split or own.get(document.name.rpartition("/")[2])
-                    chosen = split_of(split, point_of(content), settings, set(own.values()) or SPLITS)
-                    spool.end_document(chosen, spool.write(content), point_of(content))
+                    split = document.split or table.get(document.name.rpartition("/")[2])
+                    point = point_of(content)
+                    spool.end_document(split_of(split, point, settings, own), spool.write(content), point)
                     advance(source.done)
             report_skipped(source, "MIDI files", spool.documents)
-            spool.divide(settings, source.gives_splits or bool(own), whole=True)
+            spool.divide(settings, own, whole=True)
             if spool.method == "none":
                 pieces = f"{spool.documents} piece{'s' * (spool.documents > 1)}"
                 raise UserError(f"{source.name} has {pieces}, too few different ones for three splits: give 3 or more")
@@ -329,21 +331,32 @@ class MusicModality:
             raise UserError(f"{path} has no note in its first {seconds:g} seconds: write {path}@SECONDS for more")
         return [END, *tokens.tolist()]
 
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """The first 128 events of a piece each, with the token before it."""
+        ends = np.flatnonzero(tokens == END)[:-1]
+        starts = np.append(-1, ends)  # the first piece has no token before it
+        chosen = (starts[i * len(starts) // count] + 1 for i in range(count))
+        return [[END, *tokens[start : start + 128].tolist()] for start in chosen]
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """512: some 20 seconds of piano."""
+        return 512
+
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
         """Write the notes of `tokens` as `stem`.mid, and as `stem`.wav where `render` can."""
         notes, repaired = from_tokens(tokens)
-        if repaired:
-            log.info("%s: repaired %s", stem.name, ", ".join(f"{count} {what}" for what, count in repaired.items()))
         path = stem.with_name(stem.name + ".mid")
         write_midi(notes, path)
         render(path)
-        return SampleFile("music", path)
+        return SampleFile("music", path, repaired=counted(repaired))
 
 
-def _own_splits(source: Source) -> dict[str, str]:
-    """The splits that a table among the files gives, as MAESTRO's does: file name -> split."""
+def _table(source: Source) -> dict[str, str]:
+    """The splits that a table among the files gives those that are there, as MAESTRO's does: file name -> split."""
     found: dict[str, str] = {}
+    there: set[str] = set()
     for document in source.files():
+        there.add(document.name.rpartition("/")[2])
         if document.name.lower().endswith(".csv"):
             try:
                 text = document.read(FILE_LIMIT).decode("utf-8", "replace")
@@ -356,7 +369,7 @@ def _own_splits(source: Source) -> dict[str, str]:
                     for row in rows
                     if row["midi_filename"] and row["split"] in SPLITS
                 }
-    return found
+    return {name: split for name, split in found.items() if name in there}
 
 
 def _content(document: Document) -> bytes:

@@ -50,7 +50,8 @@ def _python_source() -> Path:
 # Sizes and hashes: text8 and enwik8 as in the Hugging Face hub's and many others' records of the originals, WikiText as
 # in Salesforce's original archive (of which the address is its author's copy), Shakespeare as in the repository,
 # CIFAR-10 as in many others' records of the original (its site gives the MD5 only), LibriSpeech as in torchaudio's and
-# TensorFlow Datasets' records, spoken digits as in those of TensorFlow Datasets.
+# TensorFlow Datasets' records, spoken digits as in those of TensorFlow Datasets, MAESTRO's hash as on its page and its
+# size as in MusPy's record. For YouTube-Mix, which stands behind a login, none is published.
 NAMED = {
     named.name: named
     for named in (

@@ -6,11 +6,13 @@ import contextlib
 import fnmatch
 import hashlib
 import itertools
+import json
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 """Bytes of a document read at a time."""
+
+FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
+"""Names of sub-folders that are splits."""
 
 
 class TooLarge(Exception):
@@ -67,8 +72,8 @@ class Source(Protocol):
         """How many of `size` have been read."""
 
     @property
-    def gives_splits(self) -> bool:
-        """Whether each document says which split it belongs to."""
+    def own_splits(self) -> Set[str]:
+        """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
 
     def key(self, cache: Path) -> str:
         """What the documents are identified by: a hash of their content."""
@@ -84,18 +89,33 @@ class Files:
     """A file, or a folder with all that is in it, in sorted order and without hidden files."""
 
     def __init__(
-        self, path: Path, settings: DataSettings, name: str | None = None, splits: dict[str, str] | None = None
+        self,
+        path: Path,
+        settings: DataSettings,
+        name: str | None = None,
+        splits: dict[str, str] | None = None,
+        split_folders: bool = False,
     ) -> None:
-        """`name` is what messages call it, `splits` the set's own: file name -> split."""
+        """`name` is what messages call it, `splits` the set's own: file name -> split.
+
+        With `split_folders` a folder whose sub-folders all have names in `FOLDERS`, `train` and another among them,
+        comes in these splits, and what lies beside them is left out.
+        """
         self.path = path
         self.name = name or str(path)
         self.settings = settings
         self.splits = splits or {}
-        self.gives_splits = bool(splits)
         self.skipped: list[str] = []
+        self.beside: list[str] = []
+        """Files left out because they lie beside folders that are splits."""
         self._before = 0
         self._file: IO[bytes] | None = None
         self._paths = self._list()
+        self.folders = self._folders() if split_folders else {}
+        """Sub-folders that are splits: name -> split."""
+        if self.folders:
+            self.beside = [inside for inside, _ in self._paths if "/" not in inside]
+            self._paths = [(inside, path) for inside, path in self._paths if "/" in inside]
         self.size = sum(path.stat().st_size for _, path in self._paths)
         if not self.size:
             raise UserError(f"{self.name} is empty: there is nothing to read in it")
@@ -121,6 +141,20 @@ class Files:
             raise UserError(f"nothing to read in the folder {path}: no visible files{given and ' with '}{given}")
         return sorted(found)
 
+    def _folders(self) -> dict[str, str]:
+        names = {inside.partition("/")[0] for inside, _ in self._paths if "/" in inside}
+        found = {name: FOLDERS[name.lower()] for name in sorted(names) if name.lower() in FOLDERS}
+        splits = set(found.values())
+        return found if len(found) == len(names) and "train" in splits and len(splits) > 1 else {}
+
+    @property
+    def own_splits(self) -> Set[str]:
+        """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
+        return {*self.splits.values(), *self.folders.values()}
+
+    def _split(self, name: str) -> str | None:
+        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0])
+
     def _wanted(self, name: str) -> bool:
         include, exclude = self.settings.include, self.settings.exclude
         return (include is None or _matches(name, include)) and (exclude is None or not _matches(name, exclude))
@@ -141,6 +175,16 @@ class Files:
 
         insides, paths = zip(*self._paths, strict=True)
         return remembered(cache, ["content", *insides], paths, content)
+
+    def suffixes(self, cache: Path) -> Counter[str]:
+        """How many files end in `.wav`, `.txt`, ..., in lower case, those in archives too; remembered as `key` is."""
+
+        def content() -> str:
+            return json.dumps(Counter(Path(stream.name).suffix.lower() for stream in self._streams()))
+
+        insides, paths = zip(*self._paths, strict=True)
+        what = ["suffixes", str(self.settings.include), str(self.settings.exclude), *insides]
+        return Counter(json.loads(remembered(cache, what, paths, content)))
 
     @property
     def done(self) -> int:
@@ -164,7 +208,7 @@ class Files:
     def files(self) -> Iterator[Document]:
         """Each file, archives opened, as it is."""
         for stream in self._streams():
-            yield Document(stream.name, _chunks(stream), self.splits.get(stream.name.rpartition("/")[2]))
+            yield Document(stream.name, _chunks(stream), self._split(stream.name))
 
     def documents(self, *, binary: bool) -> Iterator[Document]:
         """Each text: files, or the rows of tables. `binary=False` passes over what is not UTF-8 text.
@@ -176,7 +220,7 @@ class Files:
             texts = tables.rows(stream, self.settings.column)
             for document in [self._whole(stream, binary)] if texts is None else map(_row, texts):
                 if document is not None:
-                    document.split = self.splits.get(stream.name.rpartition("/")[2])
+                    document.split = self._split(stream.name)
                     empty = False
                     yield document
         if empty:
@@ -273,4 +317,3 @@ def _matches(name: str, globs: str) -> bool:
 
 def _hidden(name: str) -> bool:
     return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in name.split("/"))
-

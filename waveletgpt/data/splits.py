@@ -4,13 +4,13 @@ Many documents: each goes where a hash of its content says, so that copies stay 
 One document, or too few for the hash to give each split its share: the first 90 % of the bytes, the next 5, the last 5.
 Recordings that are too few for the hash are first dealt out whole, in the order of their hashes; only where that gives
 no split its share, either, are they divided by position, with a gap between the splits.
+Data that comes in splits keeps them; one that it lacks is taken from its training documents, whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.store import SPLITS
+from waveletgpt.errors import UserError
 
 HASHED = 1 << 20
 """Bytes at a document's start that decide its split: enough to tell documents apart, few enough to hold."""
@@ -33,11 +34,6 @@ def point_of(content: bytes | memoryview) -> float:
     return int.from_bytes(hashlib.sha256(content[:HASHED]).digest()[:8]) / 2**64
 
 
-def split_by_content(content: bytes, settings: DataSettings) -> str:
-    """The split of a document from the bytes it starts with (the first `HASHED` are looked at)."""
-    return split_at(point_of(content), settings)
-
-
 def split_at(point: float, settings: DataSettings) -> str:
     """The split of a document with this `point_of` its content."""
     if point < settings.test_fraction:
@@ -45,16 +41,16 @@ def split_at(point: float, settings: DataSettings) -> str:
     return "validation" if point < settings.test_fraction + settings.validation_fraction else "train"
 
 
-def split_of(given: str | None, point: float, settings: DataSettings, own: Container[str] = SPLITS) -> str:
+def split_of(given: str | None, point: float, settings: DataSettings, own: Set[str]) -> str:
     """The split that the source has `given` a document, else that of its content, from its `point_of`.
 
-    `own` are the splits that the source gives at all: if validation is not among them, it is taken from training.
+    `own` are the splits that the source comes in: one that is not among them is taken from training.
     """
-    if given is None:
-        return split_at(point, settings)
-    if given == "train" and "validation" not in own:
-        return split_at(point, replace(settings, test_fraction=0.0))
-    return given
+    if given != "train":
+        return given or split_at(point, settings)
+    test = 0.0 if "test" in own else settings.test_fraction
+    validation = 0.0 if "validation" in own else settings.validation_fraction
+    return "test" if point < test else "validation" if point < test + validation else "train"
 
 
 class Piece(NamedTuple):
@@ -111,20 +107,28 @@ class Spool:
         self._text.truncate()
 
     def divide(
-        self, settings: DataSettings, given: bool = False, *, unit: int = 0, gap: int = 0, whole: bool = False
+        self,
+        settings: DataSettings,
+        own: Set[str] = frozenset(),
+        *,
+        unit: int = 0,
+        gap: int = 0,
+        whole: bool = False,
     ) -> None:
-        """Decide the splits: as `given` by the source, by each document's hash, by dealing them out, or by position.
+        """Decide the splits: the source's `own`, or by each document's hash, by dealing them out, or by position.
 
         By position, splits start at whole characters, or at multiples of `unit` bytes; `gap` units before the start of
         each but the first belong to none. `whole` documents are never cut, however far that is from the shares, unless
-        there are fewer different ones than splits: then all are for training.
+        there are fewer different ones than splits: then all are for training. Raises UserError if one of the source's
+        own splits is empty, or if its training documents are too few to take a missing one from.
         """
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
         total = self.size
         self._cuts: list[tuple[int, str | None]] = []
         self.gap = 0
-        if given and all(self.sizes.values()):
+        if own:
             self.method = "given"
+            self._complete(shares, own)
         elif _near(self.sizes, shares):
             self.method = "hash"
         elif self._deal(shares, whole):
@@ -146,24 +150,42 @@ class Spool:
                 if split:
                     self.sizes[split] += end - start
 
-    def _deal(self, shares: dict[str, float], whole: bool) -> bool:
-        """Give whole documents, in the order of their points, to test, validation and training; whether that works."""
+    def _complete(self, shares: dict[str, float], own: Set[str]) -> None:
+        """Check the splits that the source gives, and take what it lacks from its training documents."""
+        empty = [split for split in SPLITS if split in own and not self.sizes[split]]
+        if empty:
+            raise UserError(f"the data comes in splits of its own, but nothing in its {empty[0]} split can be used")
+        missing = {split: share for split, share in shares.items() if split not in own and share}
+        pool = {split: size for split, size in self.sizes.items() if split not in own or split == "train"}
+        if not _near(pool, missing) and not self._deal(missing, whole=True, pool=set(pool)):
+            names = " and ".join(missing)
+            raise UserError(f"the training split is too few documents to take {names} from: add a folder {names}")
+
+    def _deal(self, shares: dict[str, float], whole: bool, pool: Set[str] = frozenset(SPLITS)) -> bool:
+        """Give the whole documents of the splits `pool`, in the order of their points, to test, validation and
+        training; whether that works."""
         self._index.seek(0)
         index = np.frombuffer(bytearray(self._index.read()), _INDEX)
-        points, group = np.unique(index["point"], return_inverse=True)  # copies have the same point
+        lengths = np.diff(index["end"], prepend=0)
+        dealt = np.isin(index["split"], [SPLITS.index(split) for split in pool])
+        points, group = np.unique(index["point"][dealt], return_inverse=True)  # copies have the same point
         if len(points) <= sum(map(bool, shares.values())):
             return False
-        ends = np.cumsum(np.bincount(group, np.diff(index["end"], prepend=0)))
+        ends = np.cumsum(np.bincount(group, lengths[dealt]))
         order = np.full(len(points), SPLITS.index("train"), np.uint8)
         first, wanted = 0, 0.0
+        others = sum(map(bool, shares.values()))
         for split in ("test", "validation"):
-            wanted += shares[split] * self.size
-            last = max(first + bool(shares[split]), int(np.abs(ends - wanted).argmin()) + 1 if wanted else 0)
-            last = min(last, len(points) - (2 if split == "test" else 1))  # something is left for the others
+            if not shares.get(split):
+                continue
+            wanted += shares[split] * ends[-1]
+            last = max(first + 1, int(np.abs(ends - wanted).argmin()) + 1)
+            last = min(last, len(points) - others)  # something is left for the others
+            others -= 1
             order[first:last] = SPLITS.index(split)
             first = last
-        index["split"] = order[group]
-        each = np.bincount(index["split"], np.diff(index["end"], prepend=0), len(SPLITS))
+        index["split"][dealt] = order[group]
+        each = np.bincount(index["split"], lengths, len(SPLITS))
         sizes = dict(zip(SPLITS, each.astype(int).tolist(), strict=True))
         if not (whole or _near(sizes, shares)):
             return False

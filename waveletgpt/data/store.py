@@ -3,19 +3,22 @@
     tokens-train.bin  tokens-validation.bin  tokens-test.bin    uint16, or uint32 where the vocabulary needs it
     meta.json                                                   what it holds and where that came from
     tokenizer/                                                  Hugging Face files, if the modality has a tokenizer
+
+Below it what every store needs: written aside and published in one step, by one process while the others wait.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 
@@ -23,6 +26,8 @@ from waveletgpt.errors import UserError, suggest
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
+
+_Store = TypeVar("_Store")
 
 
 class TokenStore:
@@ -38,29 +43,14 @@ class TokenStore:
 
         Raises UserError if there is none, or if it is not whole.
         """
-        folder = Path(path)
-        mend = "prepare the data again"
-        try:
-            meta = json.loads((folder / "meta.json").read_bytes())
-            if meta["format"] != FORMAT:
-                raise UserError(f"{folder} has format {meta['format']}, this version reads format {FORMAT}: {mend}")
-            width = np.dtype(meta["dtype"]).itemsize
-            expected = {f"tokens-{split}.bin": int(meta["splits"][split]["tokens"]) * width for split in SPLITS}
-            expected |= {f"tokenizer/{name}": size for name, size in meta["tokenizer_files"].items()}
-            str(meta["modality"]), int(meta["vocab_size"]), str(meta["fingerprint"])
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} is not a token store (no meta.json in it): {mend}") from None
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): {mend}") from None
-        for name, size in expected.items():
-            file = folder / name
-            if not file.is_file():
-                raise UserError(f"{file} is missing: {mend}")
-            if file.stat().st_size != size:
-                raise UserError(f"{file} is truncated, {file.stat().st_size:,} bytes instead of {size:,}: {mend}")
-        return cls(folder, meta)
+        return cls(Path(path), read_meta(Path(path), "token store", FORMAT, cls._files))
+
+    @staticmethod
+    def _files(meta: dict[str, Any]) -> dict[str, int]:
+        width = np.dtype(meta["dtype"]).itemsize
+        str(meta["modality"]), int(meta["vocab_size"])
+        files = {f"tokens-{split}.bin": int(meta["splits"][split]["tokens"]) * width for split in SPLITS}
+        return files | {f"tokenizer/{name}": size for name, size in meta["tokenizer_files"].items()}
 
     @property
     def modality(self) -> str:
@@ -102,30 +92,21 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}, {self.modality}, vocabulary {self.vocab_size:,}, tokens: {sizes})"
 
 
-class StoreWriter:
-    """Writes a store in bounded memory and publishes it in one step, so that a half-made one is never seen.
+class FolderWriter:
+    """Writes a store in a temporary folder beside `path` and publishes it in one step: a half-made one is never seen.
 
-        with StoreWriter(path, modality="bytes", fingerprint=key) as writer:
-            writer.begin(vocab_size=257)
-            writer.append("train", tokens, documents=1, size=1000)
-            writer.finish(source={...})
-
-    Everything is written in a temporary folder beside `path`, which also offers `scratch` for intermediate files;
-    leaving the block without `finish` removes it, and `remove_leftovers` what a killed process left.
+    `scratch` is for intermediate files. Leaving the block without publishing removes everything, and `remove_leftovers`
+    what a killed process left.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, modality: str, fingerprint: str, identity: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str, identity: dict[str, Any] | None = None) -> None:
         """`identity` is what `fingerprint` is the hash of: content and settings, recorded so that one can read them."""
         self.path = Path(path)
-        self.identity = identity or {}
-        self.modality = modality
         self.fingerprint = fingerprint
-        self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-        self._files: dict[str, BinaryIO] = {}
+        self.identity = identity or {}
+        self._open: dict[str, BinaryIO] = {}
 
-    def __enter__(self) -> StoreWriter:
+    def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.folder = _temporary_folder(self.path)
         self.scratch = self.folder / "scratch"
@@ -133,10 +114,53 @@ class StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
+        for file in self._open.values():
             with contextlib.suppress(OSError):  # on a full disk closing flushes, and fails, again
                 file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str) -> BinaryIO:
+        """The file `name` of the store, opened for writing when it is first asked for."""
+        if name not in self._open:
+            self._open[name] = (self.folder / name).open("wb")
+        return self._open[name]
+
+    def _close(self) -> None:
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        shutil.rmtree(self.scratch)
+
+    def _publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
+        """Write meta.json and give the folder its name; if another process was first, its store stays.
+
+        `opens` raises UserError for what is no whole store; `others` are files that were not opened here.
+        """
+        identified = {"fingerprint": self.fingerprint, "identity": self.identity}
+        (self.folder / "meta.json").write_text(json.dumps({**meta, **identified}, indent=1) + "\n")
+        for path in [self.folder / "meta.json", *others, self.folder]:
+            _sync(path)
+        _publish(self.folder, self.path, opens)
+
+
+class StoreWriter(FolderWriter):
+    """Writes a token store in bounded memory:
+
+        with StoreWriter(path, modality="bytes", fingerprint=key) as writer:
+            writer.begin(vocab_size=257)
+            writer.append("train", tokens, documents=1, size=1000)
+            writer.finish(source={...})
+
+    Leaving the block without `finish` leaves nothing behind.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, modality: str, fingerprint: str, identity: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(path, fingerprint, identity)
+        self.modality = modality
+        self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -147,7 +171,8 @@ class StoreWriter:
         """Set the number of distinct tokens, which decides how many bytes a token takes."""
         self.vocab_size = vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self._files = {split: (self.folder / f"tokens-{split}.bin").open("wb") for split in SPLITS}
+        for split in SPLITS:
+            self._file(f"tokens-{split}.bin")
 
     def append(self, split: str, tokens: np.ndarray, *, documents: int = 0, size: int = 0) -> None:
         """Add `tokens` (1-D integers in 0 .. vocab_size-1), which end `documents` documents and stand for `size` bytes.
@@ -157,7 +182,7 @@ class StoreWriter:
         if len(tokens):
             if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
                 raise ValueError(f"token out of range 0 .. {self.vocab_size - 1}: {tokens.min()} .. {tokens.max()}")
-            self._files[split].write(np.ascontiguousarray(tokens, self.dtype).data)
+            self._file(f"tokens-{split}.bin").write(np.ascontiguousarray(tokens, self.dtype).data)
         counts = self.counts[split]
         counts["tokens"] += len(tokens)
         counts["documents"] += documents
@@ -165,28 +190,51 @@ class StoreWriter:
 
     def finish(self, **meta: Any) -> None:
         """Publish the store; `meta` is recorded in meta.json. If another process was first, its store stays."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        shutil.rmtree(self.scratch)
-        tokenizer = {file.name: file.stat().st_size for file in sorted(self.tokenizer_folder.glob("*"))}
+        self._close()
+        tokenizer = sorted(self.tokenizer_folder.glob("*"))
         content = {
             "format": FORMAT,
             "modality": self.modality,
             "vocab_size": self.vocab_size,
             "dtype": self.dtype.name,
-            "fingerprint": self.fingerprint,
-            "identity": self.identity,
             "splits": self.counts,
-            "tokenizer_files": tokenizer,
+            "tokenizer_files": {file.name: file.stat().st_size for file in tokenizer},
             **meta,
         }
-        (self.folder / "meta.json").write_text(json.dumps(content, indent=1) + "\n")
-        for path in [self.folder / "meta.json", *(self.tokenizer_folder / name for name in tokenizer)]:
-            _sync(path)
-        _sync(self.folder)
-        _publish(self.folder, self.path)
+        self._publish(content, TokenStore.open, tokenizer)
+
+
+def read_meta(
+    folder: Path, what: str, format_: int, files: Callable[[dict[str, Any]], dict[str, int]]
+) -> dict[str, Any]:
+    """The meta.json of the store in `folder`, of which `files(meta)` must be there, with so many bytes.
+
+    Raises UserError if it is not `what` ("token store"), of another format, or not whole.
+    """
+    mend = "prepare the data again"
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if meta["format"] != format_:
+            raise UserError(f"{folder} has format {meta['format']}, this version reads format {format_}: {mend}")
+        str(meta["fingerprint"])
+        expected = files(meta)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is not {_a(what)} (no meta.json in it): {mend}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): {mend}") from None
+    for name, size in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {mend}")
+        if file.stat().st_size != size:
+            raise UserError(f"{file} is truncated, {file.stat().st_size:,} bytes instead of {size:,}: {mend}")
+    return meta
+
+
+def _a(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
 def _temporary_folder(path: Path) -> Path:
@@ -204,7 +252,7 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def _publish(folder: Path, path: Path) -> None:
+def _publish(folder: Path, path: Path, opens: Callable[[Path], object]) -> None:
     for _ in range(3):
         try:
             folder.rename(path)
@@ -212,7 +260,7 @@ def _publish(folder: Path, path: Path) -> None:
             if not path.exists():
                 raise
             with contextlib.suppress(UserError):
-                TokenStore.open(path)
+                opens(path)
                 return
             # What stands there is not whole: put it aside, so that the name is never without a way to be renamed onto.
             aside = _temporary_folder(path)
@@ -260,3 +308,27 @@ def exclusive(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def made_once(path: Path, opens: Callable[[Path], _Store], make: Callable[[], None]) -> _Store:
+    """The store at `path` if it is whole, else made by `make` while other processes wait; `opens` raises UserError."""
+    with contextlib.suppress(UserError):
+        return opens(path)
+    with exclusive(path):
+        with contextlib.suppress(UserError):  # another process made it meanwhile
+            return opens(path)
+        remove_leftovers(path)
+        make()
+    return opens(path)
+
+
+@contextlib.contextmanager
+def disk_errors(cache: Path) -> Iterator[None]:
+    """Turns what goes wrong with files (a full disk, a cache that is no folder) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or cache
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full at {cache}: free some space or set --cache-dir") from error
+        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set --cache-dir") from error

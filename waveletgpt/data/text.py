@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from waveletgpt.data import encoders
-from waveletgpt.data.modality import SampleFile
+from waveletgpt.data.modality import SampleFile, counted, spread
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Source
-from waveletgpt.data.splits import HASHED, Spool, split_by_content
+from waveletgpt.data.splits import HASHED, Spool, point_of, split_of
 from waveletgpt.data.store import SPLITS, StoreWriter
 from waveletgpt.errors import UserError
 
@@ -103,6 +104,9 @@ class TextModality:
     """The settings, beyond the shared ones, that change the tokens."""
     binary: bool = False
     """Whether any file will do."""
+    suffixes: frozenset[str] = frozenset()
+    """None: text is what is not something else."""
+    suppress_tokens: tuple[int, ...] = ()
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Read the source and write tokens and tokenizer; bytes per split are those of the normalised text.
@@ -112,11 +116,11 @@ class TextModality:
         with Spool(writer.scratch) as spool:
             with bar(f"reading {source.name}", source.size, progress) as advance:
                 for document in source.documents(binary=self.binary):
-                    self._spool(document, spool, settings, lambda: advance(source.done))
+                    self._spool(document, spool, settings, source.own_splits, lambda: advance(source.done))
             if source.skipped:
                 names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
                 log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
-            spool.divide(settings, source.gives_splits)
+            spool.divide(settings, source.own_splits)
             require_splits(source.name, spool.sizes, settings, "bytes of text")
             encoder = self.fit(spool, settings)
             writer.begin(encoder.vocab_size)
@@ -130,7 +134,9 @@ class TextModality:
             skipped={"count": len(source.skipped), "names": source.skipped[:100]},
         )
 
-    def _spool(self, document: Document, spool: Spool, settings: DataSettings, advance: Callable[[], None]) -> None:
+    def _spool(
+        self, document: Document, spool: Spool, settings: DataSettings, own: Set[str], advance: Callable[[], None]
+    ) -> None:
         normalise = self.normaliser()
         start = b""
         size = 0
@@ -141,7 +147,9 @@ class TextModality:
             if (spool.size + size) // BATCH != (spool.size + size - len(chunk)) // BATCH:  # often enough for the eye
                 advance()
         size += spool.write(normalise(b"", True))
-        spool.end_document(document.split or split_by_content(start, settings), size)
+        point = point_of(start)
+        # Without splits of its own, text is never dealt out whole: all documents share a point.
+        spool.end_document(split_of(document.split, point, settings, own), size, point if own else 0.0)
 
     def _encode(
         self, spool: Spool, encoder: encoders.Encoder, writer: StoreWriter, advance: Callable[[int], None]
@@ -164,12 +172,21 @@ class TextModality:
         """Tokens of `prompt`; of an empty one, the token between documents, so that a new document begins."""
         return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
 
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """32 tokens each."""
+        return spread(tokens, count, 32)
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """200: some lines."""
+        return 200
+
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
         """Write the text of `tokens` as `stem`.txt; bytes that are not UTF-8 become U+FFFD."""
-        text = tokenizer.decode(list(tokens), skip_special_tokens=False)
+        known = [token for token in tokens if 0 <= token < len(tokenizer)]
+        text = tokenizer.decode(known, skip_special_tokens=False)
         path = stem.with_name(stem.name + ".txt")
         path.write_text(text, encoding="utf-8", errors="replace")
-        return SampleFile("text", path, text)
+        return SampleFile("text", path, text, counted(Counter({"unknown tokens left out": len(tokens) - len(known)})))
 
 
 def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, unit: str, least: int = 2) -> None:

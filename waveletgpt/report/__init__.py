@@ -1,5 +1,42 @@
-"""Run folders -> report.html. `page.py` composes it, `figures.py` draws, `probing.py` looks into the trained models."""
+"""Run folders -> summary.json, curves.csv and report.html, and what they say in a terminal."""
 
-from .page import render, write_report
+from __future__ import annotations
 
-__all__ = ["render", "write_report"]
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runs import RunFolder
+from ..scores import CLASSIFICATION, score_headline, score_table, write_scores
+from ..summary import write_summary
+from ..summary_text import headline, summary_table
+from .page import write_report
+
+__all__ = ["in_words", "write_report", "write_results"]
+
+
+def write_results(out: Path, runs: Sequence[RunFolder], baseline: str | None) -> dict[str, Any]:
+    """Write summary.json, curves.csv and report.html into `out`, of language models or of classifiers.
+
+    Returns the summary. Raises UserError if there is no run, or the runs cannot be compared.
+    """
+    if _classified(run.info for run in runs):
+        from .scores import write_score_report
+
+        summary = write_scores(out, runs, baseline)
+        write_score_report(out, runs, baseline)
+    else:
+        summary = write_summary(out, runs, baseline)
+        write_report(out, runs, baseline)
+    return summary
+
+
+def in_words(summary: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Header and rows of the table of arms, and the result in a sentence."""
+    if _classified([summary]):
+        return *score_table(summary), score_headline(summary)
+    return *summary_table(summary), headline(summary)
+
+
+def _classified(infos: Iterable[dict[str, Any]]) -> bool:
+    return any(info.get("task") == CLASSIFICATION for info in infos)

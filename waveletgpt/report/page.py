@@ -65,31 +65,42 @@ def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = No
 def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     """The page as text."""
     names = list(summary["arms"])
-    # Grey is the baseline's; the others take the palette in order.
-    others = [name for name in names if name != summary["baseline"] or len(names) == 1]
-    styles = {name: 1 + others.index(name) if name in others else 0 for name in names}
-    inside, troubles = _inside(records, names)
+    styles = styles_of(summary)
+    pictures, troubles = inside(records, names)
     sections = [
         ("curves", "Learning curves", _curves(records, summary, styles)),
         ("arms", "The arms in numbers", _arms(summary, styles)),
-        ("mixing", "What is mixed", schedule_figure(records, styles) + inside["mixing"]),
-        ("kernels", "Learned kernels", inside["kernels"]),
+        ("mixing", "What is mixed", schedule_figure(records, styles) + pictures["mixing"]),
+        ("kernels", "Learned kernels", pictures["kernels"]),
         ("samples", "Samples", _samples(records, styles)),
-        ("setup", "Set-up", _setup(records, summary)),
+        ("setup", "Set-up", setup(records, summary)),
         ("terms", "How the numbers are defined", _TERMS),
     ]
+    title = f"WaveletGPT: {summary['data'].get('name') or 'run'}, {' vs '.join(names)}"
+    return frame(title, _header(records, summary, troubles), sections, summary, len(records))
+
+
+def styles_of(summary: dict[str, Any]) -> dict[str, int]:
+    """Style of every arm: grey is the baseline's; the others take the palette in order."""
+    names = list(summary["arms"])
+    others = [name for name in names if name != summary["baseline"] or len(names) == 1]
+    return {name: 1 + others.index(name) if name in others else 0 for name in names}
+
+
+def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], summary: dict[str, Any], runs: int) -> str:
+    """The page around a header and sections (key, title, HTML); those without content are left out."""
     sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
+    links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
     template = Template(resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=escape(f"WaveletGPT: {summary['data'].get('name') or 'run'}, {' vs '.join(names)}"),
-        header=_header(records, summary, troubles) + f'<nav aria-label="Sections">{links}</nav>',
+        title=escape(title),
+        header=header + f'<nav aria-label="Sections">{links}</nav>',
         main="".join(
-            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{body}</section>'
-            for key, title, body in sections
+            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{heading}</h2>{body}</section>'
+            for key, heading, body in sections
         ),
         footer=f"Written by waveletgpt {escape(str(summary['environment'].get('waveletgpt') or ''))} from "
-        f"{plural(len(records), 'run folder')}; summary.json and curves.csv hold the numbers.",
+        f"{plural(runs, 'run folder')}; summary.json and curves.csv hold the numbers.",
     )
 
 
@@ -108,46 +119,54 @@ def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequen
     if others:
         items = "".join(f"<li>{rich(arm_sentence(summary, name))}</li>" for name in others)
         parts.append(f'<ul class="others">{items}</ul>')
-    parts.append(_tiles(summary))
-    notes = [*summary["notes"], *troubles]
-    if notes:
-        items = "".join(f"<li>{rich(note)}</li>" for note in notes)
-        parts.append(f'<aside class="notes"><b>What to keep in mind</b><ul>{items}</ul></aside>')
+    parts.append(tiles(_tiles(summary)))
+    parts.append(notes([*summary["notes"], *troubles]))
     return "\n".join(parts)
 
 
-def _tiles(summary: dict[str, Any]) -> str:
+def notes(texts: Sequence[str]) -> str:
+    """What a reader should know before believing the rest."""
+    items = "".join(f"<li>{rich(text)}</li>" for text in texts)
+    return items and f'<aside class="notes"><b>What to keep in mind</b><ul>{items}</ul></aside>'
+
+
+def tiles(values: Sequence[tuple[str, str, str]]) -> str:
+    """Big numbers: (what, value, small print)."""
+    items = "".join(
+        f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(s)}</small></dd></div>" for t, v, s in values
+    )
+    return items and f'<dl class="tiles">{items}</dl>'
+
+
+def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The few numbers to take away: of the arm in the headline, or of the only one."""
     arms, name = summary["arms"], headline_arm(summary)
     arm, base = arms.get(name) or {}, arms.get(summary["baseline"]) or {}
-    tiles: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str, str]] = []
     difference = arm.get("final_nll_difference") or {}
     if difference.get("mean") is not None:
         step = arm["same_performance_step"]["mean"]
         if step is None:
-            tiles.append(("Same-performance step", "never", f"in {summary['steps']} steps"))
+            found.append(("Same-performance step", "never", f"in {summary['steps']} steps"))
         else:
-            tiles.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
+            found.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
         if arm["time_speedup"] is not None:
             time = f"{duration(arm['same_performance_seconds'])} of {duration(base['seconds'])}"
-            tiles.append(("Time speed-up", f"{arm['time_speedup']:.2f}×", time))
+            found.append(("Time speed-up", f"{arm['time_speedup']:.2f}×", time))
         ci = difference["ci95"]
         doubt = "one seed: chance unknown" if ci is None else f"95 % interval ±{ci:.3f} over seeds"
         change = f"{difference['mean']:+.3f}".replace("-", "−")
-        tiles.append(("Final loss", change, f"nats per token; {doubt}"))
+        found.append(("Final loss", change, f"nats per token; {doubt}"))
         added, share = arm["extra_parameters"], _added_share(arm, base)
-        tiles.append(("Parameters of mixing", quantity(added) if added else "0", share))
+        found.append(("Parameters of mixing", quantity(added) if added else "0", share))
     elif len(arms) == 1 and arm.get("seeds"):
-        tiles.append(("Final loss", plus_minus(arm["final_nll"]), "nats per token, held out"))
+        found.append(("Final loss", plus_minus(arm["final_nll"]), "nats per token, held out"))
         if arm["bits_per_byte"] is not None:
-            tiles.append(("Bits per byte", f"{arm['bits_per_byte']:.3f}", "held out"))
-        tiles.append(("Parameters", quantity(arm["parameters"]), f"{quantity(arm['flops_per_token'])} FLOPs per token"))
+            found.append(("Bits per byte", f"{arm['bits_per_byte']:.3f}", "held out"))
+        found.append(("Parameters", quantity(arm["parameters"]), f"{quantity(arm['flops_per_token'])} FLOPs per token"))
         speed = arm["tokens_per_second"]
-        tiles.append(("Training", duration(arm["seconds"]), "" if speed is None else f"{speed:,.0f} tokens per second"))
-    items = "".join(
-        f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(s)}</small></dd></div>" for t, v, s in tiles
-    )
-    return f'<dl class="tiles">{items}</dl>' if items else ""
+        found.append(("Training", duration(arm["seconds"]), "" if speed is None else f"{speed:,.0f} tokens per second"))
+    return found
 
 
 def _added_share(arm: dict[str, Any], base: dict[str, Any]) -> str:
@@ -159,7 +178,7 @@ def _curves(records: Sequence[Record], summary: dict[str, Any], styles: dict[str
     return loss_figures(records, summary, styles) + difference_figure(records, summary, styles)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str, label: str) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str, label: str) -> str:
     """A table of HTML cells in its own scrolling box; the first cell of a row is its header."""
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return (
@@ -183,17 +202,17 @@ def _arms(summary: dict[str, Any], styles: dict[str, int]) -> str:
         # What qualifies a number goes under it, or the table gets too wide.
         others = [re.sub(r" ((\(|±|of ).*)$", r"<small>\1</small>", escape(row[i].replace("-", "−"))) for i in keep[1:]]
         cells.append([name, *others])
-    table = _table([TABLE_HEADER[i] for i in keep], cells, "arms", "Numbers of every arm")
+    html = table([TABLE_HEADER[i] for i in keep], cells, "arms", "Numbers of every arm")
     per_seed = "; ".join(
         f"`{name}` " + ", ".join(f"{loss:.4f}" for loss in arm["final_nll"]["per_seed"])
         for name, arm in summary["arms"].items()
         if len(arm["seeds"]) > 1
     )
     note = f'<p class="small">Final loss by seed: {rich(per_seed)}.</p>' if per_seed else ""
-    return table + note
+    return html + note
 
 
-def _inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Pictures that need the trained models; what cannot be loaded becomes a note, not a failure of the report."""
     html = {"mixing": "", "kernels": ""}
     troubles: list[str] = []
@@ -286,7 +305,8 @@ SAMPLE_RENDERERS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
 }
 
 
-def _show(folder: Path, sample: dict[str, Any]) -> str:
+def shown(folder: Path, sample: dict[str, Any]) -> str:
+    """A sample of a run folder in its own form."""
     try:
         return SAMPLE_RENDERERS.get(str(sample.get("kind", "text")), _other_sample)(folder, sample)
     except Exception as error:  # a file may be gone or broken, a library for pictures missing: the report goes on
@@ -312,14 +332,15 @@ def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
                 sample = samples[row]
                 cards += (
                     f'<article class="sample"><h4>{swatch(styles[arm])}{escape(arm)}, seed {record.seed}</h4>'
-                    f"{_show(record.path, sample)}</article>"
+                    f"{shown(record.path, sample)}</article>"
                 )
         html += f'<div class="samples">{cards}</div>'
     intro = "Same prompts and same random seed for all arms; prompts in grey." if len(found) > 1 else "Prompts in grey."
     return html and f"<p>{intro}</p>{html}"
 
 
-def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
+def setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
+    """Recipe, data, environment, model, commands."""
     by_arm: dict[str, Record] = {}
     for record in records:
         by_arm.setdefault(record.arm, record)
@@ -330,20 +351,20 @@ def _setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
     if differing:
         rows = [[escape(arm), *(_value(values.get(key)) for key in differing)] for arm, values in settings.items()]
         parts.append("<h3>What differs between the arms</h3>")
-        parts.append(_table(["arm", *map(escape, differing)], rows, "key", "Settings that differ between arms"))
+        parts.append(table(["arm", *map(escape, differing)], rows, "key", "Settings that differ between arms"))
     first = next(iter(settings.values()))
     seeds = sorted({record.seed for record in records})
     # What is None is left to the preset; the model's own configuration says what came of it.
     common = {"seeds": ", ".join(map(str, seeds))}
     common |= {key: value for key, value in first.items() if key not in differing and value is not None}
-    shown = next((r for r in records if r.arm != summary["baseline"] and r.usable), records[0])
+    pictured = next((r for r in records if r.arm != summary["baseline"] and r.usable), records[0])
     data = {key: value for key, value in summary["data"].items() if key not in ("splits", "bytes_per_token")}
     parts += [
         '<div class="columns">',
         _facts("Recipe, the same for all arms" if len(by_arm) > 1 else "Recipe", common),
         _facts("Data", flatten(data), _splits(summary["data"])),
         _facts("Environment", summary["environment"]),
-        _facts(f"Model of {shown.arm}", _configuration(shown)),
+        _facts(f"Model of {pictured.arm}", _configuration(pictured)),
         "</div>",
     ]
     commands = list(dict.fromkeys(str(r.info.get("command") or "") for r in records))
@@ -380,8 +401,8 @@ def _splits(data: dict[str, Any]) -> str:
         for name, split in splits.items()
     ]
     head = "".join(f"<th>{escape(title)}</th>" for title in ["split", *columns, "B/token"])
-    table = f'<table class="key"><thead><tr>{head}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
-    return table if rows else ""
+    html = f'<table class="key"><thead><tr>{head}</tr></thead><tbody>{_rows(rows)}</tbody></table>'
+    return html if rows else ""
 
 
 def _value(value: Any) -> str:

@@ -44,7 +44,7 @@ class Insight:
 
 
 def look_inside(path: Path, probe: Sequence[int]) -> Insight:
-    """Load a saved causal LM and run it once on `probe` (token ids, cut to its context).
+    """Load a saved model and run it once on `probe` (token ids, cut to its context).
 
     The hidden states are those of the middle block among those that mix. Where kernels differ by coordinate, the
     middle coordinate of each window stands for it.
@@ -56,19 +56,19 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     from transformers.utils import logging
 
     from ..mixing import LearnableMean, Mixer
-    from ..modeling import WaveletGPTForCausalLM
+    from ..modeling import WaveletGPTModel
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: Any = WaveletGPTForCausalLM.from_pretrained(path)
+        model: Any = WaveletGPTModel.from_pretrained(path)
     finally:
         if bars:
             logging.enable_progress_bar()
     model = model.eval().float()
     mixers = [
         (block.layer_idx, next(module for module in block.modules() if isinstance(module, Mixer)))
-        for block in model.model.blocks
+        for block in model.blocks
         if any(isinstance(module, Mixer) for module in block.modules())
     ]
     kernels = [

@@ -1,0 +1,144 @@
+"""What the commands `predict` and `evaluate` do with a classifier's run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .classification import predict, probabilities
+from .classification import collate as collate_examples
+from .data.examples import ExampleStore
+from .errors import UserError, suggest
+from .modeling import WaveletGPTForSequenceClassification
+from .recipe import Recipe
+from .runs import RunFolder
+from .scores import CLASSIFICATION
+from .training import choose_device
+
+
+def open_classifier(folder: str | Path, device: str = "auto") -> tuple[RunFolder, Any]:
+    """A classifier's run and its newest model, on the device.
+
+    Raises:
+        UserError: no run, a language model's run, no checkpoint yet, broken weights, a device that is not there.
+    """
+    from safetensors import SafetensorError
+
+    run = RunFolder.open(folder)
+    if run.info.get("task") != CLASSIFICATION:
+        raise UserError(f"{run.path} is no classifier; `waveletgpt evaluate` and `generate` are for language models")
+    transformers_logging.disable_progress_bar()
+    path = run.model_path()
+    use_cpu = choose_device(Recipe(device=device)).get("use_cpu", False)
+    place = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
+    try:
+        model: Any = WaveletGPTForSequenceClassification.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return run, model.to(place).eval()
+
+
+def evaluate_classifier(
+    folder: str | Path, split: str = "validation", batch_size: int = 16, device: str = "auto"
+) -> dict[str, Any]:
+    """Scores of a run's model on a whole split: accuracy and top5, or map and top5; recordings; split.
+
+    Raises:
+        UserError: see `open_classifier`; unknown or empty split; examples that are gone or have changed.
+    """
+    from .classification import measure
+
+    if split not in ("train", "validation", "test"):
+        raise UserError(f'--split: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size} must be at least 1")
+    run, model = open_classifier(folder, device)
+    data = run.info["data"]
+    try:
+        store = ExampleStore.open(data["store"])
+    except UserError as error:
+        raise UserError(f"the examples of {run.path} are gone ({error}); its command with --resume makes them") from None
+    if store.fingerprint != data["fingerprint"]:
+        raise UserError(f"{data['name']} has changed since {run.path} was trained on it; train again")
+    examples = store.split(split)
+    if not len(examples):
+        raise UserError(f"the {split} split of {data['name']} has no examples")
+    scores, labels = predict(model, examples, batch_size, store.multi_label)
+    return {"split": split, **measure(scores, labels), "recordings": len(scores)}
+
+
+@torch.inference_mode()
+def predict_files(
+    folder: str | Path, files: Sequence[str], top: int = 3, device: str = "auto"
+) -> list[tuple[str, list[tuple[str, float]]]]:
+    """(file, [(class, probability), ...]) with the `top` likeliest classes of each file, the likeliest first.
+
+    A recording is cut into pieces as in training and their probabilities are averaged.
+
+    Raises:
+        UserError: see `open_classifier`; no file, or one that cannot be read as what the run was trained on.
+    """
+    if not files:
+        raise UserError("predict: name at least one file after the run folder")
+    if top < 1:
+        raise UserError(f"--top {top} must be at least 1")
+    run, model = open_classifier(folder, device)
+    multi_label = model.config.problem_type == "multi_label_classification"
+    rows = []
+    for name in files:
+        batch = collate_examples([_as_input(piece, run.info) for piece in read_inputs(Path(name), run.info)])
+        logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
+        scores = probabilities(logits, multi_label).mean(0)
+        best = np.argsort(-scores, kind="stable")[:top]
+        rows.append((name, [(str(model.config.id2label[int(k)]), float(scores[k])) for k in best]))
+    return rows
+
+
+def _as_input(piece: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
+    if info["data"]["modality"] == "audio":
+        return {"input_values": torch.from_numpy(piece.astype(np.float32) / 32768)}
+    return {"input_ids": torch.from_numpy(piece.astype(np.int64))}
+
+
+def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
+    """A file as a run's model reads it: ids 1 .. 256 of a text, expression or picture, or int16 pieces of a recording.
+
+    Raises:
+        UserError: a file that is missing, empty, or not of the run's kind; pairs of texts, which no one file holds.
+    """
+    modality, longest = info["data"]["modality"], int(info["data"]["max_length"])
+    if info["data"]["name"] == "retrieval":
+        raise UserError("predict: retrieval compares two texts; there is no one file to predict")
+    if not path.is_file():
+        raise UserError(f"{path} is no file; name a file to predict")
+    if modality == "audio":
+        from .data.clips import read_clips
+
+        source = info["recipe"]["source"]
+        return read_clips(path, source["sample_rate"], source["clip_seconds"])
+    if modality == "image":
+        from .data.images import Shape, Unusable, load
+
+        try:
+            pixels = load(path.read_bytes(), Shape(round(longest**0.5), 1))
+        except Unusable as error:
+            raise UserError(f"{path}: {error}") from None
+        return [np.frombuffer(pixels, np.uint8).astype(np.int64) + 1]
+    content = path.read_bytes()
+    if modality == "listops":
+        from .data.listops import IDS
+
+        words = content.decode("utf-8", "replace").replace("(", " ").replace(")", " ").split()
+        unknown = [word for word in words if word not in IDS]
+        if unknown or not words or len(words) > longest:
+            told = f'"{unknown[0]}" is no part of one' if unknown else f"{len(words)} words, 1 to {longest} go"
+            raise UserError(f"{path} is no expression: {told}")
+        return [np.array([IDS[word] + 1 for word in words])]
+    if not content:
+        raise UserError(f"{path} is empty")
+    return [np.frombuffer(content[:longest], np.uint8).astype(np.int64) + 1]
