@@ -83,7 +83,7 @@ def test_chunks_with_a_cache_are_the_whole(kind: str, edge: str, chunks: list[in
     cache = DynamicCache(config=tiny_config(mixing=kind)).layers[0]
     parts, past = [], 0
     for x, s in zip(whole.split(chunks, 1), seen.split(chunks, 1), strict=True):
-        clock = Clock(Layout(mixer.windows, x.device), past, x.shape[1]) if mixer.windows else None
+        clock = Clock(Layout(mixer.windows, x.device), past, x.shape[1], x.shape[0]) if mixer.windows else None
         parts.append(mixer(x, s, cache=cache, clock=clock))
         past += x.shape[1]
     torch.testing.assert_close(torch.cat(parts, 1), mixer(whole, seen), atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from waveletgpt.compare import parse_arms
 from waveletgpt.errors import UserError
-from waveletgpt.recipe import PRESETS, Recipe, load_recipe
+from waveletgpt.recipe import CLASSIFIER_PRESETS, PRESETS, ClassifierRecipe, Recipe, load_recipe
 
 
 @given(
@@ -92,9 +92,11 @@ def test_every_recipe_of_the_project_loads() -> None:
     assert recipes
     for path in recipes:
         changes = load_recipe(path)
-        changes.pop("data", None)
+        for extra in ("data", "task"):
+            changes.pop(extra, None)
         arms = (changes.pop("compare", None) or {}).get("arms", ["none"])
-        recipe = Recipe().override(changes, str(path))
+        kind = ClassifierRecipe if changes["preset"] in CLASSIFIER_PRESETS else Recipe
+        recipe = kind().override(changes, str(path))
         for arm in parse_arms(arms, recipe):
             arm.recipe.model_settings()
 

@@ -103,7 +103,8 @@ class Lra:
     data: str | None = None
     """Folder or archive with the task's official files; default: generated, or the named data set."""
     out: str | None = None
-    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed; default: runs/lra-TASK."""
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed (default:
+    runs/lra-TASK)."""
     arms: tuple[str, ...] = ("none", "fixed")
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
@@ -249,9 +250,12 @@ class Generate:
     """auto, cpu, cuda or mps."""
 
     def run(self) -> None:
-        from .evaluation import generate_from_run
+        from .evaluation import print_samples
 
-        rows = generate_from_run(
+        if is_classifier(self.run_folder):
+            raise UserError(f"{self.run_folder} is a classifier's run; ask it with `waveletgpt predict`")
+
+        print_samples(
             self.run_folder,
             self.prompt,
             tokens=self.tokens,
@@ -263,10 +267,6 @@ class Generate:
             seed=self.seed,
             device=self.device,
         )
-        for i, row in enumerate(rows):
-            if len(rows) > 1:
-                say(f"--- sample {i + 1}")
-            print(row)
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,8 @@ class DataPrepare:
     data: Positional[str] = DEFAULT_DATA
     """File, folder, archive, data set name, or hf:OWNER/NAME."""
     modality: str | None = None
-    """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own."""
+    """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own, else what the
+    names of the files tell."""
     source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
 
     def run(self) -> None:

@@ -33,6 +33,7 @@ class Mixer(nn.Module):
     def __init__(self, config: WaveletGPTConfig):
         super().__init__()
         self.n_mixed = config.n_mixed
+        self.parts = [config.n_mixed, config.n_embd - config.n_mixed]
         self.windows = tuple(config.mix_windows())
         self.causal = config.causal
         self.edge = config.mix_edge if self.averages else "zero"
@@ -77,14 +78,15 @@ class Mixer(nn.Module):
         if padding_mask is not None:
             hidden = hidden * padding_mask[..., None].to(hidden.dtype)
         # Split, not slices: its gradient is one concatenation instead of two zero-filled sums.
-        x, rest = hidden.split_with_sizes([self.n_mixed, hidden.shape[-1] - self.n_mixed], dim=-1)
+        x, rest = hidden.split_with_sizes(self.parts, dim=-1)
         y = self.mix(x, None) if cache is None else self.go_on(x, cache, state_idx, clock)
-        y = self._scale(y, seen, clock)
+        if self.edge == "partial":
+            y = self._scale(y, seen, clock)
         if not self.causal:
             # Real tokens from each one to the last.
             ahead = None if seen is None else (seen.amax(1, keepdim=True) + 1 - seen).flip(1)
             y = (y + self._scale(self.mix(x.flip(1), None), ahead).flip(1)) / 2
-        return torch.cat([y, rest], dim=-1) if rest.shape[-1] else y
+        return torch.cat([y, rest], dim=-1) if self.parts[1] else y
 
     def go_on(self, x: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor:
         """`mix`, after the tokens in the cache, which takes these in too."""
@@ -115,6 +117,7 @@ class Layout:
     def __init__(self, windows: Sequence[int], device: torch.device):
         self.size, self.longest = sum(windows), max(windows)
         self.window = torch.tensor(windows, device=device)
+        self.rate = 1 / self.window
         self.start = self.window.cumsum(0) - self.window
         # Of each slot: its coordinate, and which of that one's it is.
         coordinates = torch.arange(len(windows), device=device)
@@ -128,12 +131,12 @@ class Clock:
     One serves all mixers.
     """
 
-    def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int):
+    def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int, batch: int):
         self.layout = layout
         # Copies: a cache changes a `past` that is a tensor during the pass.
         self.first, self.last = past + 0, past + tokens - 1
-        self.slots = layout.start + self.last % layout.window
-        """(C,) the slot of each coordinate's last input."""
+        self.slots = (layout.start + self.last % layout.window).expand(batch, -1)
+        """(B, C) the slot of each coordinate's last input."""
         self._ages: torch.Tensor | None = None
 
     def ages(self) -> torch.Tensor:
@@ -185,12 +188,12 @@ class Windowed(Mixer):
         indices = range(state_idx, state_idx + self.n_states)
         state, inputs = None, x
         if cache.has_previous_state[state_idx]:
-            row = cache.conv_states[state_idx]
+            states = [cache.conv_states[i] for i in indices]
             # (B, C, S) where the cache recorded the past.
-            packed = row.ndim == 2
+            packed = states[0].ndim == 2
             if packed and x.shape[1] == 1 and not cache.record_past and not torch.is_grad_enabled():
-                return self.step(x[:, 0], [cache.conv_states[i] for i in indices], clock)[:, None]
-            state = clock.unpack(row) if packed else row.transpose(1, 2)
+                return self.step(x.squeeze(1), states, clock).unsqueeze(1)
+            state = clock.unpack(states[0]) if packed else states[0].transpose(1, 2)
             inputs = torch.cat([state, x], dim=1)
         if cache.record_past:
             # To take tokens back, as speculative decoding does, it wants all inputs, in order.
@@ -243,10 +246,9 @@ class FixedMean(Windowed):
 
     def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         row, sums = states
-        slots = clock.slots.expand(x.shape[0], -1)
-        sums.sub_(row.gather(1, slots)).add_(x)
-        row.scatter_(1, slots, x)
-        return (sums / clock.layout.window).to(x.dtype)
+        sums.sub_(row.gather(1, clock.slots)).add_(x)
+        row.scatter_(1, clock.slots, x)
+        return (sums * clock.layout.rate).to(x.dtype)
 
 
 class WeightedSum(Windowed):
@@ -257,7 +259,7 @@ class WeightedSum(Windowed):
 
     def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         [row] = states
-        row.scatter_(1, clock.slots.expand(x.shape[0], -1), x)
+        row.scatter_(1, clock.slots, x)
         # All weights in a row, w for each coordinate, turned to where the inputs are.
         pairs = zip(self.weights(), self.groups, strict=True)
         weights = torch.cat([weight.expand(n, window).flatten() for weight, (window, n) in pairs])
@@ -364,4 +366,5 @@ class Mixers(nn.ModuleList):
         if place not in self.slots:
             return hidden
         idx = self.slots.index(place)
-        return self[idx](hidden, state_idx=idx * self.n_states, **context)
+        mixer: Any = self._modules[str(idx)]  # faster than self[idx]
+        return mixer(hidden, state_idx=idx * self.n_states, **context)

@@ -143,12 +143,14 @@ class Block(GradientCheckpointingLayer):
             "cache": past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None,
         }
 
+        mix = self.mixers.at
+
         def attend(x: torch.Tensor) -> torch.Tensor:
-            x = self.mixers.at("attention", x, **context)
+            x = mix("attention", x, **context)
             return self.dropout(self.attention(x, attention_mask, rotary, past_key_values, **kwargs)[0])
 
         def feed(x: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.feed_forward(self.mixers.at("feed_forward", x, **context)))
+            return self.dropout(self.feed_forward(mix("feed_forward", x, **context)))
 
         if self.post_norm:
             hidden = self.norm_1(hidden + attend(hidden))
@@ -156,7 +158,7 @@ class Block(GradientCheckpointingLayer):
         else:
             hidden = hidden + attend(self.norm_1(hidden))
             hidden = hidden + feed(self.norm_2(hidden))
-        return self.mixers.at("output", hidden, **context)
+        return mix("output", hidden, **context)
 
 
 class WaveletGPTPreTrainedModel(PreTrainedModel):
@@ -208,6 +210,7 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.windows = config.mix_windows()
+        self.mixing_layers = [layer for layer in range(config.n_layer) if config.mixes(layer)]
         self.layouts: dict[torch.device, Layout] = {}
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
@@ -233,10 +236,9 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
     ) -> None:
         """ValueError for caches without mixing states, for packed documents, and for serving engines."""
         if cache is not None:
-            kept = [hasattr(layer, "conv_states") for layer in cache.layers] or [False] * len(self.blocks)
-            needed = [bool(block.mixers) for block in self.blocks]
             # An offloaded cache moves the states away together with keys and values, before they are used.
-            if cache.offloading or any(need and not keep for need, keep in zip(needed, kept, strict=True)):
+            layers = cache.layers
+            if cache.offloading or not all(layers and hasattr(layers[i], "conv_states") for i in self.mixing_layers):
                 raise ValueError(
                     f"this {type(cache).__name__} keeps no mixing states at hand; "
                     "make it with DynamicCache(config=model.config)"
@@ -327,7 +329,7 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         if past_key_values is not None and self.windows:
             if hidden.device not in self.layouts:
                 self.layouts[hidden.device] = Layout(self.windows, hidden.device)
-            clock = Clock(self.layouts[hidden.device], past, hidden.shape[1])
+            clock = Clock(self.layouts[hidden.device], past, hidden.shape[1], hidden.shape[0])
         for block in self.blocks:
             hidden = block(
                 hidden,

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .classification import predict, probabilities
-from .classification import collate as collate_examples
+from .classification import collate, measure, predict, probabilities
 from .data.examples import ExampleStore
 from .errors import UserError, suggest
 from .modeling import WaveletGPTForSequenceClassification
@@ -51,8 +50,6 @@ def evaluate_classifier(
     Raises:
         UserError: see `open_classifier`; unknown or empty split; examples that are gone or have changed.
     """
-    from .classification import measure
-
     if split not in ("train", "validation", "test"):
         raise UserError(f'--split: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
     if batch_size < 1:
@@ -62,7 +59,7 @@ def evaluate_classifier(
     try:
         store = ExampleStore.open(data["store"])
     except UserError as error:
-        raise UserError(f"the examples of {run.path} are gone ({error}); its command with --resume makes them") from None
+        raise UserError(f"the examples of {run.path} are gone ({error}); resume its command to make them") from None
     if store.fingerprint != data["fingerprint"]:
         raise UserError(f"{data['name']} has changed since {run.path} was trained on it; train again")
     examples = store.split(split)
@@ -91,7 +88,7 @@ def predict_files(
     multi_label = model.config.problem_type == "multi_label_classification"
     rows = []
     for name in files:
-        batch = collate_examples([_as_input(piece, run.info) for piece in read_inputs(Path(name), run.info)])
+        batch = collate([_as_input(piece, run.info) for piece in read_inputs(Path(name), run.info)])
         logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
         scores = probabilities(logits, multi_label).mean(0)
         best = np.argsort(-scores, kind="stable")[:top]

@@ -142,7 +142,7 @@ class Recipe:
 
     modality: str | None = None
     """How files become tokens: text8, chars, bytes, bpe, audio, acoustic, images, music, listops; default: the data
-    set's own."""
+    set's own, else what the names of the files tell."""
     preset: str = "small"
     """Sizes of the model: tiny, small, paper, gpt2."""
     architecture: str = "gpt2"

@@ -123,12 +123,18 @@ def test_a_split_is_a_sequence(tmp_path: Path) -> None:
 
 
 def test_other_processes_map_the_files_themselves(tmp_path: Path) -> None:
-    train = write(tmp_path / "store").split("train")
-    train[0], train.labels, train.names, train.clips
-    dumped = pickle.dumps(train)
-    assert len(dumped) < 2000
-    assert [item["input_ids"].tolist() for item in pickle.loads(dumped)] == [i["input_ids"].tolist() for i in train]
+    with ExampleWriter(tmp_path / "store", "") as writer:
+        writer.begin(kind="tokens", modality="text", classes=["a"], vocab_size=9)
+        for _ in range(1000):
+            writer.append("train", np.full(10, 8), 0, name="a name")
+        writer.finish()
+    train = ExampleStore.open(tmp_path / "store").split("train")
+    before = train[0]["input_ids"].tolist(), train.labels.tolist(), train.clips.tolist(), train.names
     assert isinstance(train._data, np.memmap)
+    dumped = pickle.dumps(train)
+    assert len(dumped) < 1000
+    again = pickle.loads(dumped)
+    assert (again[0]["input_ids"].tolist(), again.labels.tolist(), again.clips.tolist(), again.names) == before
 
 
 def test_it_feeds_a_data_loader(tmp_path: Path) -> None:
@@ -291,6 +297,13 @@ def test_every_beginning_is_balanced(examples: list[tuple[int, float]]) -> None:
         counts = np.cumsum(labels[order] == label)
         # Each class is within half an example of its share of a common fraction, which all classes together define.
         assert np.all(np.abs(counts - share * np.arange(1, len(order) + 1)) <= 1 + len(classes) / 2)
+
+
+def test_a_rare_class_has_its_share_of_a_beginning() -> None:
+    labels = np.array([0] * 10 + [1] * 90)
+    order = balanced(labels, np.arange(100) / 100)
+    for count in (10, 20, 50):
+        assert np.bincount(labels[order[:count]]).tolist() == [count // 10, count * 9 // 10]
 
 
 def test_for_a_human(tmp_path: Path) -> None:

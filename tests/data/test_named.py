@@ -168,9 +168,7 @@ def known(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Na
     return named
 
 
-def test_a_named_set_end_to_end(
-    known: NamedSet, settings: DataSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_named_set_end_to_end(known: NamedSet, settings: DataSettings, capsys: pytest.CaptureFixture[str]) -> None:
     store = prepare("known", None, settings, progress=True)
     assert capsys.readouterr().out == ""  # the bars go to standard error
     assert store.modality == "text8"

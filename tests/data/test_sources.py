@@ -271,7 +271,7 @@ def test_tables(tmp_path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     for name in ("t.jsonl", "t.parquet", "t.csv", "t.tsv"):
-        assert list(texts(tmp_path / name).values()) == [b"one,\n\"two\"", "tre é".encode()], name
+        assert list(texts(tmp_path / name).values()) == [b'one,\n"two"', "tre é".encode()], name
         assert list(texts(tmp_path / name, DataSettings(column="body")).values()) == [b"b1", b"b2", b"b3"]
         with pytest.raises(UserError, match=r'no column "bodi" but id, text, body; did you mean "body"\?'):
             texts(tmp_path / name, DataSettings(column="bodi"))

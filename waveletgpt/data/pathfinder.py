@@ -8,8 +8,8 @@ there; short contours are put between them; a dot stands at the start of one of 
 same one (joined) or of the other.
 
 Two things are stricter than in the published generator. Contours never touch or cross, so that every picture has one
-right answer. And in each picture both ends where the second dot could stand are equally far from the first, give or take
-a sixteenth of the picture's side, so that the distance between the dots says next to nothing about the answer.
+right answer. And in each picture both ends where the second dot could stand are equally far from the first, give or
+take a sixteenth of the picture's side, so that where the dots are says next to nothing about the answer.
 
 Many figures are drawn at once: N figures, R rows (pairs of contours that may become a figure), P points.
 """
@@ -33,15 +33,15 @@ TOLERANCE = 1 / 16
 
 _BLOCK = 512
 """Figures made at a time."""
-_TOGETHER = 128
-"""Attempts at a figure made at a time."""
-_PAIRS = 32
+_TOGETHER = 192
+"""Attempts at figures made at a time."""
+_PAIRS = 24
 """Pairs of contours that grow in an attempt; where one gets stuck, a copy of another takes its place."""
 _TURNS = 6
 """Directions tried for a dash."""
-_TRIES = 4
+_TRIES = 8
 """How often a distractor is begun."""
-_PLACES = 24
+_PLACES = 16
 """Places tried for its start, each time."""
 _FAR = np.float32(1e4)
 """Where points are that are not there yet."""
@@ -59,9 +59,9 @@ class Layout:
     dot: float
     """Radius of a dot."""
     seed_distance: int
-    """From the start of the first contour to that of the second; twice that is the least from there to the borders."""
+    """From the start of the first contour, which is about the middle of the picture, to that of the second."""
     continuity: float
-    """A turn by an angle a has a probability in proportion to cos(continuity a)^2, up to the first zero or 90 degrees."""
+    """A turn by an angle a is drawn in proportion to cos(continuity a)^2, up to the first zero or 90 degrees."""
     distractors: int
     """How many there are if all find room."""
     contrasts: tuple[float, float]
@@ -248,7 +248,7 @@ def _pair(keys: np.ndarray, margins: np.ndarray, layout: Layout, size: int) -> n
     keys = _mix(np.repeat(keys, _PAIRS) + np.tile(np.arange(_PAIRS, dtype=np.uint64), count))
     margins = np.repeat(margins, _PAIRS)
     crowd = _Crowd(margins, layout, size, 2 + 4 * STEPS)
-    border = 1.5 * layout.seed_distance
+    border = layout.seed_distance + max(layout.seed_distance / 2, layout.padding + max(layout.margins))
     away = _number(keys, 0, 360)
     for axis, points in enumerate((crowd.x, crowd.y)):
         points[0] = border + _number(keys, 1 + axis, int((size - 1 - 2 * border) * 64) + 1) / np.float32(64)
@@ -328,7 +328,7 @@ def _distractors(keys: np.ndarray, contours: np.ndarray, margins: np.ndarray, la
                 searching = searching[~good]
             rows = np.concatenate(found)
             for here in range(start + 1, start + each, 2):
-                # From its own last step a way turns off only.
+                # Its own last step is where this one starts; all else is to be kept away from.
                 others = [slice(0, max(start, here - 2))]
                 rows = crowd.walk(rows, keys, draw, heading, here == start + 1, here - 1, here, others)
                 draw += _TURNS
