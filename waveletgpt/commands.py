@@ -305,7 +305,7 @@ class Info:
     """Parameters, FLOPs and state that mixing adds, and its windows, for a preset or a run."""
 
     what: Positional[str] = "small"
-    """A preset (tiny, small, paper, gpt2) or a run folder."""
+    """A preset (tiny, small, paper, gpt2, lra-small, lra-image, ...) or a run folder."""
     vocabulary: int = 256
     """Vocabulary of a preset's model, in tokens."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)

@@ -21,8 +21,8 @@ from .data.text import TextModality
 from .data.windows import FixedWindows
 from .errors import UserError, suggest
 from .generation import counting, generate_tokens
-from .modeling import WaveletGPTForCausalLM
-from .recipe import PRESETS, Recipe
+from .modeling import WaveletGPTForCausalLM, WaveletGPTForSequenceClassification
+from .recipe import CLASSIFIER_PRESETS, PRESETS, Recipe
 from .runs import RunFolder
 from .training import choose_device
 
@@ -209,14 +209,16 @@ def print_samples(folder: str | Path, prompt: str | None, **settings: Any) -> No
 
 def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
     """Print what a preset's or a run's model has, and what mixing adds to it."""
-    if what in PRESETS and not Path(what).is_dir():
-        settings = Recipe.from_dict({**recipe.as_dict(), "preset": what}).model_settings()
+    known = {**PRESETS, **CLASSIFIER_PRESETS}
+    if what in known and not Path(what).is_dir():
+        settings = {**known[what], **Recipe.from_dict({**recipe.as_dict(), "preset": "small"}).changes()}
+        kind = WaveletGPTForSequenceClassification if what in CLASSIFIER_PRESETS else WaveletGPTForCausalLM
         try:
             config = WaveletGPTConfig(vocab_size=vocab_size, **settings)
         except ValueError as error:
             raise UserError(f"model settings: {error}") from None
         with torch.device("meta"):
-            value = describe(WaveletGPTForCausalLM(config))
+            value = describe(kind(config))
     elif Path(what).exists():
         run = RunFolder.open(what)
         value = run.info["model"]
@@ -224,7 +226,7 @@ def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
         info = run.info
         print(f"run {run.path}: {info['arm']}, seed {info['seed']}, {info['status']}, {info['command']}")
     else:
-        raise UserError(f'"{what}" is neither a preset ({", ".join(PRESETS)}) nor a run folder{suggest(what, PRESETS)}')
+        raise UserError(f'"{what}" is neither a preset ({", ".join(known)}) nor a run folder{suggest(what, known)}')
     windows = value["windows"]
     counts = ", ".join(f"{w} x{windows.count(w)}" for w in dict.fromkeys(windows)) or "none"
     state = value["state_bytes"]

@@ -211,6 +211,10 @@ class Recipe:
 
     def model_settings(self) -> dict[str, Any]:
         """Keyword arguments of `WaveletGPTConfig`: the preset, then what was set here."""
+        return {**self.presets()[self.preset], **self.changes()}
+
+    def changes(self) -> dict[str, Any]:
+        """Keyword arguments of `WaveletGPTConfig` that were set here."""
         given = {k: v for k, v in dataclasses.asdict(self.model).items() if v is not None}
         dropout = given.pop("dropout", None)
         if dropout is not None:
@@ -221,7 +225,7 @@ class Recipe:
                 given["mix_layers"] = [int(part) for part in layers.split(",")]
             except ValueError:
                 raise UserError(f'model.mix_layers={layers!r} is not "all", "inner" or indices such as 0,2') from None
-        return {**self.presets()[self.preset], "architecture": self.architecture, "mixing": self.mixing, **given}
+        return {"architecture": self.architecture, "mixing": self.mixing, **given}
 
     def override(self, changes: dict[str, Any], where: str) -> Recipe:
         """A copy with `changes`, nested as in a recipe file; a bare model setting (`n_layer`) also goes.

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from operator_oracle import device_of
 
-from waveletgpt.ops import available_backends, ema_mix, reference, wavelet_mix
+from waveletgpt.ops import available_backends, ema_mix, reference, unavailable_backends, wavelet_mix
 
+each_backend = pytest.mark.parametrize("backend", [b for b in available_backends() if device_of(b) == "cpu"])
 X = torch.randn(2, 6, 3)
 DECAY = torch.rand(3)
 
@@ -54,7 +56,7 @@ EMA: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@each_backend
 @pytest.mark.parametrize(("arguments", "message"), MIX.values(), ids=MIX)
 def test_wavelet_mix(backend: str, arguments: dict[str, Any], message: str) -> None:
     arguments = {"x": X, "windows": [2, 2, 4], "backend": backend, **arguments}
@@ -63,13 +65,20 @@ def test_wavelet_mix(backend: str, arguments: dict[str, Any], message: str) -> N
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@each_backend
 @pytest.mark.parametrize(("arguments", "message"), EMA.values(), ids=EMA)
 def test_ema_mix(backend: str, arguments: dict[str, Any], message: str) -> None:
     arguments = {"x": X, "decay": DECAY, "backend": backend, **arguments}
     with pytest.raises(ValueError, match=message) as error:
         ema_mix(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("backend", "reason"), unavailable_backends().items())
+def test_what_is_missing_is_said(backend: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"backend is '{backend}': ") as error:
+        wavelet_mix(X, [2, 2, 4], backend=backend)
+    assert reason in str(error.value)
 
 
 def test_the_definition_alone_has_one_backend() -> None:

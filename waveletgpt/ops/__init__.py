@@ -1,22 +1,32 @@
 """The mixing operators and the backends that compute them.
 
-`reference` is the definition; `torch` is the fast path, on any device. A backend is a module with both operators.
+`reference` is the definition. `cpp` (CPUs, compiled at installation) and `triton` (GPUs) are as fast as memory allows
+where they are available; `torch` is the fast path anywhere else. A named backend that cannot be used is an error
+that says what is missing; "auto" takes the fastest that can.
 """
 
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from waveletgpt.ops import fast, reference
+from waveletgpt.ops import autograd, cpp, fast, reference, triton
 
-__all__ = ["available_backends", "ema_mix", "wavelet_mix"]
+__all__ = ["available_backends", "ema_mix", "unavailable_backends", "wavelet_mix"]
 
-_BACKENDS = {"torch": fast, "reference": reference}  # the fastest first
+autograd.KERNELS.update(triton=triton, cpp=cpp, torch=fast)
+_FASTEST = {"cuda": "triton", "cpu": "cpp"}
+
+
+def unavailable_backends() -> dict[str, str]:
+    """The backends that cannot be used here, with what is missing."""
+    reasons = {name: kernels.unavailable() for name, kernels in autograd.KERNELS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend` takes here besides "auto", which is the first of them."""
-    return tuple(_BACKENDS)
+    """Names that `backend` takes here besides "auto"."""
+    missing = unavailable_backends()
+    return (*(name for name in autograd.KERNELS if name not in missing), "reference")
 
 
 def wavelet_mix(
@@ -28,15 +38,33 @@ def wavelet_mix(
     state: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    reference.check_backend(backend, available_backends())
-    chosen = fast if backend == "auto" else _BACKENDS[backend]
-    return chosen.wavelet_mix(x, windows, kernels, edge=edge, state=state)
+    chosen = _choose(backend, x)
+    if chosen == "reference":
+        return reference.wavelet_mix(x, windows, kernels, edge=edge, state=state)
+    return autograd.wavelet_mix(x, windows, kernels, edge, state, chosen)
 
 
 def ema_mix(x: Tensor, decay: Tensor, *, state: Tensor | None = None, backend: str = "auto") -> Tensor:
-    reference.check_backend(backend, available_backends())
-    chosen = fast if backend == "auto" else _BACKENDS[backend]
-    return chosen.ema_mix(x, decay, state=state)
+    chosen = _choose(backend, x)
+    if chosen == "reference":
+        return reference.ema_mix(x, decay, state=state)
+    return autograd.ema_mix(x, decay, state, chosen)
+
+
+def _choose(backend: str, x: Tensor) -> str:
+    """The backend to use for `x`. Raises ValueError, with what is missing, for a named one that cannot be used."""
+    device = x.device.type if isinstance(x, Tensor) else "cpu"  # what is no tensor is turned down later
+    if backend == "auto":
+        fastest = _FASTEST.get(device, "torch")
+        return "torch" if autograd.KERNELS[fastest].unavailable(device) else fastest
+    if backend == "reference":
+        return backend
+    if backend not in autograd.KERNELS:
+        raise ValueError(f"backend is {backend!r}: available here are {('auto', *available_backends())}")
+    reason = autograd.KERNELS[backend].unavailable(device)
+    if reason is not None:
+        raise ValueError(f"backend is {backend!r}: {reason}")
+    return backend
 
 
 wavelet_mix.__doc__ = reference.wavelet_mix.__doc__

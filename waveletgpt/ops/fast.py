@@ -1,28 +1,24 @@
-"""The fast path, in plain torch: tuned for CPU caches, and correct on any device.
+"""Backend "torch", in plain torch: tuned for CPU caches, and correct on any device.
 
-Each computation is an operator of its own (`torch.ops.waveletgpt.*`), so that `torch.compile` calls it as it is
-instead of unrolling its loops.
+It differs from the reference by rounding, and for inputs that are not finite or huge. Mean: an infinite input gives
+NaN, not infinity, while it is in the window. Kernels of more than 16 taps (more than 4 in float64, without oneDNN and
+on other devices than a CPU) go through an FFT: the rounding of a huge input reaches tokens before it, and, except on a
+CPU, a NaN all tokens of its coordinate and sequence.
 
 Shapes: B batch, T tokens, C mixed coordinates, n coordinates that share the window w.
 """
 
-import operator
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from waveletgpt.ops.reference import check_ema, check_mix, group_kernels, group_windows
+from waveletgpt.ops.autograd import Sorted, Windows, empty_result, sorted_windows
 
-Windows = tuple[int, ...]
-Groups = dict[int, list[int]]  # window: its coordinates
 Span = tuple[int, int, int]  # window, its first coordinate, the one after its last
 
 # Elements worked on at a time on a CPU (1 MB of float32): more leaves the cache, less is call overhead.
@@ -32,160 +28,16 @@ BLOCK = 1 << 18
 CONVOLUTION_TAPS, SHIFT_TAPS = 16, 4
 
 
-def wavelet_mix(
-    x: Tensor,
-    windows: Sequence[int],
-    kernels: Iterable[Tensor] | None = None,
-    *,
-    edge: str = "zero",
-    state: Tensor | None = None,
-) -> Tensor:
-    """See `reference.wavelet_mix`; it differs by rounding, and for inputs that are not finite or huge.
-
-    Mean: an infinite input gives NaN, not infinity, while it is in the window. Kernels of more than 16 taps (more than
-    4 in float64, without oneDNN and on other devices than a CPU) go through an FFT: the rounding of a huge input
-    reaches tokens before it, and, except on a CPU, a NaN all tokens of its coordinate and sequence.
-    """
-    check_mix(x, edge, state)
-    windows, groups = _grouped(windows, x.shape[2], kernels is None)
-    signal = x
-    if state is not None:
-        unseen = max(0, state.shape[1] - max(groups) + 1)
-        signal = torch.cat((state[:, unseen:], x), dim=1)
-    if edge == "partial":
-        signal = signal.to(torch.promote_types(x.dtype, torch.float32))
-    grouped = None if kernels is None else group_kernels(kernels, groups)
-    tokens = x.shape[1]
-    if tokens == 1 < signal.shape[1]:
-        y = _newest(signal, groups, grouped)
-    elif grouped is None:
-        y = _mean(signal, windows, False)[:, -tokens:]
-    else:
-        y = _Filter.apply(signal, windows, *grouped)[:, -tokens:]
-    if edge == "partial":
-        seen = tokens if state is None else tokens + state.shape[1]
-        count = torch.arange(seen - tokens + 1, seen + 1, device=x.device, dtype=y.dtype).unsqueeze(1)
-        width = torch.tensor(windows, device=x.device, dtype=y.dtype)
-        y = y * (width / torch.minimum(width, count))
-    return y.to(x.dtype)
+def unavailable(device: str | None = None) -> str | None:
+    """Why this backend cannot be used here (for tensors on `device`); None if it can."""
+    return None
 
 
-def ema_mix(x: Tensor, decay: Tensor, *, state: Tensor | None = None) -> Tensor:
-    """See `reference.ema_mix`."""
-    check_ema(x, decay, state)
-    a = decay.to(torch.promote_types(x.dtype, torch.float32))
-    u = (1 - a) * x
-    if state is None:
-        y = _DecayedSum.apply(u, a, False)
-    else:
-        y = _DecayedSum.apply(torch.cat((state.to(u.dtype).unsqueeze(1), u), dim=1), a, False)[:, 1:]
-    return y.to(x.dtype)
-
-
-def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
-    """`group_windows`, remembered: for 64 coordinates it takes longer than mixing one token."""
-    try:
-        windows = tuple(map(operator.index, windows))
-    except TypeError:
-        windows = tuple(windows)
-        return windows, group_windows(windows, coordinates, dyadic=dyadic)  # raises, naming the culprit
-    if torch.compiler.is_compiling():
-        return windows, group_windows(windows, coordinates, dyadic=dyadic)
-    return windows, _remembered_groups(windows, coordinates, dyadic)
-
-
-@lru_cache(maxsize=256)
-def _remembered_groups(windows: Windows, coordinates: int, dyadic: bool) -> Groups:
-    return group_windows(windows, coordinates, dyadic=dyadic)
-
-
-def _newest(signal: Tensor, groups: Groups, kernels: list[Tensor] | None) -> Tensor:
-    """The result at the last token only, for decoding: one weighted sum for each window."""
-    wide = torch.promote_types(signal.dtype, torch.float32)
-    parts, order = [], []
-    for i, (window, members) in enumerate(groups.items()):
-        consecutive = members[-1] - members[0] + 1 == len(members)
-        columns = slice(members[0], members[-1] + 1) if consecutive else members  # a slice needs no copy
-        past = signal[:, -window:, columns]
-        if kernels is None:
-            parts.append(past.sum(1, keepdim=True, dtype=wide) / window)
-        else:
-            taps = kernels[i][:, : past.shape[1]].to(wide).flip(1).t()
-            parts.append((past * taps).sum(1, keepdim=True))
-        order += members
-    y = torch.cat(parts, dim=2)
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return y if places == order else y[..., places]
-
-
-def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function the operator `torch.ops.waveletgpt.<schema>`; `fake` gives the shapes of its results."""
-
-    def define(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = schema.split("(")[0]
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"waveletgpt::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.waveletgpt, name).default
-
-    return define
-
-
-_LIBRARY = torch.library.Library("waveletgpt", "DEF")
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-class _Sorted:
-    """Coordinates in ascending order of their windows: `groups` holds (window, first, end), all of them slices."""
-
-    def __init__(self, windows: Windows) -> None:
-        order = sorted(range(len(windows)), key=windows.__getitem__)
-        self.windows = tuple(windows[c] for c in order)
-        self.order = None if self.windows == windows else order
-        starts = [c for c, w in enumerate(self.windows) if c == 0 or w != self.windows[c - 1]]
-        ends = [*starts[1:], len(windows)]
-        self.groups: list[Span] = [(self.windows[start], start, end) for start, end in zip(starts, ends, strict=True)]
-
-    def sort(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x[..., self.order]
-
-    def restore(self, y: Tensor) -> Tensor:
-        if self.order is None:
-            return y
-        restored = _contiguous(y)
-        restored[..., self.order] = y
-        return restored
-
-
-_sorted = lru_cache(maxsize=256)(_Sorted)
-
-
-def _mean(x: Tensor, windows: Windows, reverse: bool) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Mean.apply(x, windows, reverse)
-    return _mean_op(x, windows, reverse)
-
-
-class _Mean(torch.autograd.Function):
-    """The gradient is the same filter run backwards in time; nothing is saved for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, windows: Windows, reverse: bool) -> Tensor:
-        ctx.windows, ctx.reverse = windows, reverse
-        return _mean_op(x, windows, reverse)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _mean(grad, ctx.windows, not ctx.reverse), None, None
-
-
-@_opaque("mean(Tensor x, int[] windows, bool reverse) -> Tensor", lambda x, windows, reverse: _contiguous(x))
-def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
-    layout = _sorted(tuple(windows))
+def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
+    layout = sorted_windows(windows)
     x = layout.sort(x)
+    if 0 < past == x.shape[1] - 1 and not reverse:
+        return layout.restore(_newest(x, layout, None))
     batch, tokens, coordinates = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     on_cpu = x.device.type == "cpu"
@@ -193,7 +45,7 @@ def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
     rows = _even_parts(batch, max(1, BLOCK // (tokens * columns))) if on_cpu else batch
     # Only small scratch is kept, and only on a CPU, where one operation follows the other.
     cascade = _cascade if on_cpu and rows * columns * tokens <= 2 * BLOCK else _cascade.__wrapped__
-    y = _contiguous(x)
+    y = empty_result(x)
     for c in range(0, coordinates, columns):
         kind = (wide, x.device, threading.get_ident(), tokens, layout.windows[c : c + columns], reverse)
         run = cascade(*kind, rows)
@@ -202,7 +54,22 @@ def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool) -> Tensor:
             if len(part) < rows:
                 run = cascade(*kind, len(part))
             run(part, y[b : b + rows, :, c : c + columns])
-    return layout.restore(y)
+    return layout.restore(y[:, past:]).contiguous()
+
+
+def _newest(signal: Tensor, layout: Sorted, taps: Tensor | None) -> Tensor:
+    """The result at the last token only, for decoding: one weighted sum for each window."""
+    wide = torch.promote_types(signal.dtype, torch.float32)
+    parts, offset = [], 0
+    for window, start, end in layout.groups:
+        past = signal[:, -window:, start:end]
+        if taps is None:
+            parts.append(past.sum(1, keepdim=True, dtype=wide) / window)
+        else:
+            h = taps[offset : offset + (end - start) * window].view(end - start, window)[:, : past.shape[1]]
+            parts.append((past * h.flip(1).t()).sum(1, keepdim=True))
+            offset += (end - start) * window
+    return torch.cat(parts, dim=2).to(signal.dtype)
 
 
 def _even_parts(total: int, most: int) -> int:
@@ -257,31 +124,14 @@ def _cascade(
     """The cascade for a block of this kind, remembered; `thread` keeps the scratch of one thread from another."""
     with torch.inference_mode(False):  # else a later call outside inference mode could not write to it
         like = torch.empty(0, dtype=dtype, device=device)
-        return _Cascade(like, batch, tokens, _sorted(windows).groups, reverse)
+        return _Cascade(like, batch, tokens, sorted_windows(windows).groups, reverse)
 
 
-class _Filter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, windows: Windows, *kernels: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *kernels)
-        ctx.windows = windows
-        return _filter_op(x, windows, kernels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kernels = ctx.saved_tensors
-        grad_x, *grad_kernels = _filter_backward_op(grad, x, ctx.windows, kernels)
-        return grad_x, None, *grad_kernels
-
-
-def _fake_backward(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> list[Tensor]:
-    return [_contiguous(x), *map(_contiguous, kernels)]
-
-
-@_opaque("filter(Tensor x, int[] windows, Tensor[] kernels) -> Tensor", lambda x, windows, kernels: _contiguous(x))
-def _filter_op(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> Tensor:
-    layout, signal, taps = _sorted_and_wide(x, windows, kernels)
+def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
+    layout = sorted_windows(windows)
+    if 0 < past == x.shape[1] - 1:
+        return layout.restore(_newest(layout.sort(x), layout, taps))
+    signal, taps = _wide_signal(x, layout), _square(taps, layout, x.shape[1])
     short, few = _short(signal, taps, layout.windows)
     y = torch.empty_like(signal)
     if short:
@@ -294,43 +144,48 @@ def _filter_op(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> 
         # A tap of 0 beyond a window times NaN is NaN, and an FFT spreads it: do each window by itself.
         for window, start, end in layout.groups:
             y[..., start:end] = _directly(signal[..., start:end], taps[start:end, :window], False)
-    return layout.restore(y).to(x.dtype)
+    return layout.restore(y[:, past:]).to(x.dtype).contiguous()
 
 
-@_opaque("filter_backward(Tensor grad, Tensor x, int[] windows, Tensor[] kernels) -> Tensor[]", _fake_backward)
-def _filter_backward_op(grad: Tensor, x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> list[Tensor]:
+def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
     """By x: the same filter backwards in time. By tap j: the sum of grad[t] x[t - j] over B and t."""
-    layout, signal, taps = _sorted_and_wide(x, windows, kernels)
-    short, few = _short(signal, taps, layout.windows)
-    grad, tokens, count = layout.sort(grad).to(signal.dtype), x.shape[1], taps.shape[1]
-    grad_x, grad_taps = torch.empty_like(signal), torch.zeros_like(taps)
+    layout = sorted_windows(windows)
+    signal, square = _wide_signal(x, layout), _square(taps, layout, x.shape[1])
+    short, few = _short(signal, square, layout.windows)
+    grad, tokens, count = layout.sort(grad).to(signal.dtype), x.shape[1], square.shape[1]
+    grad_x, grad_taps = torch.empty_like(signal), torch.zeros_like(square)
     if short:
-        grad_x[..., :short] = _directly(grad[..., :short], taps[:short, :few], True)
+        grad_x[..., :short] = _directly(grad[..., :short], square[:short, :few], True)
         for j in range(few):
             first = bisect_right(layout.windows, j)  # the others have no tap j
             late, early = grad[:, j:, first:short], signal[:, : tokens - j, first:short]
             grad_taps[first:short, j] = (late * early).sum((0, 1))
     if short < len(windows):
-        length = _fft_length(signal, taps)
+        length = _fft_length(signal, square)
         late, early = (_spectrum(part[..., short:], length) for part in (grad, signal))
-        product = late * torch.fft.rfft(taps[short:], length).conj()
+        product = late * torch.fft.rfft(square[short:], length).conj()
         grad_x[..., short:] = torch.fft.irfft(product, length)[..., :tokens].transpose(1, 2)
         grad_taps[short:] = torch.fft.irfft((late * early.conj()).sum(0), length)[:, :count]
-    grad_kernels = [
-        F.pad(grad_taps[start:end, :window], (0, max(0, window - count))).to(kernel.dtype).contiguous()
-        for (window, start, end), kernel in zip(layout.groups, kernels, strict=True)
+    parts = [
+        F.pad(grad_taps[start:end, :window], (0, max(0, window - count))).reshape(-1)
+        for window, start, end in layout.groups
     ]
-    return [layout.restore(grad_x).to(x.dtype), *grad_kernels]
+    return layout.restore(grad_x).to(x.dtype), torch.cat(parts).to(taps.dtype)
 
 
-def _sorted_and_wide(x: Tensor, windows: Sequence[int], kernels: Sequence[Tensor]) -> tuple[_Sorted, Tensor, Tensor]:
-    """Coordinates by ascending window, their signals (B, T, C), and their taps (C, at most T), filled up with 0."""
-    layout = _sorted(tuple(windows))
-    signal = layout.sort(x).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    taps = signal.new_zeros(x.shape[2], min(layout.windows[-1], x.shape[1]))
-    for (window, start, end), kernel in zip(layout.groups, kernels, strict=True):
-        taps[start:end, :window] = kernel[:, : taps.shape[1]]
-    return layout, signal, taps
+def _wide_signal(x: Tensor, layout: Sorted) -> Tensor:
+    """Coordinates by ascending window, dense and in the type of the sums."""
+    return layout.sort(x).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _square(taps: Tensor, layout: Sorted, tokens: int) -> Tensor:
+    """(C, at most T): the taps of each of the sorted coordinates, filled up with 0."""
+    square, offset = taps.new_zeros(len(layout.windows), min(layout.windows[-1], tokens)), 0
+    for window, start, end in layout.groups:
+        group = taps[offset : offset + (end - start) * window].view(end - start, window)
+        square[start:end, :window] = group[:, : square.shape[1]]
+        offset += group.numel()
+    return square
 
 
 def _short(signal: Tensor, taps: Tensor, windows: Windows) -> tuple[int, int]:
@@ -374,28 +229,7 @@ def _fft_length(signal: Tensor, taps: Tensor) -> int:
     return -(-needed // step) * step
 
 
-class _DecayedSum(torch.autograd.Function):
-    """y_t = u_t + a y_{t-1}; in reverse, y_t = u_t + a y_{t+1}."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, a: Tensor, reverse: bool) -> Tensor:
-        y = _decayed_sum_op(u, a, reverse)
-        ctx.save_for_backward(a, y if ctx.needs_input_grad[1] else None)
-        ctx.reverse = reverse
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        a, y = ctx.saved_tensors
-        grad_u = _DecayedSum.apply(grad, a, not ctx.reverse)
-        if y is None:
-            return grad_u, None, None
-        early, late = (y, grad_u) if not ctx.reverse else (grad_u, y)
-        return grad_u, (early[:, :-1] * late[:, 1:]).sum((0, 1)), None
-
-
-@_opaque("decayed_sum(Tensor u, Tensor a, bool reverse) -> Tensor", lambda u, a, reverse: _contiguous(u))
-def _decayed_sum_op(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
     """Step through all blocks of about sqrt(T) tokens at once, then from block to block, then pass on what came in."""
     batch, tokens, coordinates = u.shape
     size = 1 << (tokens.bit_length() // 2)

@@ -1,0 +1,105 @@
+"""What the compiled kernels promise beyond what every backend does."""
+
+import itertools
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+from operator_oracle import mix, random_kernels
+from torch.testing import assert_close
+
+from waveletgpt.ops import cpp, ema_mix, wavelet_mix
+
+needs_compiled = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+
+
+@needs_compiled
+# Around the 16 (8 in float64) coordinates of a vector and the 8 tokens of a step.
+@pytest.mark.parametrize("coordinates", [1, 5, 8, 16, 17, 24, 40])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 63, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_are_those_of_torch_bit_for_bit(coordinates: int, tokens: int, dtype: torch.dtype) -> None:
+    windows = [2 ** (c * 7 % 12) for c in range(coordinates)]
+    x = torch.randn(2, tokens, 2 * coordinates, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, tokens, coordinates, dtype=dtype)
+    results = []
+    for backend in ("cpp", "torch"):
+        y = wavelet_mix(x[..., :coordinates], windows, backend=backend)
+        results.append((y, torch.autograd.grad(y, x, grad)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_compiled
+@pytest.mark.parametrize("coordinates", [1, 17, 40])
+# Around a step of 8, the part of 64 taps, and the 1024 tokens that gradients are added up in.
+@pytest.mark.parametrize(("tokens", "longest"), [(7, 70), (130, 64), (130, 65), (1030, 9), (1100, 1030)])
+def test_learned_kernels(coordinates: int, tokens: int, longest: int) -> None:
+    """The last size has more taps than are applied directly."""
+    windows = [1 + (c * 31 + longest - 1) % longest for c in range(coordinates)]
+    kernels = [kernel.requires_grad_() for kernel in random_kernels(windows)]
+    x = torch.randn(2, tokens, coordinates, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    results = []
+    for backend in ("cpp", "reference"):
+        y = wavelet_mix(x, windows, kernels, backend=backend)
+        results.append((y, *torch.autograd.grad(y, [x, *kernels], grad)))
+    for ours, exact in zip(*results, strict=True):
+        assert_close(ours, exact)
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    real = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: real[0](*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real[1](*a, **k).fill_(float("nan")))
+    windows, state = [1, 3, 70, 2, 16] * 5, torch.randn(2, 100, 25).to(dtype)
+    x = torch.randn(2, 21, 25).to(dtype).requires_grad_()
+    kernels = [kernel.requires_grad_() for kernel in random_kernels(windows, torch.float32)]
+    y = wavelet_mix(x, windows, kernels, state=state, backend="cpp")
+    z = wavelet_mix(y, [2, 4, 8, 64, 128] * 5, state=state, backend="cpp")
+    for tensor in (y, z, *torch.autograd.grad(z.sum(), [x, *kernels])):
+        assert tensor.isfinite().all()
+
+
+@needs_compiled
+def test_bfloat16_is_rounded_as_torch_does() -> None:
+    x = torch.randn(1, 4000, 32).bfloat16()
+    x[0, :8, 0] = torch.tensor([0.0, -0.0, 1e-40, 3e38, -3e38, float("inf"), -float("inf"), float("nan")])
+    # Windows of 1 give it back; the mean of two is exact in float32, so there is one rounding.
+    assert torch.equal(wavelet_mix(x, [1] * 32, backend="cpp").view(torch.int16), x.view(torch.int16))
+    y = wavelet_mix(x[..., 1:], [2] * 31, backend="cpp")
+    assert torch.equal(y, mix(x[..., 1:], [2] * 31).bfloat16())
+
+
+@needs_compiled
+def test_threads_change_no_bit() -> None:
+    windows = [2 ** (1 + c // 5) for c in range(40)]
+    x = torch.randn(8, 300, 40, requires_grad=True)
+    kernels = [kernel.requires_grad_() for kernel in random_kernels(windows, torch.float32)]
+    decay = torch.rand(40)
+    grad = torch.randn(8, 300, 40)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = wavelet_mix(x, windows, backend="cpp")
+        z = wavelet_mix(x, windows, kernels, backend="cpp")
+        e = ema_mix(x, decay, backend="cpp")
+        grads = torch.autograd.grad(z, [x, *kernels], grad)
+        results.append((y, z, e, torch.autograd.grad(y, x, grad)[0], *grads))
+    for first, other in itertools.product(results[:1], results[1:]):
+        assert all(map(torch.equal, first, other))
+
+
+def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpp, "__file__", str(tmp_path / "cpp.py"))
+    library, reason = cpp._load()
+    assert library is None
+    assert "not compiled" in str(reason)
+    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    library, reason = cpp._load()
+    assert library is None
+    assert "does not load" in str(reason)
+    assert "\n" not in str(reason)

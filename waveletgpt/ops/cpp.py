@@ -1,0 +1,146 @@
+"""Backend "cpp": the kernels of kernels.cpp, on CPUs.
+
+Installing the package compiles them if it finds GCC or Clang with OpenMP, and goes on without them if not; then this
+backend is unavailable, and "auto" takes "torch" instead. Results do not depend on the number of threads
+(`torch.set_num_threads`), and means are those of "torch", bit for bit in float32 and float64.
+
+Shapes: B batch, T tokens, C mixed coordinates.
+"""
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_bool, c_int, c_int64, c_void_p
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from waveletgpt.ops import fast
+from waveletgpt.ops.autograd import Windows, empty_result, tap_offsets
+
+# Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
+DIRECT_TAPS = 1024
+# That of the entries of kernels.cpp called below.
+VERSION = 1
+
+
+class _Input(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("row", c_int64), ("step", c_int64))
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (("batch", c_int64), ("tokens", c_int64), ("coordinates", c_int64))
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = (("windows", c_void_p), ("offsets", c_void_p))
+
+
+_SIGNATURES = {
+    "mean": (_Input, c_void_p, _Shape, c_void_p, c_bool, c_int64, c_int),
+    "filter": (_Input, c_void_p, _Shape, _Layout, c_void_p, c_bool, c_int64, c_int),
+    "correlate": (_Input, _Input, _Shape, _Layout, c_int64, c_void_p, c_int),
+    "decayed_sum": (_Input, c_void_p, _Shape, c_void_p, c_bool, c_int),
+}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    for path in (Path(__file__).with_name("_kernels" + suffix) for suffix in EXTENSION_SUFFIXES):
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            if library.waveletgpt_version() != VERSION:
+                return None, f"{path.name} is of another version; install the package again"
+        except (AttributeError, OSError) as error:
+            return None, f"{path.name} does not load ({error}); install the package again"
+        return library, None
+    return None, "kernels.cpp was not compiled; install the package again where g++ or clang++ with OpenMP is found"
+
+
+_LIBRARY, _REASON = _load()
+
+
+def unavailable(device: str | None = None) -> str | None:
+    """Why this backend cannot be used here (for tensors on `device`); None if it can."""
+    if _LIBRARY is None or device in (None, "cpu"):
+        return _REASON
+    return f"x is on {device}, this backend is for CPUs"
+
+
+@lru_cache(maxsize=64)
+def _entry(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    entry = getattr(_LIBRARY, f"waveletgpt_{name}_{str(dtype).removeprefix('torch.')}")
+    entry.argtypes, entry.restype = _SIGNATURES[name], None
+    return entry
+
+
+def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
+    x, dtype = _prepare(x), x.dtype
+    y = empty_result(x, past)
+    sizes = _sizes(windows, torch.promote_types(dtype, torch.float32)).data_ptr()
+    _entry("mean", x.dtype)(_input(x), y.data_ptr(), _Shape(*x.shape), sizes, reverse, past, _threads(x))
+    return y.to(dtype)
+
+
+def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
+    if min(max(windows), x.shape[1]) > DIRECT_TAPS:
+        return fast.filter(x, windows, taps, past)
+    return _filter(x, windows, taps, False, past)
+
+
+def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
+    longest = max(windows)
+    if min(longest, x.shape[1]) > DIRECT_TAPS:
+        return fast.filter_backward(grad, x, windows, taps)
+    grad_x, grad_taps = _filter(grad, windows, taps, True, 0), torch.empty_like(taps)
+    grad, signal = _prepare(grad), _prepare(x)
+    arguments = (_input(grad), _input(signal), _Shape(*x.shape), _layout(windows)[0], longest, grad_taps.data_ptr())
+    _entry("correlate", signal.dtype)(*arguments, _threads(x))
+    return grad_x, grad_taps
+
+
+def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+    u, a = _prepare(u), a.contiguous()
+    y = empty_result(u)
+    arguments = (_input(u), y.data_ptr(), _Shape(*u.shape), a.data_ptr(), reverse)
+    _entry("decayed_sum", u.dtype)(*arguments, _threads(u))
+    return y
+
+
+def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:
+    x, taps, dtype = _prepare(x), taps.contiguous(), x.dtype
+    y = empty_result(x, past)
+    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), _layout(windows)[0], taps.data_ptr(), reverse, past)
+    _entry("filter", x.dtype)(*arguments, _threads(x))
+    return y.to(dtype)
+
+
+def _prepare(x: Tensor) -> Tensor:
+    """As the kernels take it: neighbouring coordinates side by side, no float16."""
+    x = x.float() if x.dtype == torch.float16 else x
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _threads(x: Tensor) -> int:
+    """Waking other threads takes as long as mixing a few thousand elements."""
+    return torch.get_num_threads() if x.numel() > 1 << 14 else 1
+
+
+def _input(x: Tensor) -> _Input:
+    return _Input(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+@lru_cache(maxsize=256)
+def _sizes(windows: Windows, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(windows, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
+def _layout(windows: Windows) -> tuple[_Layout, Tensor]:
+    """Windows and where each one's taps begin, and the tensor that holds both."""
+    both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int64)
+    return _Layout(both[0].data_ptr(), both[1].data_ptr()), both

@@ -1,0 +1,172 @@
+"""Backend "triton", for GPUs: the kernels of triton_kernels.py, in float16, bfloat16 and float32.
+
+Float64, EMA, windows of more than 16,384 tokens, and GPUs older than Ampere go through "torch". It differs from the
+reference by rounding; with kernels also for inputs that are not finite, which make NaN of up to 48 tokens before them
+and after their window. It gives the same bits every time.
+
+With TRITON_INTERPRET=1 in the environment before Triton is imported it runs on a CPU, slowly, for tests.
+
+Shapes: B batch, T tokens, C mixed coordinates.
+"""
+
+import contextlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from waveletgpt.ops import fast
+from waveletgpt.ops.autograd import Windows, empty_result, tap_offsets
+
+try:
+    import triton
+
+    from waveletgpt.ops import triton_kernels as kernels
+
+    _MISSING = None
+    _INTERPRETED = kernels.INTERPRETED.value
+except ImportError as error:
+    _MISSING, _INTERPRETED = f"Triton is not installed here ({error})", False
+
+# Means over at most 2^LEVELS tokens read them one by one.
+SHORT_MEAN = {"LEVELS": 3, "TT": 64, "CB": 64}
+LONG_MEAN = {"L": 64, "CB": 32, "num_stages": 2}
+# Tiles that one program for long means works through, at least, and how many tiles' sums one can remember.
+TILES, RINGS = 8, (1, 64, 256)
+FILTER = {"M": 32, "N": 16, "K": 32, "num_stages": 2}
+CORRELATE = {"M": 16, "N": 16, "K": 32, "SEGMENT": 1024, "num_stages": 2}
+# Programs that keep a large GPU busy: the sums for the gradients of taps are made in as many parts as that takes.
+BUSY = 1024
+
+
+def unavailable(device: str | None = None) -> str | None:
+    """Why this backend cannot be used here (for tensors on `device`); None if it can."""
+    if _MISSING or _INTERPRETED:
+        return _MISSING
+    if device is None:
+        return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    return None if device == "cuda" else f"x is on {device}, this backend is for CUDA devices"
+
+
+def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
+    batch, tokens, coordinates = x.shape
+    ring = _ring(max(windows), tokens, past)
+    if _left_to_torch(x) or ring is None or max(windows) >= 1 << 31:
+        return fast.mean(x, windows, reverse, past)
+    x, y = _prepare(x), empty_result(x, past)
+    widths, _ = _table(windows, x.device)
+    short = _short_blocks(windows, x.device)
+    shape = (widths, x.stride(0), x.stride(1), tokens, coordinates, past)
+    with _on(x.device):
+        if len(short):
+            grid = (len(short), triton.cdiv(tokens - past, SHORT_MEAN["TT"]), batch)
+            kernels.short_mean[grid](x, y, short, *shape, reverse=reverse, **SHORT_MEAN)
+        for masked in (False, True):
+            items = _items(windows, tokens - past, masked, x.device)
+            if len(items):
+                how = {"reverse": reverse, "masked": masked, "RING": ring, **LONG_MEAN}
+                kernels.long_mean[len(items), batch](x, y, items, *shape, **how)
+    return y
+
+
+def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
+    return fast.filter(x, windows, taps, past) if _left_to_torch(x) else _filter(x, windows, taps, False, past)
+
+
+def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
+    if _left_to_torch(x):
+        return fast.filter_backward(grad, x, windows, taps)
+    grad, x = _prepare(grad), _prepare(x)
+    batch, tokens, coordinates = x.shape
+    width = _width(x)
+    blocks = triton.cdiv(coordinates, width)
+    parts = triton.cdiv(min(max(windows), tokens), CORRELATE["M"] * CORRELATE["N"])
+    splits = triton.cdiv(min(BUSY, blocks * batch * triton.cdiv(tokens, CORRELATE["SEGMENT"])), blocks * parts)
+    # Zeros: taps that reach back beyond the first token are not visited.
+    partial = taps.new_zeros(splits, len(taps))
+    strides = (grad.stride(0), grad.stride(1), x.stride(0), x.stride(1))
+    shape = (*_table(windows, x.device), *strides, batch, tokens, coordinates, len(taps), splits)
+    with _on(x.device):
+        kernels.correlate[blocks, splits, parts](grad, x, partial, *shape, CB=width, **CORRELATE)
+    return _filter(grad, windows, taps, True, 0), partial.sum(0)
+
+
+def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+    return fast.decayed_sum(u, a, reverse)
+
+
+def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:
+    x, y, taps = _prepare(x), empty_result(x, past), taps.contiguous()
+    batch, tokens, coordinates = x.shape
+    width = _width(x)
+    shape = (*_table(windows, x.device), taps, x.stride(0), x.stride(1), tokens, coordinates, past)
+    grid = (triton.cdiv(coordinates, width), triton.cdiv(tokens - past, FILTER["M"] * FILTER["N"]), batch)
+    with _on(x.device):
+        kernels.filter[grid](x, y, *shape, reverse=reverse, CB=width, **FILTER)
+    return y
+
+
+def _width(x: Tensor) -> int:
+    """Coordinates in 32 bytes, the least that memory moves."""
+    return 32 // x.element_size()
+
+
+def _left_to_torch(x: Tensor) -> bool:
+    return x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
+
+
+@lru_cache
+def _is_old(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _prepare(x: Tensor) -> Tensor:
+    """Neighbouring coordinates side by side."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+@lru_cache(maxsize=256)
+def _table(windows: Windows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(C,) windows, and where each one's taps begin."""
+    both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int32, device=device)
+    return both[0], both[1]
+
+
+def _ring(window: int, tokens: int, past: int) -> int | None:
+    """Tiles to remember: as far as the window reaches, no further than there are any; None for too many."""
+    size = LONG_MEAN["L"]
+    there_are = -(-past // size) + -(-(tokens - past) // size)
+    return next((ring for ring in RINGS if ring >= min(window // size, there_are)), None)
+
+
+def _is_short(windows: Windows, first: int) -> bool:
+    return max(windows[first : first + SHORT_MEAN["CB"]]) <= 1 << SHORT_MEAN["LEVELS"]
+
+
+@lru_cache(maxsize=256)
+def _short_blocks(windows: Windows, device: torch.device) -> Tensor:
+    size = SHORT_MEAN["CB"]
+    blocks = [i for i in range(-(-len(windows) // size)) if _is_short(windows, i * size)]
+    return torch.tensor(blocks, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=256)
+def _items(windows: Windows, tokens: int, masked: bool, device: torch.device) -> Tensor:
+    """(n, 5) work of the programs for long means, most first: of blocks with at most two windows, or (masked) more."""
+    items = []
+    size, tiles = LONG_MEAN["CB"], -(-tokens // LONG_MEAN["L"])
+    for first in range(0, len(windows), size):
+        here = sorted(set(windows[first : first + size]))
+        if _is_short(windows, first // SHORT_MEAN["CB"] * SHORT_MEAN["CB"]) or (len(here) > 2) != masked:
+            continue
+        for low, high in zip(here[::2], [*here[1::2], here[-1]], strict=False):
+            # A program starts with adding up the tiles that its windows reach back to: as many of its own, then.
+            count = max(TILES, high // LONG_MEAN["L"])
+            items += [(first // size, i, min(i + count, tiles), low, high) for i in range(0, tiles, count)]
+    items.sort(key=lambda item: item[1] - item[2])
+    return torch.tensor(items, dtype=torch.int32, device=device).view(-1, 5)

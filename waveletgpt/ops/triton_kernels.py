@@ -1,0 +1,247 @@
+"""The kernels of backend "triton"; triton.py launches them.
+
+In all of them x is (B, T, C) with any strides of B and T and neighbouring coordinates side by side, y is dense and
+holds the tokens from `past` on. `reverse` runs time backwards. Sums are in float32. A program works on the CB
+coordinates from a multiple of CB on; their windows may differ.
+"""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter, for tests on a CPU, has no products of bfloat16 matrices.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _load(x, step, t, c, tokens, coordinates, reverse: tl.constexpr):
+    """x at tokens `t` and coordinates `c`, which broadcast; 0 outside the sequence."""
+    at = tokens - 1 - t if reverse else t
+    return tl.load(x + at * step + c, mask=(t >= 0) & (t < tokens) & (c < coordinates), other=0.0)
+
+
+@triton.jit
+def _place(y, t, c, past, tokens, coordinates, reverse: tl.constexpr):
+    return y + (tokens - 1 - t if reverse else t - past) * coordinates + c
+
+
+@triton.jit
+def _dot(a, b, sums):
+    """sums + a b; float32 in products of three TF32 parts, which keeps 22 bits of each factor."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    return tl.dot(a, b, sums, input_precision="tf32x3")
+
+
+@triton.jit
+def short_mean(
+    x,
+    y,
+    blocks,
+    windows,
+    row,
+    step,
+    tokens,
+    coordinates,
+    past,
+    reverse: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TT: tl.constexpr,
+    CB: tl.constexpr,
+):
+    """Means over windows of 2^LEVELS tokens at most, by as many shifted reads of x (all but the first from cache)."""
+    c = (tl.load(blocks + tl.program_id(0)) * CB + tl.arange(0, CB))[None, :]
+    t = (past + tl.program_id(1) * TT + tl.arange(0, TT))[:, None]
+    x += tl.program_id(2).to(tl.int64) * row
+    y += tl.program_id(2).to(tl.int64) * (tokens - past) * coordinates
+    w = tl.load(windows + c, mask=c < coordinates, other=1)
+    sums = _load(x, step, t, c, tokens, coordinates, reverse).to(tl.float32)
+    result = sums
+    for level in tl.static_range(LEVELS):
+        for j in tl.static_range(1 << level, 2 << level):
+            sums += _load(x, step, t - j, c, tokens, coordinates, reverse).to(tl.float32)
+        result = tl.where(w == 2 << level, sums, result)
+    result *= 1.0 / w.to(tl.float32)
+    tl.store(_place(y, t, c, past, tokens, coordinates, reverse), result, mask=(t < tokens) & (c < coordinates))
+
+
+@triton.jit
+def _add_where(inside, tile, sums):
+    """sums + inside tile, for a matrix of zeros and ones; float32 in three parts of bfloat16, which lose nothing."""
+    if tile.dtype == tl.float32:
+        high = tile.to(tl.bfloat16)
+        rest = tile - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return _dot(inside, high, _dot(inside, middle, _dot(inside, low, sums)))
+    else:
+        return _dot(inside, tile, sums)
+
+
+@triton.jit
+def long_mean(
+    x,
+    y,
+    items,
+    windows,
+    row,
+    step,
+    tokens,
+    coordinates,
+    past,
+    reverse: tl.constexpr,
+    masked: tl.constexpr,
+    L: tl.constexpr,
+    CB: tl.constexpr,
+    RING: tl.constexpr,
+):
+    """Means over windows of one or two lengths, powers of two. Tile i holds the L tokens from past + i L on.
+
+    A window of w >= L tokens that ends in tile i is the rest of tile i - w / L, whole tiles, and the start of tile i;
+    a shorter one has parts of tiles i - 1 and i. Sums over parts are products of a matrix of zeros and ones with a
+    tile. Nothing is ever taken away from a sum, so rounding does not add up. The ring holds the sums of the last RING
+    tiles. An item is (block, first tile, last tile + 1, shorter window, longer window); `masked` if the block has
+    more windows than these.
+    """
+    item = items + 5 * tl.program_id(0)
+    c = (tl.load(item) * CB + tl.arange(0, CB))[None, :]
+    first = tl.load(item + 1)
+    end = tl.load(item + 2)
+    low = tl.load(item + 3)
+    high = tl.load(item + 4)
+    x += tl.program_id(1).to(tl.int64) * row
+    y += tl.program_id(1).to(tl.int64) * (tokens - past) * coordinates
+    w = tl.load(windows + c, mask=c < coordinates, other=1)
+    r = tl.arange(0, L)
+    t = past + first * L + r[:, None]
+    now = _load(x, step, t, c, tokens, coordinates, reverse)
+    apart = r[:, None] - r[None, :]  # tokens from column to row
+    number = tl.float16 if now.dtype == tl.float16 else tl.bfloat16
+    low_back = tl.maximum(low // L, 1) * L
+    high_back = tl.maximum(high // L, 1) * L
+    low_newest = tl.where((apart >= 0) & (apart < low), 1.0, 0.0).to(number)
+    low_oldest = tl.where(apart + low_back < low, 1.0, 0.0).to(number)
+    high_newest = tl.where((apart >= 0) & (apart < high), 1.0, 0.0).to(number)
+    high_oldest = tl.where(apart + high_back < high, 1.0, 0.0).to(number)
+    slots = tl.arange(0, RING)[:, None]
+    ring = tl.zeros((RING, CB), tl.float32)
+    if high > L:
+        for i in range(tl.maximum(first - high // L + 1, -((past + L - 1) // L)), first):
+            before = _load(x, step, past + i * L + r[:, None], c, tokens, coordinates, reverse).to(tl.float32)
+            ring = tl.where(slots == (i & (RING - 1)), tl.sum(before, axis=0)[None, :], ring)
+    for i in range(first, end):
+        following = _load(x, step, t + L, c, tokens, coordinates, reverse)
+        then = _load(x, step, t - low_back, c, tokens, coordinates, reverse)
+        sums = _add_where(low_oldest, then, _add_where(low_newest, now, tl.zeros(now.shape, tl.float32)))
+        if high > low:
+            then = _load(x, step, t - high_back, c, tokens, coordinates, reverse)
+            others = _add_where(high_oldest, then, _add_where(high_newest, now, tl.zeros(now.shape, tl.float32)))
+            sums = tl.where(w == low, sums, others)
+        # Zero times what is not finite is NaN, wherever the window is.
+        if tl.sum(tl.sum(sums * 0.0, axis=1), axis=0) == 0:
+            if high > L:
+                age = ((i - 1 - slots) & (RING - 1)) + 1
+                sums += tl.sum(tl.where(age < w // L, ring, 0.0), axis=0)[None, :]
+        else:
+            sums = tl.zeros(now.shape, tl.float32)
+            for j in range(tl.minimum(high, past + (i + 1) * L)):
+                value = _load(x, step, t - j, c, tokens, coordinates, reverse).to(tl.float32)
+                sums += tl.where(j < w, value, 0.0)
+        sums *= 1.0 / w.to(tl.float32)
+        mask = (t < tokens) & (c < coordinates)
+        if masked:
+            mask = mask & ((w == low) | (w == high))
+        tl.store(_place(y, t, c, past, tokens, coordinates, reverse), sums, mask=mask)
+        if high > L:
+            ring = tl.where(slots == (i & (RING - 1)), tl.sum(now.to(tl.float32), axis=0)[None, :], ring)
+        now = following
+        t += L
+
+
+@triton.jit
+def filter(
+    x,
+    y,
+    windows,
+    offsets,
+    taps,
+    row,
+    step,
+    tokens,
+    coordinates,
+    past,
+    reverse: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CB: tl.constexpr,
+):
+    """Learned kernels, a matrix product for each coordinate: with q = j - n,
+    y[t + m N + n] = sum over q of x[t + m N - q] taps[q + n]."""
+    c = (tl.program_id(0) * CB + tl.arange(0, CB))[:, None, None]
+    start = past + tl.program_id(1) * (M * N)
+    x += tl.program_id(2).to(tl.int64) * row
+    y += tl.program_id(2).to(tl.int64) * (tokens - past) * coordinates
+    w = tl.load(windows + c, mask=c < coordinates, other=0)
+    offset = tl.load(offsets + c, mask=c < coordinates, other=0)
+    m = tl.arange(0, M)[None, :, None] * N
+    n = tl.arange(0, N)[None, None, :]
+    sums = tl.zeros((CB, M, N), tl.float32)
+    longest = tl.max(tl.max(tl.max(w, axis=0), axis=0), axis=0)
+    for first in range(-N, tl.minimum(longest, start + M * N), K):
+        t = start + m - (first + tl.arange(0, K))[None, None, :]
+        signal = _load(x, step, t, c, tokens, coordinates, reverse)
+        j = (first + tl.arange(0, K))[None, :, None] + n
+        kernel = tl.load(taps + offset + j, mask=(j >= 0) & (j < w), other=0.0)
+        high = kernel.to(signal.dtype)
+        sums = _dot(signal, high, sums)
+        if signal.dtype != tl.float32:  # two numbers of that type hold 16 bits of a tap or more
+            sums = _dot(signal, (kernel - high.to(tl.float32)).to(signal.dtype), sums)
+    t = start + m + n
+    tl.store(_place(y, t, c, past, tokens, coordinates, reverse), sums, mask=(t < tokens) & (c < coordinates))
+
+
+@triton.jit
+def correlate(
+    grad,
+    x,
+    partial,
+    windows,
+    offsets,
+    grad_row,
+    grad_step,
+    row,
+    step,
+    batch,
+    tokens,
+    coordinates,
+    taps,
+    splits,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CB: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Gradients of the M N taps from a multiple of M N on, a matrix product for each coordinate: that of tap
+    j = m N + n is the sum over t of grad[t + m N] x[t - n]. Each program takes every `splits`-th segment."""
+    c = (tl.program_id(0) * CB + tl.arange(0, CB))[:, None, None]
+    split = tl.program_id(1)
+    lag = tl.program_id(2) * (M * N)
+    w = tl.load(windows + c, mask=c < coordinates, other=0)
+    offset = tl.load(offsets + c, mask=c < coordinates, other=0)
+    m = tl.arange(0, M)[None, :, None] * N
+    n = tl.arange(0, N)[None, None, :]
+    k = tl.arange(0, K)
+    sums = tl.zeros((CB, M, N), tl.float32)
+    if lag < tl.max(tl.max(tl.max(w, axis=0), axis=0), axis=0):
+        segments = tl.cdiv(tokens, SEGMENT)
+        for i in range(split, batch * segments, splits):
+            b = (i // segments).to(tl.int64)
+            begin = i % segments * SEGMENT
+            for t in range(begin, tl.minimum(begin + SEGMENT, tokens - lag), K):
+                ahead = t + lag + m + k[None, None, :]
+                late = _load(grad + b * grad_row, grad_step, ahead, c, tokens, coordinates, False)
+                early = _load(x + b * row, step, t + k[None, :, None] - n, c, tokens, coordinates, False)
+                sums = _dot(late, early, sums)
+    j = lag + m + n
+    tl.store(partial + split * taps + offset + j, sums, mask=j < w)
