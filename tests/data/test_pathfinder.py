@@ -130,8 +130,9 @@ def test_both_ends_are_equally_far(size: int, drawn: dict[int, Figures]) -> None
         start, own, other = ends[0, 0], ends[STEPS - 1, 1], ends[2 * STEPS - 1, 1]
         np.testing.assert_allclose(figures.dots[index, 0], start, atol=0.01)
         np.testing.assert_allclose(figures.dots[index, 1], own if figures.labels[index] else other, atol=0.01)
-        away = [float(np.hypot(*(end - start))) for end in (own, other)]
+        away, out = ([float(np.hypot(*(end - place))) for end in (own, other)] for place in (start, (size - 1) / 2))
         assert abs(away[0] - away[1]) <= TOLERANCE * size + 0.01
+        assert abs(out[0] - out[1]) <= TOLERANCE * size + 0.01
         assert min(away) >= 2 * layout.dot + figures.margins[index] - 0.01
 
 

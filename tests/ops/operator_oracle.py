@@ -30,6 +30,18 @@ EDGES = ("zero", "partial")
 examples = settings(derandomize=True, deadline=None, max_examples=40)
 
 
+def rounding(backend: str, dtype: torch.dtype, learned: bool) -> tuple[float, float]:
+    """How far a result may be from the exact one: relative to it, and absolutely for values of about 1.
+
+    It is the exact one rounded once, but for sums in float32. Triton holds taps in 16 bits where x is bfloat16, and its
+    interpreter cuts off what bfloat16 cannot hold.
+    """
+    half = dtype == torch.bfloat16 and backend == "triton"
+    sums = 1e-12 if dtype == torch.float64 else 1e-4 if half and learned else 1e-5
+    ulps = 1.01 if half and device_of(backend) == "cpu" else 0.51
+    return ulps * torch.finfo(dtype).eps + sums, sums
+
+
 def mix(x: Tensor, windows: list[int], kernels: list[Tensor] | None = None, edge: str = "zero") -> Tensor:
     """`wavelet_mix` with one kernel per coordinate."""
     values = x.double().cpu().numpy()

@@ -90,8 +90,9 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         doubt = "one seed: chance unknown" if ci is None else f"95 % interval ±{100 * ci:.1f} over seeds"
         found.append(("Points", percent({"mean": difference["mean"]}, sign=True).replace("-", "−"), doubt))
         step = arm["same_performance_step"]["mean"]
-        if step is None:
-            found.append(("Same-accuracy step", "never", f"in {summary['steps']} steps"))
+        if not arm["step_speedup"]:
+            value = "never" if step is None else f"{step:.0f}"
+            found.append(("Same-accuracy step", value, f"of {summary['steps']} steps"))
         else:
             found.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
             if arm["time_speedup"] is not None:
@@ -132,7 +133,9 @@ def _curves(records: Sequence[Record], summary: dict[str, Any], styles: Styles) 
         for name, arm in summary["arms"].items():
             step = (arm.get("same_performance_step") or {}).get("mean")
             if step is not None:
-                drops.append(Drop(step, styles[name], f"{shorten(name, 18)}: {step:.0f} ({arm['step_speedup']:.2f}x)"))
+                # Who is there before the first step has no ratio.
+                ratio = f" ({arm['step_speedup']:.2f}x)" if arm["step_speedup"] else ""
+                drops.append(Drop(step, styles[name], f"{shorten(name, 18)}: {step:.0f}{ratio}"))
     y = Axis(f"{measure}, %", max(0.0, min(values) - pad), min(100.0, max(values) + pad))
     drawing = responsive(
         lambda width: chart(by_step, width, Axis("training step", 0, end), y, level=level, drops=drops,

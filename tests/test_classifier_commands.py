@@ -1,0 +1,133 @@
+"""The commands for classifiers, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import waveletgpt
+from PIL import Image
+
+TINY = [
+    *("--max-steps", "4", "--batch-size", "4", "--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2"),
+    *("--device", "cpu", "--training.threads", "1", "--training.eval-windows", "10", "--training.eval-every", "2"),
+]
+EXAMPLES = ["--train-examples", "60", "--validation-examples", "20", "--test-examples", "20"]
+
+
+@pytest.fixture(scope="module")
+def listops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison on short expressions."""
+    out = tmp_path_factory.mktemp("lra") / "out"
+    done = waveletgpt("lra", "listops", "--length", 40, "--min-length", 5, *EXAMPLES, *TINY, "--out", out,
+                      "--arms", "none", "fixed", "--cache-dir", out.parent / "cache")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    return out
+
+
+def test_lra_leaves_a_report_with_published_results(listops: Path) -> None:
+    page = (listops / "report.html").read_text()
+    assert "36.37" in page  # the benchmark's Transformer
+    assert "published" in page.lower()
+    summary = json.loads((listops / "summary.json").read_text())
+    assert set(summary["arms"]) == {"none", "fixed"}
+    assert summary["data"]["splits"]["train"]["examples"] == 60
+
+
+def test_resume_keeps_what_is_finished(listops: Path) -> None:
+    before = (listops / "fixed-seed0" / "model.safetensors").stat().st_mtime_ns
+    words = ["lra", "listops", "--length", 40, "--min-length", 5, *EXAMPLES, *TINY, "--out", listops,
+             "--arms", "none", "fixed", "--cache-dir", listops.parent / "cache"]  # fmt: skip
+    again = waveletgpt(*words)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    assert waveletgpt(*words, "--resume").returncode == 0
+    assert (listops / "fixed-seed0" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_evaluate_tells_the_test_accuracy_of_the_run(listops: Path) -> None:
+    run = listops / "fixed-seed0"
+    done = waveletgpt("evaluate", run, "--split", "test", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["accuracy"] == json.loads((run / "run.json").read_text())["result"]["test"]["accuracy"]
+
+
+def test_predict_names_classes(listops: Path, tmp_path: Path) -> None:
+    run, file = listops / "fixed-seed0", tmp_path / "expression.txt"
+    file.write_text("[MAX 2 9 [MIN 4 7 ] 0 ]")
+    done = waveletgpt("predict", run, file, "--device", "cpu", "--json", "--top", 10)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert set(row["classes"]) == set("0123456789")
+    assert sum(row["classes"].values()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("content", "message"), [("[MAX two ]", '"two"'), ("", "0 words"), ("9 " * 60, "60 words")])
+def test_predict_tells_what_is_no_expression(listops: Path, tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "expression.txt"
+    file.write_text(content)
+    done = waveletgpt("predict", listops / "fixed-seed0", file)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_report_reads_classifiers(listops: Path, tmp_path: Path) -> None:
+    done = waveletgpt("report", listops, "--out", tmp_path / "page")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "page" / "summary.json").read_text())["score"] == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lra"], "listops, text, retrieval"),
+        (["lra", "listop"], 'did you mean "listops"'),
+        (["lra", "retrieval"], "retrieval"),
+        (["lra", "image", "--preset", "clips", "--data", "{pictures}"], "--preset clips does not fit"),
+        (["lra", "listops", "--arms", "none", "fixt"], "fixt"),
+        (["classify"], "name a folder"),
+        (["predict", "{run}"], "name at least one file"),
+        (["predict", "{run}", "no-such.txt"], "no-such.txt"),
+        (["predict", "{pictures}", "x"], "not a run folder"),
+        (["generate", "{run}"], "waveletgpt predict"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(listops: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(12):
+                pixels = np.random.default_rng([i, name == "cat", split == "test"]).integers(0, 255, (32, 32))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    fill = {"run": listops / "fixed-seed0", "pictures": tmp_path / "pictures"}
+    where = ["--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"] if words[0] in ("lra", "classify") else []
+    done = waveletgpt(*(word.format(**fill) for word in words), *where)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_pictures_and_predict(tmp_path: Path) -> None:
+    """Light against dark pictures, through the whole road."""
+    for split, count in (("train", 30), ("test", 6)):
+        for name, level in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i + 1000 * level + (split == "test")).integers(
+                    level - 30, level + 30, (8, 8)
+                )
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    words = ["--data", tmp_path / "pictures", "--length", 64, "--max-steps", 60, "--lr", 0.01, "--arms", "none"]
+    where = ["--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    done = waveletgpt("lra", "image", *TINY, *words, *where)
+    assert done.returncode == 0, done.stderr
+    told = waveletgpt("predict", tmp_path / "out" / "none-seed0", tmp_path / "pictures" / "test" / "light" / "0.png")
+    assert told.returncode == 0, told.stderr
+    assert ": light " in told.stdout
