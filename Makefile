@@ -27,6 +27,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Speed on a CPU, about 8 minutes; on a GPU: benchmarks/gpu.sh FOLDER.
 bench: setup
-	$(BIN)/python benchmarks/operator_cpu.py
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/operator_cpu.py --out runs/bench
+	$(BIN)/python benchmarks/training.py --out runs/bench
+	$(BIN)/python benchmarks/decoding.py --out runs/bench
+	$(BIN)/python benchmarks/scaling.py --out runs/bench
+	$(BIN)/python benchmarks/measuring.py runs/bench

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from helpers import waveletgpt
 from PIL import Image
 
@@ -131,3 +132,26 @@ def test_pictures_and_predict(tmp_path: Path) -> None:
     told = waveletgpt("predict", tmp_path / "out" / "none-seed0", tmp_path / "pictures" / "test" / "light" / "0.png")
     assert told.returncode == 0, told.stderr
     assert ": light " in told.stdout
+
+
+def test_recordings_and_predict(tmp_path: Path) -> None:
+    """A folder per class, in which silence and noise are told apart."""
+    for kind, level in (("loud", 0.5), ("quiet", 0.001)):
+        folder = tmp_path / "sounds" / kind
+        folder.mkdir(parents=True)
+        for i in range(30):
+            wave = np.random.default_rng([i, kind == "loud"]).uniform(-level, level, 1600)
+            soundfile.write(folder / f"{i}.wav", wave, 8000)
+    words = ["--model.frame-size", 100, "--model.frame-hidden", 16, "--sample-rate", 8000, "--clip-seconds", 0.1]
+    where = ["--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    done = waveletgpt("classify", tmp_path / "sounds", *TINY, "--max-steps", 40, "--lr", 0.01, *words, *where)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "fixed-seed0"
+    assert json.loads((run / "run.json").read_text())["result"]["test"]["recordings"] == 6
+    told = waveletgpt("predict", run, *(tmp_path / "sounds" / kind / "0.wav" for kind in ("loud", "quiet")), "--top", 1)
+    assert told.returncode == 0, told.stderr
+    assert [line.split(": ")[1].split()[0] for line in told.stdout.splitlines()] == ["loud", "quiet"]
+    (tmp_path / "noise.wav").write_bytes(b"no sound")
+    told = waveletgpt("predict", run, tmp_path / "noise.wav")
+    assert told.returncode == 2
+    assert "cannot be read as a recording" in told.stderr

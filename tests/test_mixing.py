@@ -5,13 +5,18 @@ Shapes: B batch, T tokens, E embedding, C mixed coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_config, tiny_model, tokens
-from transformers import DynamicCache
+from tiny import PAD, tiny_config, tiny_model, tokens
+from torch._dynamo.backends.registry import lookup_backend
+from transformers import CompileConfig, DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from waveletgpt import WaveletGPTForCausalLM
 from waveletgpt.mixing import MIXERS, Clock, Layout, LearnableMean, Mixer
@@ -70,23 +75,136 @@ def test_mixer_equals_its_sum_and_leaves_the_rest_alone(kind: str, edge: str) ->
         assert torch.equal(out[..., C:], hidden[..., C:])
 
 
+def cached(mixer: Mixer, parts: Iterable[torch.Tensor], cache: LinearAttentionLayer, past: int = 0) -> torch.Tensor:
+    """`parts` (B, any, E) one after the other, on `past` tokens that are in the cache."""
+    done = []
+    for x in parts:
+        clock = Clock(Layout(mixer.windows, x.device), past, x.shape[1], x.shape[0]) if mixer.windows else None
+        seen = torch.arange(past + 1, past + x.shape[1] + 1)[None]
+        done.append(mixer(x, seen, cache=cache, clock=clock))
+        past += x.shape[1]
+    return torch.cat(done, 1)
+
+
+def layer_for(kind: str) -> LinearAttentionLayer:
+    return DynamicCache(config=tiny_config(mixing=kind)).layers[0]
+
+
 @given(
     kind=st.sampled_from(list(MIXERS)),
     edge=st.sampled_from(["zero", "partial"]),
-    chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    # Single tokens, and many of them, are what decoding is made of.
+    chunks=st.lists(st.one_of(st.just(1), st.integers(1, 9)), min_size=1, max_size=25),
+    learning=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
-def test_chunks_with_a_cache_are_the_whole(kind: str, edge: str, chunks: list[int]) -> None:
+@settings(max_examples=60, deadline=None)
+def test_chunks_with_a_cache_are_the_whole(kind: str, edge: str, chunks: list[int], learning: bool) -> None:
     mixer = make_mixer(kind, mix_edge=edge)
     whole = torch.randn(2, sum(chunks), 16)
-    seen = torch.arange(1, sum(chunks) + 1)[None]
-    cache = DynamicCache(config=tiny_config(mixing=kind)).layers[0]
-    parts, past = [], 0
-    for x, s in zip(whole.split(chunks, 1), seen.split(chunks, 1), strict=True):
-        clock = Clock(Layout(mixer.windows, x.device), past, x.shape[1], x.shape[0]) if mixer.windows else None
-        parts.append(mixer(x, s, cache=cache, clock=clock))
-        past += x.shape[1]
-    torch.testing.assert_close(torch.cat(parts, 1), mixer(whole, seen), atol=1e-6, rtol=1e-5)
+    with torch.set_grad_enabled(learning):
+        parts = cached(mixer, whole.split(chunks, 1), layer_for(kind))
+    expected = mixer(whole, torch.arange(1, sum(chunks) + 1)[None])
+    torch.testing.assert_close(parts, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(MIXERS))
+def test_gradients_flow_through_a_cache(kind: str) -> None:
+    mixer, whole = make_mixer(kind), torch.randn(2, 12, 16)
+    weights = torch.randn(2, 12, 16)
+
+    def gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        x = whole.clone().requires_grad_()
+        return list(torch.autograd.grad((run(x) * weights).sum(), [x, *mixer.parameters()]))
+
+    expected = gradients(mixer)
+    for gradient, other in zip(
+        gradients(lambda x: cached(mixer, x.split([4, 1, 1, 3, 1, 1, 1], 1), layer_for(kind))), expected, strict=True
+    ):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(MIXERS))
+@torch.no_grad()
+def test_tokens_can_be_taken_back(kind: str) -> None:
+    mixer, cache, seen = make_mixer(kind, mix_edge="partial"), layer_for(kind), torch.arange(1, 31)[None]
+    whole, wrong = torch.randn(2, 30, 16), torch.randn(2, 30, 16)
+    cached(mixer, whole[:, :9].split([5, 1, 1, 1, 1], 1), cache)
+    # Speculation: 4 tokens of which 2 were right, twice; then plain decoding again.
+    cache.activate_past_recording()
+    for past in (9, 11):
+        guess = torch.cat([whole[:, past : past + 2], wrong[:, :2]], 1)
+        cached(mixer, [guess], cache, past)
+        LinearAttentionLayer.crop(cache, -2)  # without keys and values, which this cache has none of
+    cache.record_past = False
+    parts = cached(mixer, whole[:, 13:].split([1, 1, 1, 4, *[1] * 10], 1), cache, 13)
+    torch.testing.assert_close(parts, mixer(whole, seen)[:, 13:], atol=1e-6, rtol=1e-5)
+    # And the cache can be used again.
+    LinearAttentionLayer.reset(cache)
+    parts = cached(mixer, wrong.split([3, 1, 1, 20, 1, 1, 3], 1), cache)
+    torch.testing.assert_close(parts, mixer(wrong, seen), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rounding_does_not_add_up() -> None:
+    mixer, cache = make_mixer("fixed"), layer_for("fixed")
+    whole = torch.randn(1, 3000, 16)
+    whole[:, 5] *= 1e6  # as large as a first token's values get
+    parts = cached(mixer, whole.split([4, *[1] * 2996], 1), cache)
+    torch.testing.assert_close(parts[:, 20:], mixer(whole)[:, 20:], atol=1e-6, rtol=1e-6)
+
+
+@given(
+    windows=st.lists(st.integers(0, 4), min_size=1, max_size=6),
+    past=st.integers(0, 40),
+    tokens=st.integers(1, 20),
+)
+def test_a_row_holds_the_last_inputs_of_each_window(windows: list[int], past: int, tokens: int) -> None:
+    windows = [2**k for k in sorted(windows)]
+    inputs = torch.arange(1.0, past + tokens + 1)[None, :, None] + torch.arange(len(windows)) / 10
+    layout = Layout(windows, inputs.device)
+    row = Clock(layout, past, tokens, 1).pack(inputs)
+    assert row.shape == (1, sum(windows))
+    for values, c, w in zip(row[0].split(windows), range(len(windows)), windows, strict=True):
+        kept = inputs[0, -w:, c].tolist()
+        assert sorted(values.tolist()) == sorted(kept + [0.0] * (w - len(kept)))
+    # Where the next pass finds them.
+    for past_ in (past + tokens, torch.tensor(past + tokens)):
+        again = Clock(layout, past_, 3, 1).unpack(row)
+        assert again.shape == (1, max(windows), len(windows))
+        for c, w in enumerate(windows):
+            kept = inputs[0, -w:, c].tolist()
+            assert again[0, -w:, c].tolist() == [0.0] * (w - len(kept)) + kept
+
+
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "conv"])
+def test_many_sequences_decode_as_one_does(kind: str) -> None:
+    # Sums are taken in another way where there are many.
+    mixer = MIXERS[kind](tiny_config(mixing=kind, max_window=256))
+    whole = torch.randn(200, 6, 16)
+    config = tiny_config(mixing=kind)
+    with torch.no_grad():
+        caches = [DynamicCache(config=config).layers[0] for _ in range(2)]
+        many = cached(mixer, whole.split([3, 1, 1, 1], 1), caches[0])
+        one = cached(mixer, whole[7:8].split([3, 1, 1, 1], 1), caches[1])
+    torch.testing.assert_close(many[7:8], one, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "ema"])
+def test_decoding_compiles_once(kind: str) -> None:
+    torch.compiler.reset()
+    model, ids = tiny_model(mixing=kind, mix_edge="partial", n_layer=1, tie_word_embeddings=False), tokens()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiling = CompileConfig(fullgraph=True, mode=None, backend=backend)
+    compiling._compile_all_devices = True
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    compiled = model.generate(ids, cache_implementation="static", compile_config=compiling, **options)
+    assert torch.equal(compiled, model.generate(ids, use_cache=False, **options))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("kind", list(MIXERS))

@@ -119,10 +119,11 @@ class Layout:
         self.window = torch.tensor(windows, device=device)
         self.rate = 1 / self.window
         self.start = self.window.cumsum(0) - self.window
-        # Of each slot: its coordinate, and which of that one's it is.
+        # Of each slot: its coordinate, that one's first, and which of them it is.
         coordinates = torch.arange(len(windows), device=device)
         self.owner = coordinates.repeat_interleave(self.window, output_size=self.size)
-        self.place = torch.arange(self.size, device=device) - self.start[self.owner]
+        self.base = self.start[self.owner]
+        self.place = torch.arange(self.size, device=device) - self.base
 
 
 class Clock:
@@ -196,13 +197,12 @@ class Windowed(Mixer):
             state = clock.unpack(states[0]) if packed else states[0].transpose(1, 2)
             inputs = torch.cat([state, x], dim=1)
         if cache.record_past:
-            # To take tokens back, as speculative decoding does, it wants all inputs, in order.
-            sizes = [clock.layout.longest] + [0] * (self.n_states - 1)
-            new = [inputs.transpose(1, 2)[..., : None if size else 0] for size in sizes]
+            # To take tokens back, as speculative decoding does, it wants all inputs in order; nothing else then counts.
+            whole = inputs.transpose(1, 2)
+            new = [(whole, clock.layout.longest)] + [(whole[..., :0], 0)] * (self.n_states - 1)
         else:
-            new = self.pack(inputs, clock)
-            sizes = [value.shape[-1] for value in new]
-        for i, value, size in zip(indices, new, sizes, strict=True):
+            new = [(value, value.shape[-1]) for value in self.pack(inputs, clock)]
+        for i, (value, size) in zip(indices, new, strict=True):
             old = cache.conv_states[i]
             if old is not None and old.shape != value.shape:
                 cache.is_conv_states_initialized[i] = False
@@ -226,8 +226,8 @@ class Windowed(Mixer):
 class FixedMean(Windowed):
     """Causal Haar approximation coefficients: the mean of the last w values (arXiv 2409.12924, Section 3).
 
-    Decoding also remembers the sum of each window, so that a token costs the same whatever the window. In float64 the
-    rounding of adding and taking away does not add up to anything one could see.
+    Decoding also remembers the sum over each window, so that a token costs the same however long it is. In float64 what
+    rounding leaves behind, adding and taking away, stays out of sight.
     """
 
     averages = True
@@ -248,7 +248,7 @@ class FixedMean(Windowed):
         row, sums = states
         sums.sub_(row.gather(1, clock.slots)).add_(x)
         row.scatter_(1, clock.slots, x)
-        return (sums * clock.layout.rate).to(x.dtype)
+        return sums.to(x.dtype) * clock.layout.rate.to(x.dtype)
 
 
 class WeightedSum(Windowed):
@@ -263,7 +263,8 @@ class WeightedSum(Windowed):
         # All weights in a row, w for each coordinate, turned to where the inputs are.
         pairs = zip(self.weights(), self.groups, strict=True)
         weights = torch.cat([weight.expand(n, window).flatten() for weight, (window, n) in pairs])
-        return self.sums(row * weights[clock.layout.start[clock.layout.owner] + clock.ages()], clock.layout).to(x.dtype)
+        turned = weights.index_select(0, clock.layout.base + clock.ages())
+        return self.sums(row * turned, clock.layout).to(x.dtype)
 
 
 class Kernels(nn.ParameterList):

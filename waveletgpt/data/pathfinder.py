@@ -8,8 +8,8 @@ there; short contours are put between them; a dot stands at the start of one of 
 same one (joined) or of the other.
 
 Two things are stricter than in the published generator. Contours never touch or cross, so that every picture has one
-right answer. And in each picture both ends where the second dot could stand are equally far from the first, and from the
-middle, give or take a twelfth of the side, so that where the dots are says next to nothing about the answer.
+right answer. And in each picture both ends where the second dot could stand are about as far from the first, and from
+the middle, give or take a tenth of the side, so that where the dots are says next to nothing about the answer.
 
 Many figures are drawn at once: N figures, R rows (pairs of contours that may become a figure), P points.
 """
@@ -28,7 +28,7 @@ STEPS = 14
 """Dashes of each of the two contours."""
 SHORT = 4
 """Dashes of a distractor."""
-TOLERANCE = 1 / 12
+TOLERANCE = 1 / 10
 """How much the distances of the two possible second dots may differ, in sides of the picture."""
 
 _BLOCK = 512
@@ -300,7 +300,7 @@ def _tips(corners: np.ndarray, margins: np.ndarray) -> np.ndarray:
 
 
 def _alike(corners: np.ndarray, margins: np.ndarray, layout: Layout, size: int) -> np.ndarray:
-    """(R,) whether the ends of both contours are equally far from the start of the first, and from the middle."""
+    """(R,) whether the ends of both contours are about as far from the start of the first, and from the middle."""
     tips = _tips(corners, margins)
     ends, start, middle = tips[:, :, 1], tips[:, :1, 0], np.float32((size - 1) / 2)
     away, out = (np.sqrt(((ends - place) ** 2).sum(axis=2)) for place in (start, middle))

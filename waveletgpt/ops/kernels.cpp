@@ -9,9 +9,11 @@
 #include <cstring>
 #include <vector>
 
-// On x86 with glibc every kernel is compiled for three generations of processors, and the loader picks one.
-#if defined(__x86_64__) && defined(__GLIBC__)
+// On x86 GCC compiles every kernel for three generations of processors, and the loader of glibc picks one.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+#define KERNEL __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define KERNEL
 #endif

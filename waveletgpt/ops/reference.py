@@ -147,8 +147,9 @@ def check_ema(x: Tensor, decay: Tensor, state: Tensor | None) -> None:
     if decay.shape != x.shape[2:]:
         raise ValueError(f"decay has shape {tuple(decay.shape)}: give ({x.shape[2]},), one for each coordinate of x")
     if decay.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = decay[~((decay >= 0) & (decay < 1))]
-        if bad.numel():
+        least, most = torch.aminmax(decay)
+        if not (least >= 0 and most < 1):
+            bad = decay[~((decay >= 0) & (decay < 1))]
             raise ValueError(f"decay has {bad[0].item()}: give values with 0 <= decay < 1")
     if state is not None:
         check_floating("state", state)

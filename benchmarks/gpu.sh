@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything a GPU is needed for, in one call of at most 8 minutes: tests first, then every table.
+#
+#   benchmarks/gpu.sh FOLDER [tests] [operator] [training] [decoding] [scaling]     (all, if none is named)
+#
+# FOLDER gets results.md, a JSON file for each table, and log.txt. Each part has its own time limit, and what it had
+# finished by then is kept. PYTHON names the interpreter (python3); nothing needs to be installed but torch, Triton,
+# transformers and pytest, with hypothesis.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -eq 0 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(tests operator training decoding scaling)
+python=${PYTHON:-python3}
+export PYTHONPATH=. PYTHONUNBUFFERED=1
+failed=0
+
+part() { # seconds, command...
+    local limit=$1
+    shift
+    echo "== $*"
+    timeout --kill-after=5 "$limit" "$@"
+    local status=$?
+    if [ $status -ne 0 ]; then
+        echo "== ended with status $status (124: out of time)"
+        failed=1
+    fi
+}
+
+{
+    for name in "${parts[@]}"; do
+        case $name in
+            tests) part 140 "$python" -m pytest tests -m gpu --continue-on-collection-errors -p no:cacheprovider \
+                --timeout=120 --durations=5 ;;
+            operator) part 150 "$python" benchmarks/operator_gpu.py --seconds 60 --out "$out" ;;
+            training) part 110 "$python" benchmarks/training.py --device cuda --preset gpt2 --bf16 --compile \
+                --batch-size 16 --mixings "fixed, windows 2-4" learnable --out "$out" ;;
+            decoding) part 40 "$python" benchmarks/decoding.py --device cuda --preset gpt2 --seconds 20 --out "$out" ;;
+            scaling) part 40 "$python" benchmarks/scaling.py --device cuda --seconds 20 --out "$out" ;;
+            *) echo "no part is called $name"; failed=1 ;;
+        esac
+    done
+    "$python" benchmarks/measuring.py "$out" || failed=1
+    exit $failed
+} 2>&1 | tee "$out/log.txt"
+exit "${PIPESTATUS[0]}"
