@@ -324,3 +324,22 @@ def test_presets_have_the_parameters_of_the_published_transformer(
 def test_a_language_models_recipe_is_a_programmers_mistake(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         task_of(store_of(tmp_path, "texts")).build_model(Recipe())
+
+
+def test_held_out_examples_are_of_all_classes(tmp_path: Path) -> None:
+    """Where classes stand in turn, as in balanced sets, a stride over them would see a few only."""
+
+    def in_turn(writer: ExampleWriter) -> None:
+        writer.begin(kind="tokens", modality="text", classes=list("abcdefghij"), vocab_size=257)
+        for split in SIZES:
+            for i in range(1000):
+                writer.append(split, np.array([1 + i % 10], np.uint16), i % 10)
+        writer.finish(source={"name": "in turn"})
+
+    store = prepare_once("turn", {"name": "turn"}, tmp_path, in_turn)
+    recipe = tiny_recipe(eval_windows=200)
+    task = task_of(store)
+    chosen = [int(row["labels"]) for row in task.eval_data(recipe, task.build_model(recipe))]
+    assert len(chosen) == 200
+    assert np.bincount(chosen, minlength=10).min() > 5
+    assert [int(row["labels"]) for row in task_of(store).eval_data(recipe, None)] == chosen

@@ -189,6 +189,8 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
             # Each block adds two terms to the residual stream: scaled so that its variance stays put (GPT-2, 2.3).
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, FrameLinear):
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, ClassificationHead) and module.query is not None:
             init.zeros_(module.query)
 
@@ -451,14 +453,18 @@ class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
+class FrameLinear(nn.Linear):
+    """A linear map of samples; it keeps their variance, or quiet recordings would start as nothing but positions."""
+
+
 class FrameEmbedding(nn.Module):
     """Frames of a waveform to embeddings, in place of a table of tokens (Audio Transformers, arXiv 2105.00335)."""
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__()
         assert config.frame_size is not None
-        self.up_proj = nn.Linear(config.frame_size, config.frame_hidden)
-        self.down_proj = nn.Linear(config.frame_hidden, config.n_embd)
+        self.up_proj = FrameLinear(config.frame_size, config.frame_hidden)
+        self.down_proj = FrameLinear(config.frame_hidden, config.n_embd)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(frames), approximate="tanh"))

@@ -23,6 +23,7 @@ from tests.data.sounds import encoded, pcm, save, speech
 from waveletgpt.data import SPLITS, clips
 from waveletgpt.data.clips import pieces, prepare_clips, read_clips
 from waveletgpt.data.examples import ExampleStore
+from waveletgpt.data.named import NAMED
 from waveletgpt.data.task_settings import TaskSettings
 from waveletgpt.errors import UserError
 
@@ -469,11 +470,15 @@ def test_what_cannot_be_used(tmp_path: Path, chosen: TaskSettings) -> None:
     (tmp_path / "in" / "notes.txt").write_text("nothing to hear")
     refused("has no recordings: give a folder or archive with WAV")
     folders(tmp_path / "in", 5, ("only",))
-    refused("has one class, only|has no class folders")
+    refused("has no class folders: put the recordings of each class in a folder")
+    folders(tmp_path / "in", 5, ("only",))
+    save(tmp_path / "in" / "a.flac", noise(0), RATE, "FLAC")
+    save(tmp_path / "in" / "only" / "sub" / "a.wav", noise(1), RATE)
+    refused(r"has one class, sub: put the recordings of each class in a folder")
     save(tmp_path / "in" / "a.wav", noise(0), RATE)
     refused("has no class folders: put the recordings of each class in a folder")
     folders(tmp_path / "in", 1)
-    refused(r"has no (validation|test) recordings \(folders\): give more of each class|to be held out")
+    refused(r"has no test recordings \(folders\): give more of each class")
     folders(tmp_path / "in" / "train", 5)
     folders(tmp_path / "in" / "test", 5, start=10)
     folders(tmp_path / "in", 5, ("extra",), start=20)
@@ -513,8 +518,22 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
     with pytest.raises(UserError, match=r"holds FSD50K and ESC-50 \(dev.csv, esc50.csv\): give the folder of one"):
         prepared(tmp_path / "esc", chosen)
     monkeypatch.setattr(clips, "TABLE_LIMIT", 10)
-    with pytest.raises(UserError, match=r"esc50\.csv is larger than 0 MB"):
+    with pytest.raises(UserError, match=r"csv is larger than 0 MB: it is not the official table"):
         prepared(tmp_path / "esc", chosen)
+
+
+def test_spoken_digits_by_name(tmp_path: Path, chosen: TaskSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is already there, verified; here one that is smaller than the real one."""
+    digits(tmp_path / "free-spoken-digit-dataset-1.0.9" / "recordings")
+    (tmp_path / "copies").mkdir()
+    with tarfile.open(tmp_path / "copies" / NAMED["fsdd"].file, "w:gz") as archive:
+        archive.add(tmp_path / "free-spoken-digit-dataset-1.0.9", "free-spoken-digit-dataset-1.0.9")
+    there = replace(chosen, data_dir=str(tmp_path / "copies"))
+    with pytest.raises(UserError, match=r"bytes instead of 11,975,353: remove it and get it again"):
+        prepare_clips("fsdd", there, progress=False)
+    monkeypatch.setitem(NAMED, "fsdd", replace(NAMED["fsdd"], size=None, sha256=None))
+    store = prepare_clips("fsdd", there, progress=False)
+    assert store.meta["recordings"] == {"train": 40, "validation": 100, "test": 100}
 
 
 def test_named_sets_without_classes(chosen: TaskSettings) -> None:

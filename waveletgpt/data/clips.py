@@ -308,9 +308,9 @@ def _fsd50k(tables: dict[str, bytes]) -> Layout:
     """Several classes a recording; `dev` is divided in training and validation, `eval` is the test split."""
     found: dict[str, tuple[str, list[str]]] = {}
     for name, labels, split in _rows(tables, "dev.csv", ("fname", "labels", "split")):
-        found[name] = "validation" if split == "val" else "train", labels.split(",")
+        found[name] = "validation" if split == "val" else "train", list(filter(None, labels.split(",")))
     for name, labels in _rows(tables, "eval.csv", ("fname", "labels")):
-        found[name] = "test", labels.split(",")
+        found[name] = "test", list(filter(None, labels.split(",")))
     vocabulary = csv.reader(io.StringIO(tables.get("vocabulary.csv", b"").decode("utf-8-sig", "replace"), newline=""))
     classes = [row[1] for row in vocabulary if len(row) == 3]
     classes += sorted({label for _, labels in found.values() for label in labels} - set(classes))
