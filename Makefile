@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Speed on a CPU, about 8 minutes; on a GPU: benchmarks/gpu.sh FOLDER.
+# Speed on a CPU, about 10 minutes; on a GPU: benchmarks/gpu.sh FOLDER.
 bench: setup
 	$(BIN)/python benchmarks/operator_cpu.py --out runs/bench
 	$(BIN)/python benchmarks/training.py --out runs/bench

@@ -158,6 +158,24 @@ def test_attention_to_both_sides_in_a_few_lines() -> None:
         torch.testing.assert_close(model(ids).last_hidden_state, model.norm(hidden), **CLOSE)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_attention_implementations_agree(architecture: str, padded: bool) -> None:
+    model, inputs = (
+        classifier(architecture=architecture, causal=False, pooling="mean"),
+        pad(tokens(), *[2 * padded] * 2),
+    )
+    logits = {}
+    for implementation in ("eager", "sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        # Flex attention compiles itself, which on a CPU takes a C++ compiler and a minute; it has no gradients there.
+        stance = "force_eager" if implementation == "flex_attention" else "default"
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            logits[implementation] = model(*inputs).logits
+    for implementation in ("sdpa", "flex_attention"):
+        torch.testing.assert_close(logits[implementation], logits["eager"], **CLOSE)
+
+
 def test_both_directions_keep_no_cache_and_write_no_text() -> None:
     model, ids = classifier(causal=False).model, tokens()
     assert model(ids, use_cache=True).past_key_values is None
