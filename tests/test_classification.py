@@ -27,8 +27,7 @@ from waveletgpt.data.examples import ExampleStore, ExampleWriter, prepare_once
 from waveletgpt.errors import UserError
 from waveletgpt.recipe import CLASSIFIER_PRESETS, ClassifierRecipe, Recipe
 from waveletgpt.runs import RunFolder
-from waveletgpt.tasks import task_of
-from waveletgpt.training import train
+from waveletgpt.training import task_of, train
 
 SIZES = {"train": 120, "validation": 30, "test": 30}
 

@@ -82,8 +82,7 @@ def compare(
         UserError: bad arms, an `out` that holds something else, settings other than the runs there have.
         Interrupted: Ctrl-C; what was trained is saved.
     """
-    from .tasks import task_of
-    from .training import Diverged, train
+    from .training import Diverged, task_of, train
 
     out = Path(out)
     parsed = parse_arms(arms, recipe)

@@ -20,7 +20,6 @@ from .modeling import WaveletGPTForCausalLM
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .data.examples import ExampleStore
     from .runs import RunFolder
 
 
@@ -70,15 +69,6 @@ class Task(Protocol):
 
     def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
         """Write what the trained model makes into the run folder; more entries for its `result`."""
-
-
-def task_of(store: TokenStore | ExampleStore) -> Task:
-    """The task that a store's data is for."""
-    if isinstance(store, TokenStore):
-        return LanguageModeling(store)
-    from .classification import Classification
-
-    return Classification(store)
 
 
 def initialised(kind: type[PreTrainedModel], recipe: Recipe, **settings: Any) -> PreTrainedModel:

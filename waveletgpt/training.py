@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -29,7 +29,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
+from .classification import Classification
 from .cost import describe
+from .data import TokenStore
+from .data.examples import ExampleStore
 from .environment import command, environment, peak_flops
 from .errors import UserError
 from .mixing import Mixer
@@ -37,11 +40,7 @@ from .progress import ProgressBar
 from .recipe import Recipe
 from .resuming import find_start
 from .runs import STAGING, RunFolder, disk_errors, publish, write_json
-from .tasks import Task, task_of
-
-if TYPE_CHECKING:
-    from .data import TokenStore
-    from .data.examples import ExampleStore
+from .tasks import LanguageModeling, Task
 
 
 class Diverged(RuntimeError):
@@ -175,6 +174,11 @@ class Recorder(TrainerCallback):
             tokens = step * self.trainer.tokens_per_step
             seconds = round(self.trainer.clock.read(), 4)
             self.trainer.run.append_metrics({"step": step, "tokens": tokens, "seconds": seconds, **row})
+
+
+def task_of(store: TokenStore | ExampleStore) -> Task:
+    """What a store's data is for: tokens are modelled, labelled examples classified."""
+    return LanguageModeling(store) if isinstance(store, TokenStore) else Classification(store)
 
 
 def train(

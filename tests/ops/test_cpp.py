@@ -93,6 +93,18 @@ def test_threads_change_no_bit() -> None:
         assert all(map(torch.equal, first, other))
 
 
+@needs_compiled
+def test_other_default_devices_do_not_matter() -> None:
+    """The tables it keeps are read by their addresses."""
+    x, windows, kernels = torch.randn(2, 9, 3), [2, 4, 8], random_kernels([2, 4, 8], torch.float32)
+    expected = wavelet_mix(x, windows, backend="reference"), wavelet_mix(x, windows, kernels, backend="reference")
+    cpp._sizes.cache_clear()
+    cpp._layout.cache_clear()
+    with torch.device("meta"):
+        got = wavelet_mix(x, windows, backend="cpp"), wavelet_mix(x, windows, kernels, backend="cpp")
+    assert_close(got, expected)
+
+
 def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpp, "__file__", str(tmp_path / "cpp.py"))
     library, reason = cpp._load()

@@ -1,8 +1,8 @@
 """The mixing operators and the backends that compute them.
 
-`reference` is the definition. `cpp` (CPUs, compiled at installation) and `triton` (GPUs) are as fast as memory allows
-where they are available; `torch` is the fast path anywhere else. A named backend that cannot be used is an error
-that says what is missing; "auto" takes the fastest that can.
+`reference` is the definition. `cpp` (CPUs, compiled at installation) and `triton` (GPUs) go over their input once,
+where they are available; `torch` is the fast path anywhere else. A named backend that cannot be used is an error that
+says what is missing; "auto" takes the fastest that can.
 """
 
 from collections.abc import Iterable, Sequence

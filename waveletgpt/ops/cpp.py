@@ -136,11 +136,11 @@ def _input(x: Tensor) -> _Input:
 
 @lru_cache(maxsize=256)
 def _sizes(windows: Windows, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(windows, dtype=dtype)
+    return torch.tensor(windows, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=256)
 def _layout(windows: Windows) -> tuple[_Layout, Tensor]:
     """Windows and where each one's taps begin, and the tensor that holds both."""
-    both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int64)
+    both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int64, device="cpu")
     return _Layout(both[0].data_ptr(), both[1].data_ptr()), both
