@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -170,6 +170,8 @@ def test_text8_and_chars_tokens(encoder: Characters, normalise: Any, saved: Call
 
 
 @given(data=st.binary(max_size=60), chunk=st.integers(1, 5))
+@example(data=b"\xef", chunk=1)
+@example(data=b"\xef\xbb\xbf\xef\xbb\xbfa", chunk=2)
 @quick
 def test_wrong_utf8_is_replaced_and_chunks_do_not_matter(data: bytes, chunk: int) -> None:
     normaliser = Utf8()

@@ -47,11 +47,29 @@ class AsIs:
         return chunk
 
 
+class Decoder:
+    """UTF-8 in chunks to text: wrong bytes become U+FFFD, a byte order mark at the start goes.
+
+    Python's own "utf-8-sig" loses a text that is nothing but the beginning of such a mark.
+    """
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._begun = False
+
+    def __call__(self, chunk: bytes, last: bool) -> str:
+        text = self._decode(chunk, last)
+        if text and not self._begun:
+            self._begun = True
+            return text.removeprefix("\ufeff")
+        return text
+
+
 class Utf8:
     """Valid UTF-8: wrong bytes become U+FFFD, a byte order mark at the start goes."""
 
     def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
+        self._decode = Decoder()
 
     def __call__(self, chunk: bytes, last: bool) -> bytes:
         return self._decode(chunk, last).encode()
@@ -64,7 +82,7 @@ class Text8:
     _digits = tuple((digit.encode(), f" {name} ".encode()) for digit, name in encoders.DIGITS.items())
 
     def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
+        self._decode = Decoder()
         self._after_space = False
 
     def __call__(self, chunk: bytes, last: bool) -> bytes:
