@@ -21,7 +21,7 @@ from .data.text import TextModality
 from .data.windows import FixedWindows
 from .errors import UserError, suggest
 from .generation import counting, generate_tokens
-from .modeling import WaveletGPTForCausalLM, WaveletGPTForSequenceClassification
+from .modeling import WaveletGPTForCausalLM, WaveletGPTForSequenceClassification, WaveletGPTPreTrainedModel
 from .recipe import CLASSIFIER_PRESETS, PRESETS, Recipe
 from .runs import RunFolder
 from .training import choose_device
@@ -29,8 +29,10 @@ from .training import choose_device
 log = logging.getLogger(__name__)
 
 
-def load_model(run: RunFolder, device: str = "auto") -> WaveletGPTForCausalLM:
-    """The run's newest model, on the device, in evaluation mode.
+def load_model(
+    run: RunFolder, device: str = "auto", kind: type[WaveletGPTPreTrainedModel] = WaveletGPTForCausalLM
+) -> Any:
+    """The run's newest model, of class `kind`, on the device, in evaluation mode.
 
     Raises:
         UserError: no checkpoint yet, broken weights, a device that is not there.
@@ -42,11 +44,10 @@ def load_model(run: RunFolder, device: str = "auto") -> WaveletGPTForCausalLM:
     use_cpu = choose_device(Recipe(device=device)).get("use_cpu", False)
     place = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
     try:
-        model = WaveletGPTForCausalLM.from_pretrained(path)
+        model: Any = kind.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    model.to(place)  # type: ignore[arg-type]
-    return model.eval()
+    return model.to(place).eval()
 
 
 def load_store(run: RunFolder) -> TokenStore:
@@ -211,7 +212,7 @@ def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
     """Print what a preset's or a run's model has, and what mixing adds to it."""
     known = {**PRESETS, **CLASSIFIER_PRESETS}
     if what in known and not Path(what).is_dir():
-        settings = {**known[what], **Recipe.from_dict({**recipe.as_dict(), "preset": "small"}).changes()}
+        settings = {**known[what], **recipe.changes()}
         kind = WaveletGPTForSequenceClassification if what in CLASSIFIER_PRESETS else WaveletGPTForCausalLM
         try:
             config = WaveletGPTConfig(vocab_size=vocab_size, **settings)

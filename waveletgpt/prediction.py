@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from .classification import collate, measure, predict, probabilities
 from .data.examples import ExampleStore
 from .errors import UserError, suggest
+from .evaluation import load_model
 from .modeling import WaveletGPTForSequenceClassification
-from .recipe import Recipe
 from .runs import RunFolder
 from .scores import CLASSIFICATION
-from .training import choose_device
 
 
 def open_classifier(folder: str | Path, device: str = "auto") -> tuple[RunFolder, Any]:
@@ -26,20 +24,10 @@ def open_classifier(folder: str | Path, device: str = "auto") -> tuple[RunFolder
     Raises:
         UserError: no run, a language model's run, no checkpoint yet, broken weights, a device that is not there.
     """
-    from safetensors import SafetensorError
-
     run = RunFolder.open(folder)
     if run.info.get("task") != CLASSIFICATION:
         raise UserError(f"{run.path} is no classifier; `waveletgpt evaluate` and `generate` are for language models")
-    transformers_logging.disable_progress_bar()
-    path = run.model_path()
-    use_cpu = choose_device(Recipe(device=device)).get("use_cpu", False)
-    place = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
-    try:
-        model: Any = WaveletGPTForSequenceClassification.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return run, model.to(place).eval()
+    return run, load_model(run, device, WaveletGPTForSequenceClassification)
 
 
 def evaluate_classifier(
@@ -128,14 +116,13 @@ def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
         return [np.frombuffer(pixels, np.uint8).astype(np.int64) + 1]
     content = path.read_bytes()
     if modality == "listops":
-        from .data.listops import IDS
+        from .data.listops import EQUALS, IDS, LISTOPS
 
-        words = content.decode("utf-8", "replace").replace("(", " ").replace(")", " ").split()
-        unknown = [word for word in words if word not in IDS]
-        if unknown or not words or len(words) > longest:
-            told = f'"{unknown[0]}" is no part of one' if unknown else f"{len(words)} words, 1 to {longest} go"
-            raise UserError(f"{path} is no expression: {told}")
-        return [np.array([IDS[word] + 1 for word in words])]
+        ids = LISTOPS.encode_prompt(content.decode("utf-8", "replace"), None)
+        if len(ids) > longest or max(ids) >= IDS[EQUALS]:
+            told = f"it has {len(ids)} words, 1 to {longest} go" if len(ids) > longest else f"{EQUALS} or nothing in it"
+            raise UserError(f"{path} is no expression to predict: {told}; write one such as [MAX 2 9 ]")
+        return [np.array(ids) + 1]
     if not content:
         raise UserError(f"{path} is empty")
     return [np.frombuffer(content[:longest], np.uint8).astype(np.int64) + 1]

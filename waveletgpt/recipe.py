@@ -19,9 +19,6 @@ from .errors import UserError, suggest
 
 # Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
 # (docs/results.md, "Windows"); the paper's, up to the context, are those of `paper` and of the configuration.
-_SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
-_LEARNED = {"position_embedding": "learned", "pooling": "mean"}
-
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on a CPU: tests and first tries.
     "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "max_window": 4},
@@ -32,6 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # GPT-2 small: 124 M parameters with its own vocabulary.
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "max_window": 4},
 }
+
+_SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
+_LEARNED = {"position_embedding": "learned", "pooling": "mean"}
 
 # Classifiers; their length is that of the data's longest example, and their windows go up to it. `lra-small` and
 # `clips` are for laptops; the others have the parameters of the Long Range Arena's own Transformer, within 10 % (its
@@ -308,6 +308,8 @@ class ClassifierTraining(TrainingSettings):
 
     eval_windows: int = 500
     """Held-out examples that the evaluations on the way read; the one at the end reads all."""
+    samples: int = 6
+    """Examples of the test split that the report shows, with what the model says of them."""
     gain: float = 0.0
     """Augmentation of recordings: loudness changed at random by up to so many dB; 0 for none."""
     crop: float = 0.0

@@ -8,8 +8,6 @@ A further kind of data is one file in this package, with a class like `Modality`
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -28,7 +26,7 @@ from waveletgpt.data.music import MUSIC
 from waveletgpt.data.named import NAMED, NamedSet, fetch
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import Document, Files, Source
-from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, exclusive, remove_leftovers
+from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, disk_errors, made_once
 from waveletgpt.data.text import TEXT
 from waveletgpt.errors import UserError, suggest
 
@@ -60,13 +58,8 @@ def prepare(
     settings = settings or DataSettings()
     if modality is not None and modality not in MODALITIES:
         raise UserError(f'no modality "{modality}": there are {", ".join(MODALITIES)}{suggest(modality, MODALITIES)}')
-    try:
+    with disk_errors(settings.cache):
         return _prepare(str(data), modality, settings, progress)
-    except OSError as error:
-        place = error.filename or settings.cache
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full at {settings.cache}: free some space or set --cache-dir") from error
-        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set --cache-dir") from error
 
 
 def _prepare(data: str, modality: str | None, settings: DataSettings, progress: bool) -> TokenStore:
@@ -95,15 +88,12 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0])[:40].strip("-") or "data"
     path = settings.cache / "stores" / f"{name}-{chosen}-{fingerprint[:16]}"
-    with contextlib.suppress(UserError):
-        return TokenStore.open(path)
-    with exclusive(path):
-        with contextlib.suppress(UserError):  # another process made it meanwhile
-            return TokenStore.open(path)
-        remove_leftovers(path)
+
+    def make() -> None:
         with StoreWriter(path, modality=chosen, fingerprint=fingerprint, identity=identity) as writer:
             kind.prepare(source, settings, writer, progress)
-    return TokenStore.open(path)
+
+    return made_once(path, TokenStore.open, make)
 
 
 def detect(source: Source, settings: DataSettings) -> str:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from waveletgpt.data.audio import SUFFIXES, Unusable, libraries, recording
-from waveletgpt.data.long_range_arena import Item, Pool, divide, limit
+from waveletgpt.data.labelled import Item, Pool, divide, limit
 from waveletgpt.data.named import NAMED, fetch
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 import pickletools
 import re
-import struct
 import warnings
-from array import array
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from waveletgpt.data.images import FILE_LIMIT, Shape, Unusable, load, load_cifar, need_pillow
+from waveletgpt.data.labelled import Item, Pool, divide, limit
 from waveletgpt.data.listops import EQUALS, IDS, OFFICIAL, WORDS, expressions, generate_listops
 from waveletgpt.data.named import NAMED, fetch
 from waveletgpt.data.progress import bar
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """To be raised when the same data and settings come to mean other examples: stores made before are not found then."""
-HELD_OUT = 0.1
-"""Share of the training split that becomes validation; of undivided data, that which becomes each of the two others."""
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 """The official files of ListOps, Retrieval, Pathfinder and Path-X: a tar archive of 8 GB."""
@@ -83,19 +79,6 @@ PUBLISHED = (
          "Smith et al. 2022, https://arxiv.org/abs/2208.04933",         62.15, 89.31, 91.40, 88.00, 95.33, 98.58),
 )  # fmt: skip
 """What others report on the full data; protocols differ, and most use the test split of `text` for validation."""
-
-
-class Item(NamedTuple):
-    """One example as it is read."""
-
-    inputs: tuple[bytes, ...]
-    """8-bit values."""
-    label: int
-    point: float
-    """`point_of` the whole example, by which it is known: before anything was cut."""
-    name: str
-    split: str | None
-    """The official split; None if the data is not divided."""
 
 
 class Found(NamedTuple):
@@ -259,99 +242,6 @@ def _begin(writer: ExampleWriter, task: Task, classes: tuple[str, ...]) -> None:
 
 def _ids(values: bytes) -> np.ndarray:
     return np.frombuffer(values, np.uint8).astype(np.uint16) + 1
-
-
-class Pool:
-    """All examples of a source: their inputs in a temporary file, what decides their splits in memory."""
-
-    def __init__(self, path: Path, n_inputs: int) -> None:
-        self._file = path.open("w+b")
-        self._n_inputs = n_inputs
-        self._ends = array("Q", [0])
-        self._labels, self._points, self._given = array("q"), array("d"), array("b")
-        self.names: list[str] = []
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def add(self, item: Item) -> None:
-        """Keep an example."""
-        for values in item.inputs:
-            self._file.write(values)
-            self._ends.append(self._ends[-1] + len(values))
-        self._labels.append(item.label)
-        self._points.append(item.point)
-        self._given.append(-1 if item.split is None else SPLITS.index(item.split))
-        self.names.append(item.name)
-
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Label, point and number of the official split (-1: none) of each example."""
-        return np.array(self._labels), np.array(self._points), np.array(self._given)
-
-    def inputs(self, index: int) -> list[bytes]:
-        """The inputs of one example."""
-        first = index * self._n_inputs
-        bounds = self._ends[first : first + self._n_inputs + 1]
-        self._file.seek(bounds[0])
-        return [self._file.read(end - start) for start, end in itertools.pairwise(bounds)]
-
-
-def divide(
-    labels: np.ndarray, points: np.ndarray, given: np.ndarray, settings: TaskSettings
-) -> tuple[dict[str, np.ndarray], str]:
-    """The indices of the examples of each split, and how they were found: "given", "held out" or "hash".
-
-    `given` (n,) are the numbers of official splits, -1 for none: such examples are divided by their `points`, (n,).
-    Where no validation split is official it is held out of training, more than HELD_OUT of it if more is asked for.
-    Copies, known by their points, stay in the first of test, validation, training that they are in.
-    """
-    from waveletgpt.data.examples import balanced
-
-    parts = {split: np.flatnonzero(given == code) for code, split in enumerate(SPLITS)}
-    free = np.flatnonzero(given < 0)
-    free = free[balanced(labels[free], points[free])]
-    division = "hash" if len(free) else "given"
-    test = round(HELD_OUT * len(free))
-    parts["test"] = np.concatenate([parts["test"], free[:test]])
-    parts["train"] = np.concatenate([parts["train"], free[test:]])
-    parts["train"] = _without(parts["train"], parts["test"], points)
-    if not len(parts["validation"]):
-        division = "held out" if division == "given" else division
-        order = parts["train"][balanced(labels[parts["train"]], points[parts["train"]])]
-        wanted = settings.validation_examples or 1
-        held = max(test or round(HELD_OUT * len(order)), wanted)
-        if len(order) <= wanted:
-            raise UserError(f"validation_examples is {wanted}, to be held out of {len(order)} to train on: give fewer")
-        parts["validation"], parts["train"] = order[:held], order[held:]
-    parts["validation"] = _without(parts["validation"], parts["test"], points)
-    parts["train"] = _without(parts["train"], parts["validation"], points)
-    return parts, division
-
-
-def _without(indices: np.ndarray, others: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return indices[~np.isin(points[indices], points[others])]
-
-
-def limit(
-    indices: np.ndarray, labels: np.ndarray, points: np.ndarray, settings: TaskSettings, split: str, name: str
-) -> np.ndarray:
-    """As many of a split's examples as `settings` ask for, classes in their shares: what is asked for twice is in more.
-
-    Raises UserError if there aren't that many.
-    """
-    from waveletgpt.data.examples import balanced
-
-    wanted = settings.wanted(split)
-    if wanted is not None and wanted > len(indices):
-        raise UserError(f"{split}_examples is {wanted}, but {name} has {len(indices):,} for {split}: give at most that")
-    drawn = np.array([point_of(struct.pack("<Qd", settings.data_seed, point)) for point in points[indices]])
-    return indices[balanced(labels[indices], drawn)][:wanted]
 
 
 def _check(task: Task, name: str, classes: tuple[str, ...], labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
