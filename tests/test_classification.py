@@ -172,7 +172,10 @@ def test_compare_writes_summary_and_report(tmp_path: Path) -> None:
     for heading in ("Learning curves", "Confusion", "Examples", "Set-up"):
         assert heading in page
     assert "nan" not in page.lower().replace("nano", "")
-    assert (tmp_path / "out" / "curves.csv").read_text().startswith("arm,seed,step")
+    header, *rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
+    assert header == "arm,seed,step,tokens,seconds,split,loss,accuracy,top5"
+    (last,) = (row.split(",") for row in rows if row.startswith("fixed,1,8,") and ",validation," in row)
+    assert float(last[7]) == RunFolder(tmp_path / "out" / "fixed-seed1").metrics()[-1]["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,7 @@ def test_compare_writes_summary_and_report(tmp_path: Path) -> None:
         ("waves", {}, "recordings need one with frames"),
         ("texts", {"n_positions": 5}, "too short for examples of"),
         ("texts", {"pooling": "max"}, "pooling"),
+        ("texts", {"gain": 3.0}, "change recordings"),
     ],
 )
 def test_settings_that_do_not_fit_are_told(tmp_path: Path, name: str, changes: dict, message: str) -> None:

@@ -67,7 +67,15 @@ def test_predict_names_classes(listops: Path, tmp_path: Path) -> None:
     assert sum(row["classes"].values()) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("content", "message"), [("[MAX two ]", '"two"'), ("", "0 words"), ("9 " * 60, "60 words")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[MAX two ]", '"two"'),
+        ("", "nothing in it"),
+        ("9 " * 60, "60 words"),
+        ("[MAX 2 9 ] = 9", "= or nothing"),
+    ],
+)
 def test_predict_tells_what_is_no_expression(listops: Path, tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "expression.txt"
     file.write_text(content)
@@ -91,6 +99,7 @@ def test_report_reads_classifiers(listops: Path, tmp_path: Path) -> None:
         (["lra", "retrieval"], "retrieval"),
         (["lra", "image", "--preset", "clips", "--data", "{pictures}"], "--preset clips does not fit"),
         (["lra", "listops", "--arms", "none", "fixt"], "fixt"),
+        (["lra", "listops", "--modality", "text"], "modality of its own"),
         (["classify"], "name a folder"),
         (["predict", "{run}"], "name at least one file"),
         (["predict", "{run}", "no-such.txt"], "no-such.txt"),

@@ -6,6 +6,7 @@ was cut into several, their probabilities are averaged and the recording is what
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
 
+from .data.audio import write_wav
 from .data.examples import Examples, ExampleStore, show
 from .errors import UserError
 from .modeling import WaveletGPTForSequenceClassification
@@ -21,7 +23,6 @@ from .recipe import ClassifierRecipe, Recipe
 from .runs import RunFolder, write_json
 from .tasks import initialised
 
-_SHOWN = 6  # examples in a report
 PREDICTIONS = "predictions.json"
 
 
@@ -46,6 +47,9 @@ class Classification:
         if (store.kind == "waveform") != bool(frame):
             wants = "recordings need one with frames, such as clips" if not frame else "its frames are for recordings"
             raise UserError(f"--preset {recipe.preset} does not fit this data: {wants}")
+        training = recipe.training
+        if not frame and any((training.gain, training.crop, training.mixup)):
+            raise UserError("training.gain, crop and mixup change recordings, and this data has none; leave them out")
         labels = dict(enumerate(store.classes))
         model = initialised(
             WaveletGPTForSequenceClassification,
@@ -96,7 +100,7 @@ class Classification:
         return ShuffledExamples(self.store, count, recipe.seed, augment if any(vars(augment).values()) else None)
 
     def eval_data(self, recipe: Recipe, model: Any) -> Dataset:
-        """Whole recordings, drawn from the validation split; always the same ones."""
+        """Whole recordings, drawn from the validation split, always the same ones; `measure` is told which."""
         held_out = self.store.split("validation")
         recordings = np.unique(held_out.clips)
         # Not evenly spread: examples may stand class after class in turn, and a stride would pick some classes only.
@@ -121,33 +125,34 @@ class Classification:
     def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
         """Measures on all of validation and test; predictions.json with the confusion matrix and examples."""
         model = WaveletGPTForSequenceClassification.from_pretrained(run.path).to(device)  # type: ignore[arg-type]
-        found: dict[str, Any] = {}
+        store, found = self.store, {}
         for split in ("validation", "test"):
-            examples = self.store.split(split)
-            if not len(examples):
+            if not len(store.split(split)):
                 continue
-            scores, labels = predict(model, examples, recipe.batch_size, self.store.multi_label)
+            scores, labels = predict(model, store.split(split), recipe.batch_size, store.multi_label)
             found[split] = {**measure(scores, labels), "recordings": len(scores)}
-        # What is shown is of the last of them, the test if there is one.
-        value = {"classes": list(self.store.classes), "split": split if len(examples) else "validation", **found}
-        if not self.store.multi_label:
+        # What is shown is of the last of them: the test, if there is one.
+        shown = list(found)[-1]
+        value: dict[str, Any] = {"classes": list(store.classes), "split": shown, **found}
+        if not store.multi_label:
             value["confusion"] = confusion(scores, labels).tolist()
-        value["examples"] = self._examples(examples, scores, run.path) if len(examples) else []
+        value["examples"] = self._examples(store.split(shown), scores, recipe.training.samples, run.path)
         write_json(run.path / PREDICTIONS, value)
         return found
 
-    def _examples(self, examples: Examples, scores: np.ndarray, folder: Path) -> list[dict[str, Any]]:
-        """The first piece of a few recordings in its own form, its labels and what the model says."""
-        order = np.unique(examples.clips, return_index=True)[1]
+    def _examples(self, examples: Examples, scores: np.ndarray, count: int, folder: Path) -> list[dict[str, Any]]:
+        """The first piece of `count` recordings in its own form, its classes and what the model says."""
+        first = np.unique(examples.clips, return_index=True)[1]
+        count = min(count, len(first))
         rows = []
         (folder / "samples").mkdir(exist_ok=True)
-        for k in range(min(_SHOWN, len(order))):
-            place = k * len(order) // min(_SHOWN, len(order))
-            i = int(order[place])
+        for k in range(count):
+            place = k * len(first) // count
+            i = int(first[place])
             likeliest = np.argsort(-scores[place], kind="stable")[:3]
             sample = write_example(self.store, examples.raw(i), folder / "samples" / str(k))
-            truth = examples.labels[i]
-            names = [self.store.classes[j] for j in (np.flatnonzero(truth) if np.ndim(truth) else [int(truth)])]
+            truth = np.flatnonzero(examples.labels[i]) if self.store.multi_label else [int(examples.labels[i])]
+            names = [self.store.classes[j] for j in truth]
             said = [[self.store.classes[j], round(float(scores[place][j]), 4)] for j in likeliest]
             rows.append({**sample, "truth": names, "said": said})
         return rows
@@ -158,11 +163,13 @@ def measures(multi_label: bool) -> tuple[str, ...]:
     return ("map", "top5") if multi_label else ("accuracy", "top5")
 
 
+@dataclass(frozen=True)
 class Augmentation:
     """Random changes of training recordings; see `ClassifierTraining`."""
 
-    def __init__(self, gain: float, crop: float, mixup: float):
-        self.gain, self.crop, self.mixup = gain, crop, mixup
+    gain: float
+    crop: float
+    mixup: float
 
     def change(self, wave: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
         """Loudness and position of one recording (N,)."""
@@ -202,19 +209,20 @@ class ShuffledExamples(Dataset):
         if self.augmentation is None or "input_values" not in row:
             return row
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[2, 0, 0, index]))
-        wave = self.augmentation.change(row["input_values"], random)
-        labels = row["labels"]
+        wave, labels = self.augmentation.change(row["input_values"], random), row["labels"]
         if self.augmentation.mixup:
-            labels = labels if labels.ndim else torch.nn.functional.one_hot(labels, self.classes).float()
             other = self.examples[int(random.integers(len(self.examples)))]
             share = float(random.beta(self.augmentation.mixup, self.augmentation.mixup))
-            its = other["labels"]
-            its = its if its.ndim else torch.nn.functional.one_hot(its, self.classes).float()
-            size = max(len(wave), len(other["input_values"]))
             second = self.augmentation.change(other["input_values"], random)
+            size = max(len(wave), len(second))
             wave, second = (torch.nn.functional.pad(w, (0, size - len(w))) for w in (wave, second))
-            wave, labels = share * wave + (1 - share) * second, share * labels + (1 - share) * its
+            wave = share * wave + (1 - share) * second
+            labels = share * self._shares(labels) + (1 - share) * self._shares(other["labels"])
         return {"input_values": wave, "labels": labels}
+
+    def _shares(self, labels: torch.Tensor) -> torch.Tensor:
+        """(K,) floats of a class, or of several."""
+        return labels if labels.ndim else torch.nn.functional.one_hot(labels, self.classes).float()
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -239,9 +247,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def predict(
-    model: Any, examples: Any, batch_size: int, multi_label: bool, clips: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def predict(model: Any, examples: Examples, batch_size: int, multi_label: bool) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (r, K) of every recording, in order of `examples.clips`, and their labels."""
     model.eval()
     scores, labels = [], []
@@ -249,8 +255,8 @@ def predict(
         labels.append(batch.pop("labels"))
         logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
         scores.append(logits.float().cpu())
-    chosen = examples.clips if clips is None else clips
-    return by_recording(probabilities(torch.cat(scores).numpy(), multi_label), torch.cat(labels).numpy(), chosen)
+    found = probabilities(torch.cat(scores).numpy(), multi_label)
+    return by_recording(found, torch.cat(labels).numpy(), examples.clips)
 
 
 def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
@@ -311,9 +317,7 @@ def write_example(store: ExampleStore, raw: list[np.ndarray], stem: Path) -> dic
         Image.fromarray(show(store, raw)).save(path)
         return {"kind": "image", "file": f"samples/{path.name}"}
     if store.modality == "audio":
-        import soundfile
-
-        path = stem.with_suffix(".wav")
-        soundfile.write(path, show(store, raw), store.sample_rate)
+        assert store.sample_rate is not None
+        path = write_wav(stem, show(store, raw) / 32768, store.sample_rate).path
         return {"kind": "audio", "file": f"samples/{path.name}"}
     return {"kind": "text", "text": str(show(store, raw))[:2000]}

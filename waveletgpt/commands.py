@@ -83,7 +83,7 @@ class Compare:
         from .compare import parse_arms
 
         parse_arms(self.arms, plain(self.settings))
-        train_arms(self, prepare_store(self.data, self.settings), self.data)
+        train_arms(self, prepare_store(self.data, self.settings), self.data, self.out)
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,11 @@ class Lra:
 
         if self.task not in TASKS:
             raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
+        if self.settings.modality not in (None, TASKS[self.task].modality):
+            raise UserError(f"lra {self.task} has a modality of its own, not {self.settings.modality}; leave it out")
         parse_arms(self.arms, plain(self.settings))
-        train_arms(self, prepare_task(self.task, self.data, self.settings.source), self.task, f"runs/lra-{self.task}")
+        store = prepare_task(self.task, self.data, self.settings.source)
+        train_arms(self, store, self.task, self.out or f"runs/lra-{self.task}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Classify:
         if self.settings.modality not in (None, "audio"):
             raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
         parse_arms(self.arms, plain(self.settings))
-        train_arms(self, prepare_clips(self.data, self.settings.source), self.data)
+        train_arms(self, prepare_clips(self.data, self.settings.source), self.data, self.out)
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,9 @@ class Evaluate:
     """Print JSON."""
 
     def run(self) -> None:
-        from .evaluation import evaluate_run
-        from .prediction import evaluate_classifier
-
         if is_classifier(self.run_folder):
+            from .prediction import evaluate_classifier
+
             found = evaluate_classifier(self.run_folder, self.split, self.batch_size, self.device)
             if self.json:
                 print(json.dumps(found, indent=1))
@@ -213,6 +215,8 @@ class Evaluate:
             scores = ", ".join(f"{name} {found[name]:.2%}" for name in ("accuracy", "map", "top5") if name in found)
             say(f"{found['split']}: {scores} ({found['recordings']:,} examples)")
             return
+        from .evaluation import evaluate_run
+
         value = evaluate_run(self.run_folder, self.split, self.windows, self.batch_size, self.device)
         if self.json:
             print(json.dumps(value, indent=1))
@@ -250,10 +254,9 @@ class Generate:
     """auto, cpu, cuda or mps."""
 
     def run(self) -> None:
-        from .evaluation import print_samples
-
         if is_classifier(self.run_folder):
             raise UserError(f"{self.run_folder} is a classifier's run; ask it with `waveletgpt predict`")
+        from .evaluation import print_samples
 
         print_samples(
             self.run_folder,
@@ -392,22 +395,21 @@ def prepare_store(data: str, settings: Recipe) -> Any:
     return prepare(data, settings.modality, settings.source)
 
 
-def train_arms(command: Compare | Lra | Classify, store: Any, data: str, out: str | None = None) -> None:
+def train_arms(command: Compare | Lra | Classify, store: Any, data: str, out: str) -> None:
     """Train the arms of a command on a store, print the table and where the report is."""
     from .compare import compare
 
-    place = command.out or out or "runs/compare"
     summary = compare(
         plain(command.settings),
         store,
-        place,
+        out,
         data=data,
         arms=command.arms,
         seeds=command.seeds,
         resume=command.resume,
     )
     print_summary(summary)
-    say(f"report: {Path(place) / 'report.html'}")
+    say(f"report: {Path(out) / 'report.html'}")
 
 
 def is_classifier(folder: str) -> bool:

@@ -9,23 +9,17 @@ speed-ups             as in `summary.py`, from that step
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .runs import RunFolder, write_atomically, write_json
-from .summary import Measure, Record, assemble, compared, mean, read_records, spread
+from .summary import Measure, Record, assemble, compared, curves_csv, mean, read_records, spread
 from .summary_text import duration, plural, quantity
 
 CLASSIFICATION = "classification"
 NAMES = {"accuracy": "accuracy", "map": "mean average precision"}
-
-
-def is_classification(records: Iterable[Record]) -> bool:
-    return any(record.info.get("task") == CLASSIFICATION for record in records)
 
 
 def score_of(record: Record) -> str:
@@ -190,19 +184,6 @@ def score_headline(summary: dict[str, Any]) -> str:
     return score_sentence(summary, best_arm(summary)) + chosen
 
 
-def scores_csv(records: Sequence[Record]) -> str:
-    """All curves as CSV: arm, seed, step, tokens, training seconds, split, loss in nats, score, top5."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["arm", "seed", "step", "tokens", "seconds", "split", "loss", "score", "top5"])
-    for r in records:
-        for row in r.metrics:
-            split = "train" if "loss" in row else "validation"
-            common = [r.arm, r.seed, row["step"], row.get("tokens"), row.get("seconds"), split]
-            writer.writerow([*common, row.get("loss", row.get("nll")), row.get(score_of(r)), row.get("top5")])
-    return out.getvalue()
-
-
 def write_scores(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
     """Write summary.json and curves.csv into `out`, each atomically, and return the summary.
 
@@ -212,5 +193,5 @@ def write_scores(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> 
     records = read_records(runs)
     summary = summarize_scores(records, baseline)
     write_json(Path(out) / "summary.json", summary)
-    write_atomically(Path(out) / "curves.csv", scores_csv(records))
+    write_atomically(Path(out) / "curves.csv", curves_csv(records, (summary["score"], "top5")))
     return summary

@@ -440,20 +440,22 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 CSV_HEADER = ("arm", "seed", "step", "tokens", "seconds", "split", "loss")
 
 
-def curves_csv(runs: Iterable[RunFolder] | Sequence[Record]) -> str:
-    """All curves as CSV: arm, seed, step, tokens, training seconds, split (train or validation), loss in nats."""
+def curves_csv(runs: Iterable[RunFolder] | Sequence[Record], scores: Sequence[str] = ()) -> str:
+    """All curves as CSV: arm, seed, step, tokens, training seconds, split (train or validation), loss in nats.
+
+    `scores` are more columns: what evaluations measured besides the loss, by name.
+    """
     items = list(runs)
     records = [r for r in items if isinstance(r, Record)] or read_records(r for r in items if isinstance(r, RunFolder))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
+    writer.writerow([*CSV_HEADER, *scores])
     for record in records:
         for row in record.metrics:
             for split, key in (("train", "loss"), ("validation", "nll")):
                 if key in row:
-                    writer.writerow(
-                        [record.arm, record.seed, row["step"], row.get("tokens"), row.get("seconds"), split, row[key]]
-                    )
+                    common = [record.arm, record.seed, row["step"], row.get("tokens"), row.get("seconds"), split]
+                    writer.writerow([*common, row[key], *(row.get(score) for score in scores)])
     return out.getvalue()
 
 
