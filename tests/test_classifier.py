@@ -291,6 +291,15 @@ def test_losses() -> None:
     torch.testing.assert_close(model(ids, labels=several, num_items_in_batch=8 * LABELS).loss, expected / 2)
 
 
+def test_shares_of_one_class_are_that_class() -> None:
+    model, ids, labels = classifier(), tokens(4), torch.tensor([0, 4, 2, 2])
+    whole, share = (model(ids, labels=each).loss for each in (labels, F.one_hot(labels, LABELS).float()))
+    assert torch.allclose(whole, share, atol=1e-6)
+    mixed = 0.25 * F.one_hot(labels, LABELS) + 0.75 * F.one_hot(labels.flip(0), LABELS)
+    between = 0.25 * whole + 0.75 * model(ids, labels=labels.flip(0)).loss
+    assert torch.allclose(model(ids, labels=mixed).loss, between, atol=1e-6)
+
+
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
 @pytest.mark.parametrize("pooling", ["last", "mean", "attention"])
 def test_half_precision(pooling: str, problem: str) -> None:

@@ -85,6 +85,28 @@ def test_predict_tells_what_is_no_expression(listops: Path, tmp_path: Path, cont
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_predict_takes_pairs_of_texts(tmp_path: Path) -> None:
+    table = tmp_path / "lra_release"
+    table.mkdir()
+    for part, rows in (("train", 16), ("eval", 8), ("test", 8)):
+        lines = [f"{i % 2}\tA-{i}\tB-{i}\ta text of {part} {i}\tanother of {i}\n" for i in range(rows)]
+        (table / f"new_aan_pairs.{part}.tsv").write_text("".join(lines))
+    done = waveletgpt("lra", "retrieval", "--data", table, "--length", 30, *TINY, "--arms", "fixed", "--out",
+                      tmp_path / "out", "--cache-dir", tmp_path / "cache")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "fixed-seed0"
+    files = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for file in files:
+        file.write_text(f"what {file.stem} says, up to thirty bytes of it")
+    done = waveletgpt("predict", run, files[0], files[1], files[0], files[2], "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["file"] for row in json.loads(done.stdout)] == [f"{files[0]} {files[1]}", f"{files[0]} {files[2]}"]
+    assert all(set(row["classes"]) == {"unrelated", "related"} for row in json.loads(done.stdout))
+    done = waveletgpt("predict", run, *files)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("compares 2 files at a time, and 3 are named")
+
+
 def test_report_reads_classifiers(listops: Path, tmp_path: Path) -> None:
     done = waveletgpt("report", listops, "--out", tmp_path / "page")
     assert done.returncode == 0, done.stderr

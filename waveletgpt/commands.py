@@ -168,7 +168,7 @@ class Predict:
     run_folder: Positional[str]
     """Run folder of `waveletgpt classify` or `waveletgpt lra`."""
     files: Positional[tuple[str, ...]] = ()
-    """Recordings, texts or pictures, as the run was trained on."""
+    """Recordings, texts or pictures, as the run was trained on; for retrieval the two texts of each pair in turn."""
     top: int = 3
     """How many of the likeliest classes to print."""
     device: str = "auto"

@@ -63,10 +63,12 @@ def predict_files(
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """(file, [(class, probability), ...]) with the `top` likeliest classes of each file, the likeliest first.
 
-    A recording is cut into pieces as in training and their probabilities are averaged.
+    A recording is cut into pieces as in training and their probabilities are averaged. A run that compares texts takes
+    its files two by two, and the name of a pair is both names.
 
     Raises:
-        UserError: see `open_classifier`; no file, or one that cannot be read as what the run was trained on.
+        UserError: see `open_classifier`; no file, one too many for pairs, or one that cannot be read as what the run was
+            trained on.
     """
     if not files:
         raise UserError("predict: name at least one file after the run folder")
@@ -74,9 +76,14 @@ def predict_files(
         raise UserError(f"--top {top} must be at least 1")
     run, model = open_classifier(folder, device)
     multi_label = model.config.problem_type == "multi_label_classification"
+    together = model.config.n_inputs
+    if len(files) % together:
+        raise UserError(f"predict: {run.path} compares {together} files at a time, and {len(files)} are named")
     rows = []
-    for name in files:
-        batch = collate([_as_input(piece, run.info) for piece in read_inputs(Path(name), run.info)])
+    for i in range(0, len(files), together):
+        name = " ".join(files[i : i + together])
+        pieces = zip(*(read_inputs(Path(file), run.info) for file in files[i : i + together]), strict=True)
+        batch = collate([_as_input(piece, run.info) for piece in pieces])
         logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
         scores = probabilities(logits, multi_label).mean(0)
         best = np.argsort(-scores, kind="stable")[:top]
@@ -84,21 +91,21 @@ def predict_files(
     return rows
 
 
-def _as_input(piece: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
+def _as_input(inputs: tuple[np.ndarray, ...], info: dict[str, Any]) -> dict[str, Any]:
+    """What `Examples` gives for a piece: of pairs a list."""
     if info["data"]["modality"] == "audio":
-        return {"input_values": torch.from_numpy(piece.astype(np.float32) / 32768)}
-    return {"input_ids": torch.from_numpy(piece.astype(np.int64))}
+        return {"input_values": torch.from_numpy(inputs[0].astype(np.float32) / 32768)}
+    ids = [torch.from_numpy(each.astype(np.int64)) for each in inputs]
+    return {"input_ids": ids if len(ids) > 1 else ids[0]}
 
 
 def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
     """A file as a run's model reads it: ids 1 .. 256 of a text, expression or picture, or int16 pieces of a recording.
 
     Raises:
-        UserError: a file that is missing, empty, or not of the run's kind; pairs of texts, which no one file holds.
+        UserError: a file that is missing, empty, or not of the run's kind.
     """
     modality, longest = info["data"]["modality"], int(info["data"]["max_length"])
-    if info["data"]["name"] == "retrieval":
-        raise UserError("predict: retrieval compares two texts; there is no one file to predict")
     if not path.is_file():
         raise UserError(f"{path} is no file; name a file to predict")
     if modality == "audio":
