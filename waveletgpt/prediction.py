@@ -67,8 +67,7 @@ def predict_files(
     its files two by two, and the name of a pair is both names.
 
     Raises:
-        UserError: see `open_classifier`; no file, one too many for pairs, or one that cannot be read as what the run was
-            trained on.
+        UserError: see `open_classifier`; no file, half a pair, or one that is not what the run was trained on.
     """
     if not files:
         raise UserError("predict: name at least one file after the run folder")
