@@ -26,7 +26,8 @@ from waveletgpt.compare import compare
 from waveletgpt.data.examples import ExampleStore, ExampleWriter, prepare_once
 from waveletgpt.errors import UserError
 from waveletgpt.recipe import CLASSIFIER_PRESETS, ClassifierRecipe, Recipe
-from waveletgpt.runs import RunFolder
+from waveletgpt.report import write_results
+from waveletgpt.runs import RunFolder, find_runs
 from waveletgpt.training import task_of, train
 
 SIZES = {"train": 120, "validation": 30, "test": 30}
@@ -175,7 +176,14 @@ def test_compare_writes_summary_and_report(tmp_path: Path) -> None:
     header, *rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert header == "arm,seed,step,tokens,seconds,split,loss,accuracy,top5"
     (last,) = (row.split(",") for row in rows if row.startswith("fixed,1,8,") and ",validation," in row)
-    assert float(last[7]) == RunFolder(tmp_path / "out" / "fixed-seed1").metrics()[-1]["accuracy"]
+    run = RunFolder(tmp_path / "out" / "fixed-seed1")
+    assert float(last[7]) == run.metrics()[-1]["accuracy"]
+    # What somebody's editor or a crash left of its files is no reason not to report the rest.
+    with run.metrics_path.open("a") as file:
+        file.write('5\n{"nll": 2.0}\n{"step": 9, "nll"')
+    for spoilt in ('{"examples": [{"kind": "text"}]}', "[]", "{"):
+        (run.path / "predictions.json").write_text(spoilt)
+        assert write_results(tmp_path / "out", list(find_runs(tmp_path / "out")), "none") == summary
 
 
 @pytest.mark.parametrize(

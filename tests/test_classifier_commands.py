@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,15 @@ def test_predict_names_classes(listops: Path, tmp_path: Path) -> None:
         ("", "nothing in it"),
         ("9 " * 60, "60 words"),
         ("[MAX 2 9 ] = 9", "= or nothing"),
+        (None, "is no part of an expression"),
     ],
 )
-def test_predict_tells_what_is_no_expression(listops: Path, tmp_path: Path, content: str, message: str) -> None:
+def test_predict_tells_what_is_no_expression(listops: Path, tmp_path: Path, content: str | None, message: str) -> None:
+    """None: a terabyte of nothing."""
     file = tmp_path / "expression.txt"
-    file.write_text(content)
+    file.write_text(content or "")
+    if content is None:
+        os.truncate(file, 1 << 40)
     done = waveletgpt("predict", listops / "fixed-seed0", file)
     assert done.returncode == 2
     assert message in done.stderr

@@ -117,6 +117,7 @@ def mistakes(tmp: Path) -> dict[str, tuple[list[object], str]]:
     (tmp / "cut.zip").write_bytes(b"PK\x03\x04 not really")
     with zipfile.ZipFile(tmp / "none.zip", "w"):
         pass
+    (tmp / "arms.yaml").write_text("compare: {arms: fixed}")
     (tmp / "broken_run").mkdir()
     (tmp / "broken_run" / "run.json").write_text("{")
     (tmp / "taken").mkdir()
@@ -144,6 +145,7 @@ def mistakes(tmp: Path) -> dict[str, tuple[list[object], str]]:
         "arm": (["compare", words, "--arms", "none", "fixxed"], 'did you mean "fixed"'),
         "missing recipe": ([*train, "--recipe", tmp / "no.yaml"], "no.yaml"),
         "broken recipe": ([*train, "--recipe", tmp / "broken.yaml"], "not valid YAML"),
+        "arms in recipe": (["compare", words, "--recipe", tmp / "arms.yaml"], "{arms: [none, fixed], seeds: 3}"),
         "unknown in recipe": ([*train, "--recipe", tmp / "other.yaml"], 'did you mean "max_steps"'),
         "no run": (["evaluate", tmp / "nothing"], "not a run folder"),
         "no folder": (["generate", tmp / "nowhere"], "no run folder"),
@@ -162,7 +164,7 @@ NAMES = sorted(
         *("broken archive", "empty archive", "modality", "preset", "mixing", "device", "option", "number", "negative"),
         *("heads", "window", "command", "arm", "missing recipe", "broken recipe", "unknown in recipe", "no run"),
         *("no folder", "broken run", "taken folder", "out is a file", "out below a file", "preset or run"),
-        "vocabulary",
+        *("vocabulary", "arms in recipe"),
     ]
 )
 

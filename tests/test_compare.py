@@ -13,7 +13,7 @@ from waveletgpt.compare import compare
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
 from waveletgpt.runs import RunFolder, find_runs
-from waveletgpt.training import Interrupted, Recorder
+from waveletgpt.training import Diverged, Interrupted, Recorder
 
 ARMS = ["none", "fixed", "learnable:max_window=8", "none:n_layer=1,lr=1e-3"]
 
@@ -61,6 +61,23 @@ def test_curves_hold_every_logged_point(out: Path) -> None:
     for run in find_runs(out):
         mine = [r for r in rows if (r["arm"], int(r["seed"])) == (run.info["arm"], run.info["seed"])]
         assert len(mine) == len(run.metrics())
+
+
+def test_resume_writes_in_no_folder_of_other_things(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("mine")
+    (tmp_path / "none-seed0").mkdir()
+    with pytest.raises(UserError, match=r"holds no comparison to go on with, but summary\.json"):
+        compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)
+    assert (tmp_path / "summary.json").read_text() == "mine"
+    (tmp_path / "summary.json").unlink()  # what is left is what a kill at the start leaves
+    assert compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)["arms"]
+
+
+def test_a_comparison_without_a_finished_run_has_failed(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(lr=1e30, clip=1e30, schedule="constant", warmup_steps=0)
+    with pytest.raises(Diverged, match="no run came to its end"):
+        compare(recipe, store, tmp_path, data="words.txt", arms=["none", "fixed"])
+    assert "failed" in (tmp_path / "report.html").read_text()
 
 
 def test_identical_arms_have_identical_curves(store: TokenStore, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def compare(
     Raises:
         UserError: bad arms, an `out` that holds something else, settings other than the runs there have.
         Interrupted: Ctrl-C; what was trained is saved.
+        Diverged: every run did.
     """
     from .training import Diverged, task_of, train
 
@@ -95,6 +96,11 @@ def compare(
     if out.is_dir() and any(out.iterdir()) and not resume:
         there = "a comparison" if any(find_runs(out)) else "other files"
         raise UserError(f"--out {out} already holds {there}; add --resume to go on with it, or name another folder")
+    if out.is_dir() and not any(find_runs(out)):
+        begun = {arm.folder(seed) for arm in parsed for seed in range(recipe.seed, recipe.seed + seeds)}
+        foreign = sorted(child.name for child in out.iterdir() if child.name not in begun)
+        if foreign:
+            raise UserError(f"--out {out} holds no comparison to go on with, but {foreign[0]}; name another folder")
 
     runs: list[RunFolder] = []
     summary: dict[str, Any] = {}
@@ -110,4 +116,6 @@ def compare(
             gc.collect()
             if any(run.info["arm"] == parsed[0].name for run in runs):
                 summary = write_results(out, runs, parsed[0].name)
+    if not any(run.finished for run in runs):
+        raise Diverged("no run came to its end: see above")
     return summary

@@ -46,7 +46,11 @@ def load_model(
     try:
         model: Any = kind.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+        whole = [str(folder) for _, folder in run.checkpoints() if folder != path]
+        mend = f"use {whole[-1]} with transformers, or " if whole else ""
+        raise UserError(
+            f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}; {mend}train it again"
+        ) from None
     return model.to(place).eval()
 
 

@@ -116,19 +116,32 @@ def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
         from .data.images import Shape, Unusable, load
 
         try:
-            pixels = load(path.read_bytes(), Shape(round(longest**0.5), 1))
+            pixels = load(_read(path, _LARGEST), Shape(round(longest**0.5), 1))
         except Unusable as error:
             raise UserError(f"{path}: {error}") from None
         return [np.frombuffer(pixels, np.uint8).astype(np.int64) + 1]
-    content = path.read_bytes()
     if modality == "listops":
         from .data.listops import EQUALS, IDS, LISTOPS
 
+        content = _read(path, 64 * longest)  # a word of an expression has four letters
         ids = LISTOPS.encode_prompt(content.decode("utf-8", "replace"), None)
         if len(ids) > longest or max(ids) >= IDS[EQUALS]:
             told = f"it has {len(ids)} words, 1 to {longest} go" if len(ids) > longest else f"{EQUALS} or nothing in it"
             raise UserError(f"{path} is no expression to predict: {told}; write one such as [MAX 2 9 ]")
         return [np.array(ids) + 1]
+    content = _read(path, longest)
     if not content:
         raise UserError(f"{path} is empty")
-    return [np.frombuffer(content[:longest], np.uint8).astype(np.int64) + 1]
+    return [np.frombuffer(content, np.uint8).astype(np.int64) + 1]
+
+
+_LARGEST = 1 << 26  # bytes of a picture
+
+
+def _read(path: Path, most: int) -> bytes:
+    """The first `most` bytes: a file can be larger than memory."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

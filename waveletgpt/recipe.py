@@ -7,6 +7,7 @@ preset fills the model's sizes where none of these does. Imports no torch, so th
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -177,22 +178,30 @@ class Recipe:
         check_choice("training.precision", self.training.precision, ("fp32", "bf16"))
         kinds = ("sdpa", "eager", "flash_attention_2", "flex_attention")
         check_choice("training.attention", self.training.attention, kinds)
+        training = self.training
         positive = {
             "max_steps": self.max_steps,
             "batch_size": self.batch_size,
             "lr": self.lr,
-            "training.accumulation": self.training.accumulation,
-            "training.clip": self.training.clip,
-            "training.eval_every": self.training.eval_every,
-            "training.eval_windows": self.training.eval_windows,
-            "training.log_every": self.training.log_every,
-            "training.save_every": self.training.save_every,
-            "training.keep_checkpoints": self.training.keep_checkpoints,
-            "training.threads": self.training.threads,
+            "training.accumulation": training.accumulation,
+            "training.clip": training.clip,
+            "training.eval_every": training.eval_every,
+            "training.eval_windows": training.eval_windows,
+            "training.log_every": training.log_every,
+            "training.save_every": training.save_every,
+            "training.keep_checkpoints": training.keep_checkpoints,
+            "training.threads": training.threads,
+            "training.sample_tokens": training.sample_tokens,
         }
         for name, value in positive.items():
             if value is not None and not value > 0:
                 raise UserError(f"{name} must be greater than 0, got {value}")
+        check_range("training.warmup_steps", self.warmup_steps, 0)
+        check_range("training.weight_decay", training.weight_decay, 0)
+        check_range("training.workers", training.workers, 0)
+        check_range("training.samples", training.samples, 0)
+        check_range("training.beta2", training.beta2, 0, 0.999999)
+        check_range("seed", self.seed, 0, 2**31)  # NumPy takes up to 2^32, and every further seed is one more
 
     # Defaults that depend on the length of the run.
 
@@ -342,9 +351,9 @@ class ClassifierRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gain", "crop", "mixup"):
-            if not getattr(self.training, name) >= 0:
-                raise UserError(f"training.{name} must not be negative, got {getattr(self.training, name)}")
+        check_range("training.gain", self.training.gain, 0, 60)  # a thousandfold
+        check_range("training.crop", self.training.crop, 0, 1)
+        check_range("training.mixup", self.training.mixup, 0, 100)
 
 
 def _fields(kind: type) -> dict[str, Any]:
@@ -384,6 +393,13 @@ def check_choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise UserError(f'{name}: no "{value}"; use one of {", ".join(choices)}{suggest(value, choices)}')
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raises UserError unless `value` is from `least` to `most`."""
+    if not least <= value <= most:
+        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UserError(f"{name} must be {bounds}, got {value}")
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

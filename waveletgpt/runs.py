@@ -100,13 +100,13 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a line that a crash cut short is left out."""
+        """All whole lines of metrics.jsonl; what a crash cut short is left out."""
         rows = []
         if self.metrics_path.is_file():
-            for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-        return rows
+        return [row for row in rows if isinstance(row, dict) and "step" in row]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics_path, "a", encoding="utf-8") as file:

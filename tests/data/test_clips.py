@@ -470,7 +470,7 @@ def test_what_cannot_be_used(tmp_path: Path, chosen: TaskSettings) -> None:
     (tmp_path / "in" / "notes.txt").write_text("nothing to hear")
     refused("has no recordings: give a folder or archive with WAV")
     folders(tmp_path / "in", 5, ("only",))
-    refused("has no class folders: put the recordings of each class in a folder")
+    refused("has one class, only: put the recordings of each class in a folder")
     folders(tmp_path / "in", 5, ("only",))
     save(tmp_path / "in" / "a.flac", noise(0), RATE, "FLAC")
     save(tmp_path / "in" / "only" / "sub" / "a.wav", noise(1), RATE)

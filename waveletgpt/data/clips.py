@@ -365,7 +365,8 @@ def _class_folders(names: list[str], what: str) -> Layout:
     depth += divided
     classes = sorted({folder[depth] for folder in folders if len(folder) > depth})
     if len(classes) < 2:
-        found = f"one class, {classes[0]}" if classes else "no class folders"
+        there = classes or sorted({folder[-1] for folder in filled})  # the folder that all are in may be a class
+        found = f"one class, {there[0]}" if len(there) == 1 else "no class folders"
         raise UserError(f"{what} has {found}: put the recordings of each class in a folder that is called like it")
     number = {name: index for index, name in enumerate(classes)}
 

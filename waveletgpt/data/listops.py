@@ -12,6 +12,7 @@ level, and only those of a permitted length are written out.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -282,7 +283,8 @@ class ListOpsModality:
         """
         words = _words(prompt)
         if unknown := [word for word in words if word not in IDS]:
-            raise UserError(f'"{unknown[0]}" is no part of an expression: use digits, {" ".join(OPERATORS)}, ] and =')
+            word = json.dumps(unknown[0][:20])
+            raise UserError(f"{word} is no part of an expression: use digits, {' '.join(OPERATORS)}, ] and =")
         return [IDS[word] for word in words] or [END]
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:

@@ -324,8 +324,20 @@ def heat_map_png(values: np.ndarray, limit: float) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def heat_map(png: str, rows: int, columns: int, bands: Sequence[tuple[int, int, str]], *, title: str, name: str) -> str:
-    """A heat map with its row bands named at the right edge: (first row, row after the last, label)."""
+def heat_map(
+    png: str,
+    rows: int,
+    columns: int,
+    bands: Sequence[tuple[int, int, str]],
+    *,
+    title: str,
+    name: str,
+    across: str = "token",
+) -> str:
+    """A heat map with its row bands named at the right edge: (first row, row after the last, label).
+
+    Columns are numbered; `across` says what they are.
+    """
     width, height, top, right = 410.0, 290.0, 24.0, 58.0
     plot_width = width - right - 2
     parts = [
@@ -333,7 +345,7 @@ def heat_map(png: str, rows: int, columns: int, bands: Sequence[tuple[int, int, 
         f'<image href="{png}" x="0" y="{top}" width="{plot_width}" height="{height}" preserveAspectRatio="none"/>',
         f'<text class="tick" x="0" y="{top + height + 16}">0</text>',
         f'<text class="tick" x="{plot_width}" y="{top + height + 16}" text-anchor="end">{columns - 1}</text>',
-        f'<text class="tick" x="{plot_width / 2}" y="{top + height + 16}" text-anchor="middle">token</text>',
+        f'<text class="tick" x="{plot_width / 2}" y="{top + height + 16}" text-anchor="middle">{escape(across)}</text>',
     ]
     middles = [top + (first + last) / 2 / rows * height for first, last, _ in bands]
     for (first, last, label), place in zip(bands, spread(middles, 13, top + 6, top + height - 4), strict=True):

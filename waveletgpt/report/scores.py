@@ -197,16 +197,24 @@ def _published(summary: dict[str, Any]) -> str:
 
 
 def _predictions(records: Sequence[Record], name: str) -> tuple[Record, dict[str, Any]] | None:
-    """predictions.json of the first seed of an arm that has it."""
+    """predictions.json of the first seed of an arm that has a whole one."""
     for record in records:
         if record.arm == name and record.usable:
             try:
                 value = json.loads((record.path / "predictions.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            if isinstance(value, dict):
+            if _is_whole(value):
                 return record, value
     return None
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        told = all(example["said"][0][0] and example["truth"] is not None for example in value["examples"])
+        return told and len(value.get("confusion") or value["classes"]) == len(value["classes"])
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return False
 
 
 def _confusion(predictions: dict[str, Any]) -> str:
@@ -230,9 +238,18 @@ def _confusion(predictions: dict[str, Any]) -> str:
             ]
             body = table(head, rows, "key", f"Confusion of {name}")
         else:
-            title = f"{len(classes)} classes"
             size = len(classes)
-            body = heat_map(heat_map_png(shares, 1.0), size, size, [], title=title, name=f"Confusion of {name}")
+            body = heat_map(
+                heat_map_png(shares, 1.0),
+                size,
+                size,
+                [],
+                title=f"{size} classes, from 0 above to {size - 1} below",
+                name=f"Confusion of {name}",
+                across="what the model says",
+            )
+            numbered = ", ".join(f"{i} {escape(label)}" for i, label in enumerate(classes))
+            body += f'<details><summary>Classes</summary><p class="small">{numbered}</p></details>'
         panels += f"<div><h3>{escape(name)}, seed {found[0].seed}</h3>{body}</div>"
     intro = "<p>Percent of the examples of a class (row) that the model takes for each class (column).</p>"
     return panels and f'{intro}<div class="pair">{panels}</div>'
