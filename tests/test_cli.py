@@ -151,6 +151,8 @@ def mistakes(tmp: Path) -> dict[str, tuple[list[object], str]]:
         "no folder": (["generate", tmp / "nowhere"], "no run folder"),
         "broken run": (["report", tmp / "broken_run"], "run.json"),
         "taken folder": ([*train, "--out", tmp / "taken"], "not empty"),
+        "taken folder, before the data": (["train", tmp / "missing.txt", "--out", tmp / "taken"], "not empty"),
+        "taken by other files": (["compare", tmp / "missing.txt", "--out", tmp / "taken"], "already holds other files"),
         "out is a file": ([*train, "--out", words], "is a file"),
         "out below a file": ([*train, "--out", words / "run"], str(words)),
         "preset or run": (["info", "smal"], 'did you mean "small"'),
@@ -164,7 +166,7 @@ NAMES = sorted(
         *("broken archive", "empty archive", "modality", "preset", "mixing", "device", "option", "number", "negative"),
         *("heads", "window", "command", "arm", "missing recipe", "broken recipe", "unknown in recipe", "no run"),
         *("no folder", "broken run", "taken folder", "out is a file", "out below a file", "preset or run"),
-        *("vocabulary", "arms in recipe"),
+        *("vocabulary", "arms in recipe", "taken folder, before the data", "taken by other files"),
     ]
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,8 +44,11 @@ class Train:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
+        from .resuming import check_folder
+        from .runs import RunFolder
         from .training import train
 
+        check_folder(RunFolder(self.out), self.resume)
         store = prepare_store(self.data, self.settings)
         run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
         result = run.info["result"]
@@ -80,10 +84,7 @@ class Compare:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
-        from .compare import parse_arms
-
-        parse_arms(self.arms, plain(self.settings))
-        train_arms(self, prepare_store(self.data, self.settings), self.data, self.out)
+        train_arms(self, lambda: prepare_store(self.data, self.settings), self.data, self.out)
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,14 @@ class Lra:
     settings: Annotated[ClassifierOptions, Flat] = field(default_factory=ClassifierOptions)
 
     def run(self) -> None:
-        from .compare import parse_arms
         from .data.long_range_arena import TASKS, prepare_task
 
         if self.task not in TASKS:
             raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
         if self.settings.modality not in (None, TASKS[self.task].modality):
             raise UserError(f"lra {self.task} has a modality of its own, not {self.settings.modality}; leave it out")
-        parse_arms(self.arms, plain(self.settings))
-        store = prepare_task(self.task, self.data, self.settings.source)
-        train_arms(self, store, self.task, self.out or f"runs/lra-{self.task}")
+        out = self.out or f"runs/lra-{self.task}"
+        train_arms(self, lambda: prepare_task(self.task, self.data, self.settings.source), self.task, out)
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,13 @@ class Classify:
     settings: Annotated[ClassifierOptions, Flat] = field(default_factory=lambda: ClassifierOptions(preset="clips"))
 
     def run(self) -> None:
-        from .compare import parse_arms
         from .data.clips import prepare_clips
 
         if not self.data:
             raise UserError("classify: name a folder of recordings, such as one folder per class")
         if self.settings.modality not in (None, "audio"):
             raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
-        parse_arms(self.arms, plain(self.settings))
-        train_arms(self, prepare_clips(self.data, self.settings.source), self.data, self.out)
+        train_arms(self, lambda: prepare_clips(self.data, self.settings.source), self.data, self.out)
 
 
 @dataclass(frozen=True)
@@ -395,19 +392,14 @@ def prepare_store(data: str, settings: Recipe) -> Any:
     return prepare(data, settings.modality, settings.source)
 
 
-def train_arms(command: Compare | Lra | Classify, store: Any, data: str, out: str) -> None:
-    """Train the arms of a command on a store, print the table and where the report is."""
-    from .compare import compare
+def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:
+    """Train the arms of a command on the store that `prepare` makes, print the table and where the report is."""
+    from .compare import compare, plan
 
-    summary = compare(
-        plain(command.settings),
-        store,
-        out,
-        data=data,
-        arms=command.arms,
-        seeds=command.seeds,
-        resume=command.resume,
-    )
+    recipe = plain(command.settings)
+    planned: dict[str, Any] = {"arms": command.arms, "seeds": command.seeds, "resume": command.resume}
+    plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
+    summary = compare(recipe, prepare(), out, data=data, **planned)
     print_summary(summary)
     say(f"report: {Path(out) / 'report.html'}")
 

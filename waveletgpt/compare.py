@@ -16,7 +16,8 @@ from .configuration import MIXINGS
 from .errors import UserError
 from .recipe import Recipe, check_choice
 from .report import write_results
-from .runs import RunFolder, find_runs
+from .resuming import check_comparison_folder
+from .runs import RunFolder
 
 if TYPE_CHECKING:
     from .data import TokenStore
@@ -60,6 +61,22 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
     return arms
 
 
+def plan(
+    recipe: Recipe, out: str | Path, *, arms: list[str] | tuple[str, ...], seeds: int = 1, resume: bool = False
+) -> list[Arm]:
+    """The arms of a comparison that may begin or go on in `out`: all that can be checked before data is prepared.
+
+    Raises:
+        UserError: bad arms or seeds, an `out` that holds something else, or a comparison and no `resume`.
+    """
+    parsed = parse_arms(arms, recipe)
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    names = {arm.folder(seed) for arm in parsed for seed in range(recipe.seed, recipe.seed + seeds)}
+    check_comparison_folder(Path(out), names, resume)
+    return parsed
+
+
 def compare(
     recipe: Recipe,
     store: TokenStore | ExampleStore,
@@ -79,28 +96,16 @@ def compare(
         The summary, as in summary.json.
 
     Raises:
-        UserError: bad arms, an `out` that holds something else, settings other than the runs there have.
+        UserError: see `plan`; a setting that the model does not take, or other than the runs in `out` have.
         Interrupted: Ctrl-C; what was trained is saved.
         Diverged: every run did.
     """
     from .training import Diverged, task_of, train
 
     out = Path(out)
-    parsed = parse_arms(arms, recipe)
-    if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume)
     for arm in parsed:
         task_of(store).build_model(arm.recipe)  # tells of settings that do not go before hours are spent
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not resume:
-        there = "a comparison" if any(find_runs(out)) else "other files"
-        raise UserError(f"--out {out} already holds {there}; add --resume to go on with it, or name another folder")
-    if out.is_dir() and not any(find_runs(out)):
-        begun = {arm.folder(seed) for arm in parsed for seed in range(recipe.seed, recipe.seed + seeds)}
-        foreign = sorted(child.name for child in out.iterdir() if child.name not in begun)
-        if foreign:
-            raise UserError(f"--out {out} holds no comparison to go on with, but {foreign[0]}; name another folder")
 
     runs: list[RunFolder] = []
     summary: dict[str, Any] = {}

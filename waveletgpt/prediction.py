@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from .classification import collate, measure, predict, probabilities
-from .data.examples import ExampleStore
+from .data.examples import ExampleStore, as_item
 from .errors import UserError, suggest
 from .evaluation import load_model
 from .modeling import WaveletGPTForSequenceClassification
 from .runs import RunFolder
 from .scores import CLASSIFICATION
+
+_LARGEST = 1 << 26  # bytes of a picture
 
 
 def open_classifier(folder: str | Path, device: str = "auto") -> tuple[RunFolder, Any]:
@@ -82,20 +84,13 @@ def predict_files(
     for i in range(0, len(files), together):
         name = " ".join(files[i : i + together])
         pieces = zip(*(read_inputs(Path(file), run.info) for file in files[i : i + together]), strict=True)
-        batch = collate([_as_input(piece, run.info) for piece in pieces])
+        kind = "waveform" if run.info["data"]["modality"] == "audio" else "tokens"
+        batch = collate([as_item(piece, kind) for piece in pieces])
         logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
         scores = probabilities(logits, multi_label).mean(0)
         best = np.argsort(-scores, kind="stable")[:top]
         rows.append((name, [(str(model.config.id2label[int(k)]), float(scores[k])) for k in best]))
     return rows
-
-
-def _as_input(inputs: tuple[np.ndarray, ...], info: dict[str, Any]) -> dict[str, Any]:
-    """What `Examples` gives for a piece: of pairs a list."""
-    if info["data"]["modality"] == "audio":
-        return {"input_values": torch.from_numpy(inputs[0].astype(np.float32) / 32768)}
-    ids = [torch.from_numpy(each.astype(np.int64)) for each in inputs]
-    return {"input_ids": ids if len(ids) > 1 else ids[0]}
 
 
 def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
@@ -133,9 +128,6 @@ def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
     if not content:
         raise UserError(f"{path} is empty")
     return [np.frombuffer(content, np.uint8).astype(np.int64) + 1]
-
-
-_LARGEST = 1 << 26  # bytes of a picture
 
 
 def _read(path: Path, most: int) -> bytes:

@@ -9,28 +9,54 @@ from typing import Any
 
 from .errors import UserError
 from .recipe import Recipe
-from .runs import STAGING, RunFolder
+from .runs import STAGING, RunFolder, find_runs
 
 
-def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -> tuple[int, Path] | None:
-    """The newest checkpoint (step, folder) to go on from; None: from the start.
+def check_folder(run: RunFolder, resume: bool) -> None:
+    """Whether a run may begin or go on in this folder; cheap enough to be asked before the data is prepared.
 
-    Raises:
-        UserError: a folder that holds other things; a run there, and not asked to resume, or with other settings or
-            data than it has; a broken checkpoint.
+    Raises UserError for a folder that holds other things, or a run and it was not asked to resume.
     """
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--out {run.path} is a file; name a folder")
     if not run.exists():
         if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
             raise UserError(f"--out {run.path} is not empty and holds no run; name another folder")
-        return None
-    info = run.info
-    if not resume:
+    elif not resume:
         raise UserError(
-            f"--out {run.path} already holds a run ({info['status']}); add --resume to go on with it, "
+            f"--out {run.path} already holds a run ({run.info['status']}); add --resume to go on with it, "
             "or name another folder"
         )
+
+
+def check_comparison_folder(out: Path, runs: set[str], resume: bool) -> None:
+    """Whether a comparison whose run folders have the names `runs` may begin or go on in `out`.
+
+    Raises UserError for a folder that holds other things, or a comparison and it was not asked to resume.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not out.is_dir():
+        return
+    there, begun = sorted(child.name for child in out.iterdir()), any(find_runs(out))
+    if there and not resume:
+        what = "a comparison" if begun else "other files"
+        raise UserError(f"--out {out} already holds {what}; add --resume to go on with it, or name another folder")
+    foreign = [name for name in there if name not in runs]
+    if foreign and not begun:
+        raise UserError(f"--out {out} holds no comparison to go on with, but {foreign[0]}; name another folder")
+
+
+def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -> tuple[int, Path] | None:
+    """The newest checkpoint (step, folder) to go on from; None: from the start.
+
+    Raises:
+        UserError: see `check_folder`; a run with other settings or data; a broken checkpoint.
+    """
+    check_folder(run, resume)
+    if not run.exists():
+        return None
+    info = run.info
     recorded = {k: v for k, v in info["recipe"].items() if k != "data"}
     for name, now, then in differences(recipe.as_dict(), recorded):
         raise UserError(

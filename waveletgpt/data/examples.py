@@ -118,12 +118,7 @@ class Examples(Dataset):
         return int(self.store.meta["splits"][self.name]["examples"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        inputs = self.raw(index)
-        if self.store.kind == "waveform":
-            item: dict[str, Any] = {"input_values": torch.from_numpy(inputs[0].astype(np.float32) / 32768)}
-        else:
-            ids = [torch.from_numpy(each.astype(np.int64)) for each in inputs]
-            item = {"input_ids": ids[0] if self.store.n_inputs == 1 else ids}
+        item = as_item(self.raw(index), self.store.kind)
         label = self.labels[index]
         item["labels"] = torch.from_numpy(label.astype(np.float32)) if self.store.multi_label else torch.tensor(label)
         return item
@@ -174,6 +169,14 @@ class Examples(Dataset):
         if not len(self):  # an empty file cannot be mapped
             return np.empty(0, dtype)
         return np.memmap(self.store.path / f"{what}-{self.name}.bin", dtype=dtype, mode="r")
+
+
+def as_item(inputs: Sequence[np.ndarray], kind: str) -> dict[str, Any]:
+    """The inputs of an example, as `Examples.raw` has them, as a model takes them: see `Examples`."""
+    if kind == "waveform":
+        return {"input_values": torch.from_numpy(inputs[0].astype(np.float32) / 32768)}
+    ids = [torch.from_numpy(each.astype(np.int64)) for each in inputs]
+    return {"input_ids": ids if len(ids) > 1 else ids[0]}
 
 
 class ExampleWriter(FolderWriter):
