@@ -108,6 +108,19 @@ def test_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_the_headline_is_about_the_arm_with_the_least_computation(tmp_path: Path) -> None:
+    """Not about a larger model that needs fewer steps, nor about one that a machine with less to do ran faster."""
+    runs = [
+        *two_arms(tmp_path),
+        make_run(tmp_path / "d0", "none:n_layer=12", 0, [(0, 2.0), (200, 0.5)], parameters=2_400_000),
+        make_run(tmp_path / "e0", "ema", 0, [(0, 2.0), (200, 1.4)], seconds_per_step=0.01),
+    ]
+    summary = summarize(runs, "none")
+    speedups = {name: arm.get("step_speedup") for name, arm in summary["arms"].items()}
+    assert speedups["ema"] < speedups["fixed"] < speedups["none:n_layer=12"]
+    assert headline(summary).startswith("`fixed` reached")
+
+
 def test_summary_file_has_the_fields_of_the_contract_and_is_strict_json(tmp_path: Path) -> None:
     runs = [*two_arms(tmp_path), make_run(tmp_path / "x", "bad", 0, [(0, 3.0), (20, math.nan)], status="failed")]
     returned = write_summary(tmp_path, runs, "none")

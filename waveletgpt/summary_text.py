@@ -43,13 +43,17 @@ def arm_sentence(summary: dict[str, Any], name: str) -> str:
 
 
 def best_arm(summary: dict[str, Any]) -> str | None:
-    """The arm with the largest time speed-up (step speed-up, where no seconds are known); None where none has one."""
-    speedups = {
-        name: arm["time_speedup"] or arm["step_speedup"]
-        for name, arm in summary["arms"].items()
+    """The arm that takes the least computation to the baseline's final loss: step speed-up by FLOPs of a step.
+
+    Steps alone would praise a larger model, seconds depend on what else the machine did. None where no arm gets there.
+    """
+    arms = summary["arms"]
+    costs = {
+        name: (arm["flops_per_token"] or 1.0) / arm["step_speedup"]
+        for name, arm in arms.items()
         if arm.get("step_speedup")
     }
-    return max(speedups, key=lambda name: speedups[name]) if speedups else None
+    return min(costs, key=lambda name: costs[name]) if costs else None
 
 
 def headline_arm(summary: dict[str, Any]) -> str | None:
@@ -64,7 +68,7 @@ def headline_arm(summary: dict[str, Any]) -> str | None:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The result in one sentence: of the arm with the largest speed-up, or that none got there."""
+    """The result in one sentence: of the arm that gets there with the least computation, or that none got there."""
     arms, name = summary["arms"], headline_arm(summary)
     others = sum(bool(arm["seeds"]) for other, arm in arms.items() if other != summary["baseline"])
     if name is None:
