@@ -28,6 +28,7 @@ MIXINGS = {
     "none": {"mixing": "none"},
     "fixed, windows 2 and 4": {"mixing": "fixed", "max_window": 4},
     "fixed, windows 2 ... context": {"mixing": "fixed", "max_window": None},
+    "learnable, windows 2 and 4": {"mixing": "learnable", "max_window": 4},
     "learnable, windows 2 ... context": {"mixing": "learnable", "max_window": None},
     "ema": {"mixing": "ema"},
 }
@@ -142,6 +143,7 @@ def states(report: Report, models: dict[str, Any], tokens: int) -> None:
 
 
 def static(report: Report, models: dict[str, Any], batch_sizes: list[int], device: str) -> None:
+    torch._dynamo.config.recompile_limit = 64  # all models share the code that is compiled
     compilation = CompileConfig()
     if device == "cpu":
         compilation._compile_all_devices = True  # without it `generate` compiles on GPUs only

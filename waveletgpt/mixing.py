@@ -213,8 +213,9 @@ class Windowed(Mixer):
 
     def sums(self, row: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(B, R) -> (B, C) the sum over each coordinate's slots, in float32 or wider."""
-        if row.device.type == "cpu" and row.dtype == torch.float32 and row.numel() < 1 << 15:
-            # One call instead of one for each window; on larger ones it is slow.
+        small = row.device.type == "cpu" and row.dtype == torch.float32 and row.numel() < 1 << 15
+        if small and not torch.compiler.is_compiling():
+            # One call instead of one for each window, which a compiler would make one; on larger ones it is slow.
             lengths = layout.window.expand(row.shape[0], -1)
             return torch.segment_reduce(row, "sum", lengths=lengths, axis=1, unsafe=True)
         parts = row.split_with_sizes([window * n for window, n in self.groups], dim=1)
