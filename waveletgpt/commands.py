@@ -44,11 +44,11 @@ class Train:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
-        from .resuming import check_folder
+        from .resuming import check_run_folder
         from .runs import RunFolder
         from .training import train
 
-        check_folder(RunFolder(self.out), self.resume)
+        check_run_folder(RunFolder(self.out), self.resume)
         store = prepare_store(self.data, self.settings)
         run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
         result = run.info["result"]

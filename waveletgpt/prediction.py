@@ -80,11 +80,11 @@ def predict_files(
     together = model.config.n_inputs
     if len(files) % together:
         raise UserError(f"predict: {run.path} compares {together} files at a time, and {len(files)} are named")
+    kind = "waveform" if run.info["data"]["modality"] == "audio" else "tokens"
     rows = []
     for i in range(0, len(files), together):
         name = " ".join(files[i : i + together])
         pieces = zip(*(read_inputs(Path(file), run.info) for file in files[i : i + together]), strict=True)
-        kind = "waveform" if run.info["data"]["modality"] == "audio" else "tokens"
         batch = collate([as_item(piece, kind) for piece in pieces])
         logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu().numpy()
         scores = probabilities(logits, multi_label).mean(0)

@@ -12,13 +12,12 @@ from .recipe import Recipe
 from .runs import STAGING, RunFolder, find_runs
 
 
-def check_folder(run: RunFolder, resume: bool) -> None:
+def check_run_folder(run: RunFolder, resume: bool) -> None:
     """Whether a run may begin or go on in this folder; cheap enough to be asked before the data is prepared.
 
     Raises UserError for a folder that holds other things, or a run and it was not asked to resume.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--out {run.path} is a file; name a folder")
+    _refuse_file(run.path)
     if not run.exists():
         if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
             raise UserError(f"--out {run.path} is not empty and holds no run; name another folder")
@@ -34,9 +33,8 @@ def check_comparison_folder(out: Path, runs: set[str], resume: bool) -> None:
 
     Raises UserError for a folder that holds other things, or a comparison and it was not asked to resume.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if not out.is_dir():
+    _refuse_file(out)
+    if not out.exists():
         return
     there, begun = sorted(child.name for child in out.iterdir()), any(find_runs(out))
     if there and not resume:
@@ -47,13 +45,18 @@ def check_comparison_folder(out: Path, runs: set[str], resume: bool) -> None:
         raise UserError(f"--out {out} holds no comparison to go on with, but {foreign[0]}; name another folder")
 
 
+def _refuse_file(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+
+
 def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -> tuple[int, Path] | None:
     """The newest checkpoint (step, folder) to go on from; None: from the start.
 
     Raises:
-        UserError: see `check_folder`; a run with other settings or data; a broken checkpoint.
+        UserError: see `check_run_folder`; a run with other settings or data; a broken checkpoint.
     """
-    check_folder(run, resume)
+    check_run_folder(run, resume)
     if not run.exists():
         return None
     info = run.info

@@ -43,9 +43,10 @@ def arm_sentence(summary: dict[str, Any], name: str) -> str:
 
 
 def best_arm(summary: dict[str, Any]) -> str | None:
-    """The arm that takes the least computation to the baseline's final loss: step speed-up by FLOPs of a step.
+    """The arm that takes the least computation to the baseline's final loss: its steps times its FLOPs per token.
 
-    Steps alone would praise a larger model, seconds depend on what else the machine did. None where no arm gets there.
+    Steps alone would praise a larger model, seconds depend on what else the machine did. Batches are taken to be of one
+    size. None where no arm gets there.
     """
     arms = summary["arms"]
     costs = {

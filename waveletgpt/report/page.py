@@ -429,5 +429,5 @@ same-performance step, each charged its own seconds per step. Evaluation, saving
 a seed does to both arms cancels. With one seed there is none. The 95 % interval is Student's t over those
 differences.</dd>
 <dt>FLOPs per token</dt><dd>Counted from the architecture, mixing included; the share in brackets is against the
-baseline.</dd>
+baseline. Of several arms the headline names the one with the fewest up to its same-performance step.</dd>
 </dl>"""
