@@ -530,6 +530,14 @@ class ClassificationHead(nn.Module):
         return (weights.to(hidden.dtype)[:, None] @ hidden)[:, 0]
 
 
+def _only_padded_after(mask: torch.Tensor) -> bool:
+    """Whether by mask (B, T) all padding follows the real tokens: if causal, these never see it and need no mask.
+
+    Costs a synchronisation, as the library's own look at a mask does, and like that is left out while compiling.
+    """
+    return not torch.compiler.is_compiling() and bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+
 class WaveletGPTForSequenceClassification(WaveletGPTPreTrainedModel):
     """The transformer with a head that classifies whole texts, pairs of texts, or waveforms."""
 
@@ -579,7 +587,10 @@ class WaveletGPTForSequenceClassification(WaveletGPTPreTrainedModel):
         if samples is not None and self.config.frame_size is not None:
             frames, mask = split_frames(samples, mask, self.config.frame_size)
             embeddings = self.model.embed_tokens(frames.to(self.dtype))
-        outputs = self.model(input_ids=ids, attention_mask=mask, inputs_embeds=embeddings, **kwargs)
+        bare = mask is None or (
+            self.config.causal and mask.shape[1] <= self.config.n_positions and _only_padded_after(mask)
+        )
+        outputs = self.model(input_ids=ids, attention_mask=None if bare else mask, inputs_embeds=embeddings, **kwargs)
         logits = self.score(outputs.last_hidden_state, mask)
         loss = None
         if labels is not None:

@@ -73,6 +73,8 @@ class ModelSettings:
     """"learned", "sinusoidal", "rope" or "none"."""
     dropout: float | None = None
     """Dropout of embeddings, attention and residuals."""
+    initializer_range: float | None = None
+    """Standard deviation of the initial weights (0.02, GPT-2's; classifiers: 1 / sqrt(n_embd))."""
     mix_fraction: float | None = None
     """Share of the coordinates that are mixed (0.5)."""
     min_window: int | None = None
@@ -348,6 +350,11 @@ class ClassifierRecipe(Recipe):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return CLASSIFIER_PRESETS
+
+    def model_settings(self) -> dict[str, Any]:
+        settings = super().model_settings()
+        # GPT-2's 0.02 makes signals of these narrow models smaller with every layer, and they start learning late.
+        return {"initializer_range": settings["n_embd"] ** -0.5, **settings}
 
     def __post_init__(self) -> None:
         super().__post_init__()
