@@ -84,6 +84,7 @@ def test_equal_windows_are_a_single_scale() -> None:
         ({"mixing": "ema", "hidden_size": 18}, "n_embd=18"),
         ({"pooling": "max"}, "pooling='max' is unknown; use one of last, mean, attention"),
         ({"n_inputs": 3}, "n_inputs=3 must be 1 or 2"),
+        ({"initializer_range": 0.0}, "initializer_range=0.0 must be greater than 0"),
         ({"frame_size": 0}, "frame_size=0 must be at least 1"),
         ({"frame_hidden": 0}, "frame_hidden=0 must be at least 1"),
     ],

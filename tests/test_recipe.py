@@ -51,6 +51,7 @@ def test_preset_fills_what_is_not_set() -> None:
         ({"workers": -1}, "training.workers must be at least 0, got -1"),
         ({"warmup_steps": -5}, "training.warmup_steps must be at least 0, got -5"),
         ({"weight_decay": float("nan")}, "training.weight_decay must be at least 0, got nan"),
+        ({"dropout": float("nan")}, "model.dropout must be from 0 to 1, got nan"),
         ({"beta2": 1}, "training.beta2 must be from 0 to 0.999999, got 1.0"),
         ({"preset": "smal"}, 'preset: no "smal"; use one of tiny, small, paper, gpt2; did you mean "small"'),
         ({"mixing": "fixd"}, 'did you mean "fixed"'),
@@ -104,6 +105,13 @@ def test_every_recipe_of_the_project_loads() -> None:
         recipe = kind().override(changes, str(path))
         for arm in parse_arms(arms, recipe):
             arm.recipe.model_settings()
+
+
+def test_classifiers_start_with_weights_that_keep_a_signal_as_it_is() -> None:
+    narrow = ClassifierRecipe().override({"n_embd": 16}, "test")
+    assert narrow.model_settings()["initializer_range"] == 0.25
+    assert narrow.override({"initializer_range": 0.02}, "test").model_settings()["initializer_range"] == 0.02
+    assert "initializer_range" not in Recipe().model_settings()
 
 
 def test_arms_override_settings() -> None:

@@ -167,6 +167,8 @@ class WaveletGPTConfig(PreTrainedConfig):
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even n_embd / n_head, got {self.n_embd} / {self.n_head}")
+        if not self.initializer_range > 0:
+            raise ValueError(f"initializer_range={self.initializer_range} must be greater than 0")
         self._check_choice("norm_position", ("pre", "post"))
         self._check_choice("position_embedding", POSITION_EMBEDDINGS)
         self._check_choice("mixing", MIXINGS)

@@ -198,6 +198,7 @@ class Recipe:
         for name, value in positive.items():
             if value is not None and not value > 0:
                 raise UserError(f"{name} must be greater than 0, got {value}")
+        check_range("model.dropout", self.model.dropout or 0.0, 0, 1)
         check_range("training.warmup_steps", self.warmup_steps, 0)
         check_range("training.weight_decay", training.weight_decay, 0)
         check_range("training.workers", training.workers, 0)
