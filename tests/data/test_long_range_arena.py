@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import io
-import itertools
 import logging
-import pickle
-import random
 import statistics
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,44 +14,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data.lra_files import (
+    Prepare,
+    independent,
+    official_listops,
+    official_pathfinder,
+    packed,
+    papers,
+    pictures,
+    reviews,
+    shown,
+)
 from waveletgpt.data import NAMED, SPLITS
 from waveletgpt.data.examples import ExampleStore, show
-from waveletgpt.data.images import Unusable
 from waveletgpt.data.listops import WORDS
-from waveletgpt.data.long_range_arena import CIFAR10, PUBLISHED, TASKS, cifar_records, prepare_task
-from waveletgpt.data.task_settings import TaskSettings
+from waveletgpt.data.long_range_arena import PUBLISHED, TASKS
 from waveletgpt.errors import UserError
-
-Prepare = Callable[..., ExampleStore]
-
-
-@pytest.fixture
-def prepare(tmp_path: Path) -> Prepare:
-    """prepare(task, data, **settings) in a cache of the test's own."""
-
-    def make(task: str, data: Path | str | None = None, cache: str = "cache", **changes: Any) -> ExampleStore:
-        chosen = TaskSettings(cache_dir=str(tmp_path / cache), **changes)
-        return prepare_task(task, None if data is None else str(data), chosen, progress=False)
-
-    return make
-
-
-def shown(store: ExampleStore, split: str) -> list[tuple[Any, int]]:
-    """Every example as a human sees it, and its label; pictures as bytes."""
-    examples = store.split(split)
-    seen = [show(store, examples.raw(index)) for index in range(len(examples))]
-    return list(zip([x if isinstance(x, str) else x.tobytes() for x in seen], examples.labels.tolist(), strict=True))
-
-
-def independent(store: ExampleStore) -> bool:
-    """Whether no two splits share an example."""
-    found = [{example for example, _ in shown(store, split)} for split in SPLITS]
-    return all(not a & b for a, b in itertools.combinations(found, 2))
 
 
 def test_the_table() -> None:
@@ -121,24 +97,6 @@ def test_splits_share_nothing_even_where_there_is_hardly_anything(prepare: Prepa
         prepare("listops", length=1, train_examples=6, validation_examples=2, test_examples=3)
 
 
-def official_listops(folder: Path, rows: int = 40) -> dict[str, list[tuple[str, int]]]:
-    """Small official files, with the round brackets that nest pairs; what they hold by split."""
-    rng = random.Random(0)
-    found: dict[str, list[tuple[str, int]]] = {}
-    folder.mkdir(parents=True)
-    for split, name in zip(SPLITS, ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv"), strict=True):
-        found[split] = []
-        lines = ["Source\tTarget"]
-        for label in range(rows):
-            values = rng.choices(range(10), k=4)
-            found[split].append((f"[SM {' '.join(map(str, values))} [MAX {label % 10} ] ]", (sum(values) + label) % 10))
-            one, two, three, four = values
-            nested = f"( ( ( ( ( ( [SM {one} ) {two} ) {three} ) {four} ) ( ( [MAX {label % 10} ) ] ) ) ] )"
-            lines.append(f"{nested}\t{found[split][-1][1]}")
-        (folder / name).write_text("\r\n".join(lines) + "\r\n", newline="")
-    return found
-
-
 def test_official_listops(prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = official_listops(tmp_path / "lra_release" / "listops-1000")
     store = prepare("listops", tmp_path / "lra_release")
@@ -157,20 +115,6 @@ def test_official_listops(prepare: Prepare, tmp_path: Path, caplog: pytest.LogCa
 
 
 # Text
-
-
-def reviews(folder: Path, train: int = 40, test: int = 30) -> Path:
-    """A folder as the Large Movie Review Dataset's, bytes of all kinds in it."""
-    rng = random.Random(0)
-    for split, count in (("train", train), ("test", test)):
-        for kind in ("neg", "pos", "unsup"):
-            place = folder / split / kind
-            place.mkdir(parents=True)
-            for number in range(count):
-                (place / f"{number}_7.txt").write_bytes(f"{split} {kind} {number} ".encode() + rng.randbytes(60))
-    (folder / "README").write_text("about")
-    (folder / "train" / "labeledBow.feat").write_text("0 9:1")
-    return folder
 
 
 def stored_bytes(store: ExampleStore, split: str) -> dict[str, tuple[bytes, int]]:
@@ -199,12 +143,6 @@ def test_reviews(prepare: Prepare, tmp_path: Path) -> None:
     assert whole.max_length == max(path.stat().st_size for path in folder.glob("t*/[np]*/*.txt"))
     # The length is no part of what decides the splits.
     assert [set(stored_bytes(whole, split)) for split in SPLITS] == [set(stored_bytes(store, s)) for s in SPLITS]
-
-
-def packed(folder: Path, archive: Path) -> Path:
-    with tarfile.open(archive, f"w:{archive.name.rpartition('.')[2]}") as tar:
-        tar.add(folder, folder.name)
-    return archive
 
 
 @pytest.mark.parametrize("name", ["aclImdb_v1.tar.gz", "aclImdb.tar.xz"])
@@ -275,22 +213,6 @@ def test_fewer_are_a_part_of_more_and_balanced(prepare: Prepare, tmp_path: Path)
 # Retrieval
 
 
-def papers(folder: Path, rows: int = 12, columns: int = 5) -> dict[str, list[tuple[int, bytes, bytes]]]:
-    """Small official files; what they hold by split."""
-    rng = random.Random(1)
-    folder.mkdir(parents=True)
-    found: dict[str, list[tuple[int, bytes, bytes]]] = {}
-    for split, part in zip(SPLITS, ("train", "eval", "test"), strict=True):
-        found[split] = []
-        lines = []
-        for number in range(rows):
-            one, two = (f"b'{split} \"{number} caf\\xc3 ".encode() + b"x" * rng.randrange(300) + b"'" for _ in "12")
-            found[split].append((number % 2, one, two))
-            lines.append(b"\t".join([b"%d.0" % (number % 2), b"P01-%04d" % number, b"W02-9999", one, two][:columns]))
-        (folder / f"new_aan_pairs.{part}.tsv").write_bytes(b"\n".join(lines) + b"\n")
-    return found
-
-
 def test_retrieval(prepare: Prepare, tmp_path: Path) -> None:
     rows = papers(tmp_path / "lra_release" / "tsv_data")
     for length in (4000, 100):
@@ -332,20 +254,6 @@ def test_wrong_tables_of_papers(prepare: Prepare, tmp_path: Path) -> None:
 # Image
 
 
-def pictures(folder: Path, train: int = 10, test: int = 4) -> dict[str, tuple[bytes, str]]:
-    """Class folders of grey PNG files; their pixels by name."""
-    rng = np.random.default_rng(0)
-    found = {}
-    for split, count in (("train", train), ("test", test)):
-        for kind in ("ant", "bee", "cow"):
-            (folder / split / kind).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 256, (32, 32), np.uint8)
-                Image.fromarray(pixels).save(folder / split / kind / f"{number}.png")
-                found[f"{split}/{kind}/{number}.png"] = (pixels.tobytes(), kind)
-    return found
-
-
 def test_pictures_in_class_folders(prepare: Prepare, tmp_path: Path) -> None:
     wanted = pictures(tmp_path / "mine")
     store = prepare("image", tmp_path / "mine")
@@ -382,123 +290,6 @@ def test_broken_pictures_are_named_and_counted(
     assert store.meta["source"]["examples"] == 41
 
 
-def cifar(folder: Path, count: int = 50) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """The binary version, small; its planes (n, 3072) and labels by file."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    found = {}
-    for name in ("data_batch_1", "data_batch_2", "test_batch"):
-        labels = [index % 10 for index in range(count)]
-        planes = rng.integers(0, 256, (count, 3072), np.uint8)
-        (folder / f"{name}.bin").write_bytes(np.column_stack([np.array(labels, np.uint8), planes]).tobytes())
-        found[name] = (planes, labels)
-    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10))
-    return found
-
-
-def python_2_pickle(planes: np.ndarray, labels: list[int]) -> bytes:
-    """What Python 2 writes for {"data": planes, "labels": labels, ...}, its strings as such and lists in runs."""
-
-    memo = itertools.count(1)
-
-    def kept(part: bytes) -> bytes:
-        number = next(memo)
-        return part + (b"q" + bytes([number]) if number < 256 else b"r" + number.to_bytes(4, "little"))
-
-    def text(content: bytes) -> bytes:
-        short = len(content) < 256
-        return kept((b"U" if short else b"T") + len(content).to_bytes(1 if short else 4, "little") + content)
-
-    def run(parts: list[bytes]) -> bytes:
-        runs = [parts[start : start + 20] for start in range(0, len(parts), 20)]
-        return kept(b"]") + b"".join(b"(" + b"".join(each) + b"e" for each in runs)
-
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85" + text(b"b") + b"\x87R"
-    shape = b"M" + len(planes).to_bytes(2, "little") + b"M" + (3072).to_bytes(2, "little") + b"\x86"
-    kind = b"cnumpy\ndtype\n" + text(b"u1") + b"K\0K\x01\x87R"
-    state = b"(K\x01" + shape + kind + b"\x89" + text(planes.tobytes()) + b"tb"
-    names = [text(f"cat_s_{index:06}.png".encode()) for index in range(len(labels))]
-    entries = [
-        *(text(b"batch_label"), text(b"testing batch 1 of 1"), text(b"data"), array + state, text(b"labels")),
-        *(run([b"K" + bytes([label]) for label in labels]), text(b"filenames"), run(names)),
-    ]
-    return b"\x80\x02}(" + b"".join(entries) + b"u."
-
-
-def test_cifar_in_both_versions(prepare: Prepare, tmp_path: Path) -> None:
-    batches = cifar(tmp_path / "binary" / "cifar-10-batches-bin")
-    for protocol in ("python 2", 2, 3, 4):
-        folder = tmp_path / str(protocol) / "cifar-10-batches-py"
-        folder.mkdir(parents=True)
-        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10)}, 2))
-        for name, (planes, labels) in batches.items():
-            content = {"batch_label": "training batch 1 of 5", "labels": labels, "data": planes}
-            dumped = python_2_pickle(planes, labels) if protocol == "python 2" else pickle.dumps(content, protocol)
-            (folder / name).write_bytes(dumped)
-    assert np.array_equal(pickle.loads(python_2_pickle(planes, labels), encoding="latin1")["data"], planes)
-    store = prepare("image", tmp_path / "binary")
-    assert store.classes == CIFAR10
-    assert [store.meta["splits"][split]["per_class"] for split in SPLITS] == [[9] * 10, [1] * 10, [5] * 10]
-    for folder in ("python 2", "2", "3", "4"):
-        data = packed(tmp_path / folder, tmp_path / f"{folder}.tar.gz")
-        other = prepare("image", data)
-        assert [shown(other, split) for split in SPLITS] == [shown(store, split) for split in SPLITS], folder
-    # Grey is ITU-R 601's luma: of the test batch by its formula, up to rounding.
-    planes, labels = batches["test_batch"]
-    red, green, blue = planes.reshape(-1, 3, 1024).astype(float).swapaxes(0, 1)
-    grey = 0.299 * red + 0.587 * green + 0.114 * blue
-    examples = store.split("test")
-    assert examples.names is not None
-    for index, name in enumerate(examples.names):
-        number = int(name.rpartition("/")[2])
-        assert np.abs(examples.raw(index)[0] - 1.0 - grey[number]).max() <= 0.51
-        assert examples.labels[index] == labels[number]
-
-
-def test_cifar_is_never_unpickled(prepare: Prepare, tmp_path: Path) -> None:
-    marker = tmp_path / "executed"
-
-    class Evil:
-        def __reduce__(self) -> Any:
-            return (Path.touch, (marker,))
-
-    planes, labels = np.zeros((2, 3072), np.uint8), [1, 2]
-    content = pickle.dumps({"evil": Evil(), "labels": labels, "data": planes}, 2)
-    assert cifar_records(content) == b"\1" + bytes(3072) + b"\2" + bytes(3072)
-    pickle.loads(content)
-    assert marker.exists()  # it would have done harm
-    marker.unlink()
-    cifar(tmp_path / "data")
-    (tmp_path / "data" / "data_batch_3").write_bytes(content)
-    prepare("image", tmp_path / "data")
-    assert not marker.exists()
-
-
-@hypothesis_settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=60), st.integers(0, 4000))
-def test_damaged_batches_are_refused(noise: bytes, place: int) -> None:
-    good = python_2_pickle(np.full((1, 3072), 7, np.uint8), [3])
-    damaged = good[:place] + noise + good[place + len(noise) + 1 :]
-    for content in (noise, damaged, good[:place]):
-        try:
-            records = cifar_records(content)
-        except Unusable:
-            continue
-        assert len(records) % 3073 == 0
-
-
-def test_wrong_batches(prepare: Prepare, tmp_path: Path) -> None:
-    cifar(tmp_path / "data")
-    (tmp_path / "data" / "data_batch_1.bin").write_bytes(bytes(3000))
-    (tmp_path / "data" / "data_batch_3.bin").write_bytes(b"\x0c" + bytes(3072))
-    (tmp_path / "data" / "data_batch_4").write_bytes(pickle.dumps({"labels": [1, 2]}))
-    store = prepare("image", tmp_path / "data")
-    assert store.meta["source"]["examples"] == 100
-    assert [name.split(": ")[1][:33] for name in store.meta["skipped"]["names"]] == [
-        "3,000 bytes are no whole number o", "a label is 12, there are 10 class", "no batch of CIFAR-10's Python ver",
-    ]  # fmt: skip
-
-
 # Pathfinder and Path-X
 
 
@@ -514,25 +305,6 @@ def test_pathfinder_is_generated(task: str, side: int, counts: tuple[int, ...], 
     fewer = prepare(task, **{**asked, "train_examples": 3})
     assert shown(fewer, "train") == shown(store, "train")[:3]
     assert shown(fewer, "test") == shown(store, "test")
-
-
-def official_pathfinder(folder: Path, files: int = 4, each: int = 25) -> dict[str, tuple[bytes, int]]:
-    """The official folders, small; pixels and labels by name."""
-    rng = np.random.default_rng(0)
-    found = {}
-    (folder / "metadata").mkdir(parents=True)
-    for number in range(files):
-        (folder / "imgs" / str(number)).mkdir(parents=True)
-        lines = []
-        for sample in range(each):
-            pixels = rng.integers(0, 256, (32, 32), np.uint8)
-            name = f"imgs/{number}/sample_{sample}.png"
-            Image.fromarray(pixels).save(folder / name)
-            label = int(rng.integers(2))
-            lines.append(f"imgs/{number} sample_{sample}.png {sample} {label} 1.8 14 2 1 1.0\n")
-            found[name] = (pixels.tobytes(), label)
-        (folder / "metadata" / f"{number}.npy").write_text("".join(lines))
-    return found
 
 
 @pytest.mark.parametrize("given_as", ["lra_release", "pathfinder32", "curv_contour_length_14", "archive"])
