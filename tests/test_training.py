@@ -143,8 +143,25 @@ def test_weight_decay_spares_biases_norms_and_kernels(store: TokenStore) -> None
     assert {"model.embed_tokens.weight", "model.blocks.0.attention.qkv_proj.weight"} <= decayed
 
 
+def test_learned_kernels_may_have_a_rate_of_their_own(store: TokenStore, tmp_path: Path) -> None:
+    def moved(**changes: float) -> tuple[float, float]:
+        """How far the kernels, and the other weights, are from those without a step."""
+        recipe = tiny_recipe(mixing="learnable", **changes)
+        run = train(recipe, store, tmp_path / f"run{changes}", data=DATA, show_progress=False)
+        start = LanguageModeling(store).build_model(recipe).state_dict()
+        steps = {k: float((v - start[k]).abs().mean()) for k, v in load_file(run.path / "model.safetensors").items()}
+        kernels = [step for name, step in steps.items() if "kernels" in name]
+        others = [step for name, step in steps.items() if "kernels" not in name]
+        return max(kernels), min(others)
+
+    (all_alike, others), (slow, same) = moved(), moved(kernel_lr_scale=1e-3)
+    assert slow < all_alike / 100
+    assert same > others / 2
+
+
 @pytest.mark.parametrize(
-    "extra", [{}, {"accumulation": 2}, {"precision": "bf16"}, {"mixing": "learnable", "dropout": 0.1}]
+    "extra",
+    [{}, {"accumulation": 2}, {"precision": "bf16"}, {"mixing": "learnable", "dropout": 0.1, "kernel_lr_scale": 0.5}],
 )
 def test_interrupted_run_resumes_bit_for_bit(
     extra: dict, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -108,6 +108,8 @@ class TrainingSettings:
     """AdamW's second-moment decay."""
     clip: float = 1.0
     """Largest gradient norm."""
+    kernel_lr_scale: float | None = None
+    """Learning rate of learned kernels in multiples of lr (1); long ones, which start at 1/window, may want less."""
     accumulation: int = 1
     """Batches added up before each step."""
     precision: str = "fp32"
@@ -187,6 +189,7 @@ class Recipe:
             "lr": self.lr,
             "training.accumulation": training.accumulation,
             "training.clip": training.clip,
+            "training.kernel_lr_scale": training.kernel_lr_scale,
             "training.eval_every": training.eval_every,
             "training.eval_windows": training.eval_windows,
             "training.log_every": training.log_every,

@@ -73,6 +73,11 @@ class Clock:
             self.start()
 
 
+def mixing_kernels(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Learned weights of the mixers."""
+    return [p for module in model.modules() if isinstance(module, Mixer) for p in module.parameters()]
+
+
 class RunTrainer(Trainer):
     """`Trainer` that writes a run folder."""
 
@@ -88,13 +93,21 @@ class RunTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices only: no biases, no norms, and no mixing kernels, which decay would pull away from averages."""
-        mixers = {
-            f"{name}.{inner}"
-            for name, module in model.named_modules()
-            if isinstance(module, Mixer)
-            for inner, _ in module.named_parameters()
-        }
-        return [n for n, p in model.named_parameters() if p.ndim >= 2 and n not in mixers]
+        kernels = {id(kernel) for kernel in mixing_kernels(model)}
+        return [n for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in kernels]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        scale = self.recipe.training.kernel_lr_scale
+        trained: Any = self.model if model is None else model
+        kernels = mixing_kernels(trained)
+        if kernels and scale is not None:
+            apart = {id(kernel) for kernel in kernels}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in apart]
+            rate = scale * self.args.learning_rate
+            optimizer.add_param_group({"params": kernels, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Counts the seconds that training waits for data."""
