@@ -20,6 +20,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from waveletgpt import WaveletGPTForCausalLM
 from waveletgpt.mixing import MIXERS, Clock, Layout, LearnableMean, Mixer
+from waveletgpt.ops import cpp
 
 PEERS = ["ema", "conv", "shift"]
 
@@ -187,6 +188,38 @@ def test_many_sequences_decode_as_one_does(kind: str) -> None:
         many = cached(mixer, whole.split([3, 1, 1, 1], 1), caches[0])
         one = cached(mixer, whole[7:8].split([3, 1, 1, 1], 1), caches[1])
     torch.testing.assert_close(many[7:8], one, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+@pytest.mark.parametrize("sharing", ["coordinate", "level"])
+@pytest.mark.parametrize("kind", ["fixed", "learnable"])
+@pytest.mark.parametrize(("fraction", "longest", "batch"), [(0.5, 4, 1), (0.5, 256, 3), (1.0, 64, 2), (0.2, 8, 1)])
+def test_a_token_in_one_call_is_the_same(
+    kind: str, sharing: str, fraction: float, longest: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"mix_sharing": sharing, "mix_fraction": fraction, "max_window": longest}
+    mixer = MIXERS[kind](tiny_config(mixing=kind, **changes))
+    for kernel in mixer.parameters():
+        torch.nn.init.normal_(kernel)
+    parts = [torch.randn(batch, tokens, 16) for tokens in (longest, *[1] * 30)]
+    calls = []
+    for name in ("step_mean", "step_filter"):
+        step = getattr(cpp, name)
+        monkeypatch.setattr(cpp, name, lambda *a, step=step: calls.append(a[-1]) or step(*a))
+    layers = [DynamicCache(config=tiny_config(mixing=kind)).layers[0] for _ in range(3)]
+    with torch.no_grad():
+        done = [cached(mixer, parts, layers[0])]
+        assert calls == list(range(longest, longest + 30))
+        # Half of the tokens by it and half without: one state serves both.
+        half = [cached(mixer, parts[:16], layers[1])]
+        monkeypatch.setattr("waveletgpt.mixing.cpp", None)
+        done.append(torch.cat([*half, cached(mixer, parts[16:], layers[1], longest + 15)], 1))
+        done.append(cached(mixer, parts, layers[2]))
+    assert len(calls) == 45
+    for i in range(mixer.n_states):
+        torch.testing.assert_close(layers[0].conv_states[i], layers[2].conv_states[i])
+    for y in done[:2]:
+        torch.testing.assert_close(y, done[2], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "learnable", "ema"])

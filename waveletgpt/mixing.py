@@ -18,6 +18,12 @@ from torch import nn
 from .configuration import WaveletGPTConfig
 from .ops import ema_mix, wavelet_mix
 
+try:
+    from .ops import cpp
+except ImportError:
+    # A checkpoint brings the operator's definition and nothing else.
+    cpp = None  # type: ignore[assignment]
+
 
 class Mixer(nn.Module):
     """Base of all mixers: zeroes padding, splits the coordinates, carries the state, calls `mix` on the C mixed ones.
@@ -111,7 +117,7 @@ class Mixer(nn.Module):
 class Layout:
     """Where decoding keeps the last w inputs of each coordinate, w its window: in a row of R = sum of w slots.
 
-    Input number t goes to slot t mod w of the coordinate's own.
+    Input number t goes to slot -t mod w of the coordinate's own: from there on, and around, they are as old as taps.
     """
 
     def __init__(self, windows: Sequence[int], device: torch.device):
@@ -133,17 +139,22 @@ class Clock:
     """
 
     def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int, batch: int):
-        self.layout = layout
+        self.layout, self.batch = layout, batch
         # Copies: a cache changes a `past` that is a tensor during the pass.
         self.first, self.last = past + 0, past + tokens - 1
-        self.slots = (layout.start + self.last % layout.window).expand(batch, -1)
-        """(B, C) the slot of each coordinate's last input."""
         self._ages: torch.Tensor | None = None
+        self._slots: torch.Tensor | None = None
+
+    def slots(self) -> torch.Tensor:
+        """(B, C) the slot of each coordinate's last input."""
+        if self._slots is None:
+            self._slots = (self.layout.start + -self.last % self.layout.window).expand(self.batch, -1)
+        return self._slots
 
     def ages(self) -> torch.Tensor:
         """(R,) how many tokens before the last one the input in each slot came."""
         if self._ages is None:
-            self._ages = (self.last - self.layout.place) % self.layout.window[self.layout.owner]
+            self._ages = (self.last + self.layout.place) % self.layout.window[self.layout.owner]
         return self._ages
 
     def pack(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -155,7 +166,7 @@ class Clock:
     def unpack(self, row: torch.Tensor) -> torch.Tensor:
         """The row (B, R) before this pass to inputs (B, S, C), S the longest window; those too old are arbitrary."""
         numbers = self.first - torch.arange(self.layout.longest, 0, -1, device=row.device)
-        return row[:, self.layout.start + numbers[:, None] % self.layout.window]
+        return row[:, self.layout.start + -numbers[:, None] % self.layout.window]
 
 
 class Windowed(Mixer):
@@ -164,7 +175,7 @@ class Windowed(Mixer):
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
         # Windows ascend, so that coordinates with the same one are neighbours.
-        self.groups = [(window, len(list(members))) for window, members in groupby(self.windows)]
+        self.groups = tuple((window, len(list(members))) for window, members in groupby(self.windows))
 
     def weights(self) -> list[torch.Tensor] | None:
         """(n, w) or (w,) for each distinct window w, ascending; tap j weighs the value j tokens ago. None: means."""
@@ -176,6 +187,29 @@ class Windowed(Mixer):
     def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         """`mix` one token x (B, C), the `states` taking it in; with little to call, or it would be felt."""
         raise NotImplementedError
+
+    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
+        """`forward` of token number `now`, hidden (B, 1, E), in one call; None where there is none."""
+        return None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        seen: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        state_idx: int = 0,
+        clock: Clock | None = None,
+    ) -> torch.Tensor:
+        if cpp is not None and cache is not None and hidden.shape[1] == 1 and self.edge == "zero":
+            now, plain = clock.last if clock is not None else None, padding_mask is None and not cache.record_past
+            if plain and type(now) is int and cache.has_previous_state[state_idx]:
+                states = [cache.conv_states[state_idx + i] for i in range(self.n_states)]
+                if states[0].ndim == 2:
+                    mixed = self.compiled_step(hidden, states, now)
+                    if mixed is not None:
+                        return mixed
+        return super().forward(hidden, seen, padding_mask, cache, state_idx, clock)
 
     def pack(self, inputs: torch.Tensor, clock: Clock) -> list[torch.Tensor]:
         """The states, `n_states` of them, that inputs (B, any, C) up to the last one leave behind."""
@@ -245,10 +279,14 @@ class FixedMean(Windowed):
     def state_bytes(self, itemsize: int) -> int:
         return super().state_bytes(itemsize) + self.n_mixed * torch.float64.itemsize
 
+    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
+        row, sums = states
+        return cpp.step_mean(hidden, self.windows, row, sums, now) if cpp.can_step(hidden, row) else None
+
     def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         row, sums = states
-        sums.sub_(row.gather(1, clock.slots)).add_(x)
-        row.scatter_(1, clock.slots, x)
+        sums.sub_(row.gather(1, clock.slots())).add_(x)
+        row.scatter_(1, clock.slots(), x)
         return sums.to(x.dtype) * clock.layout.rate.to(x.dtype)
 
 
@@ -260,7 +298,7 @@ class WeightedSum(Windowed):
 
     def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         [row] = states
-        row.scatter_(1, clock.slots, x)
+        row.scatter_(1, clock.slots(), x)
         # All weights in a row, w for each coordinate, turned to where the inputs are.
         pairs = zip(self.weights(), self.groups, strict=True)
         weights = torch.cat([weight.expand(n, window).flatten() for weight, (window, n) in pairs])
@@ -284,6 +322,11 @@ class LearnableMean(WeightedSum):
     """
 
     averages = True
+
+    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
+        [row], kernels = states, list(self.kernels.parameters())
+        fits = cpp.can_step(hidden, row, *kernels)
+        return cpp.step_filter(hidden, self.groups, kernels, row, now) if fits else None
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, C mixed coordinates.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,7 +23,7 @@ from waveletgpt.ops.autograd import Windows, empty_result, tap_offsets
 # Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
 DIRECT_TAPS = 1024
 # That of the entries of kernels.cpp called below.
-VERSION = 1
+VERSION = 2
 
 
 class _Input(ctypes.Structure):
@@ -32,6 +32,17 @@ class _Input(ctypes.Structure):
 
 class _Shape(ctypes.Structure):
     _fields_ = (("batch", c_int64), ("tokens", c_int64), ("coordinates", c_int64))
+
+
+class _Token(ctypes.Structure):
+    _fields_ = (
+        *(("x", c_void_p), ("y", c_void_p), ("batch", c_int64), ("width", c_int64), ("coordinates", c_int64)),
+        *(("row", c_void_p), ("slots", c_int64), ("now", c_int64)),
+    )
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (("size", c_int64), ("window", c_int64), ("taps", c_void_p), ("stride", c_int64))
 
 
 class _Layout(ctypes.Structure):
@@ -109,6 +120,55 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
     arguments = (_input(u), y.data_ptr(), _Shape(*u.shape), a.data_ptr(), reverse)
     _entry("decayed_sum", u.dtype)(*arguments, _threads(u))
     return y
+
+
+def can_step(hidden: Tensor, *others: Tensor) -> bool:
+    """Whether the functions below can mix one token's hidden states: float32 and dense, no gradients, no tracing."""
+    return (
+        _LIBRARY is not None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() for x in (hidden, *others))
+    )
+
+
+def step_mean(hidden: Tensor, windows: Windows, row: Tensor, sums: Tensor, now: int) -> Tensor:
+    """Hidden states (B, 1, E) of token number `now`, its first C coordinates replaced by means over their windows.
+
+    `row` (B, R) and `sums` (B, C), float64, take it in: see `Layout` and `FixedMean` in mixing.py.
+    """
+    y = torch.empty_like(hidden)
+    _step("mean")(_token(hidden, y, len(windows), row, now), _sizes(windows, torch.int64).data_ptr(), sums.data_ptr())
+    return y
+
+
+def step_filter(
+    hidden: Tensor, groups: tuple[tuple[int, int], ...], taps: Sequence[Tensor], row: Tensor, now: int
+) -> Tensor:
+    """The same with `taps` (n, w) or (w,) for each group of n neighbours with the window w; `groups` are (w, n)."""
+    y = torch.empty_like(hidden)
+    described = _describe(groups, tuple(h.data_ptr() for h in taps), taps[0].ndim == 1)
+    _step("filter")(_token(hidden, y, sum(n for _, n in groups), row, now), described, len(groups))
+    return y
+
+
+@lru_cache(maxsize=256)
+def _describe(groups: tuple[tuple[int, int], ...], taps: tuple[int, ...], shared: bool) -> ctypes.Array:
+    described = [_Group(n, w, h, 0 if shared else w) for (w, n), h in zip(groups, taps, strict=True)]
+    return (_Group * len(described))(*described)
+
+
+def _token(hidden: Tensor, y: Tensor, coordinates: int, row: Tensor, now: int) -> _Token:
+    batch, _, width = hidden.shape
+    return _Token(hidden.data_ptr(), y.data_ptr(), batch, width, coordinates, row.data_ptr(), row.shape[1], now)
+
+
+@lru_cache(maxsize=2)
+def _step(name: str) -> Callable[..., None]:
+    entry = getattr(_LIBRARY, f"waveletgpt_step_{name}")
+    last = (c_void_p, c_void_p) if name == "mean" else (ctypes.POINTER(_Group), c_int64)
+    entry.argtypes, entry.restype = (_Token, *last), None
+    return entry
 
 
 def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:

@@ -280,5 +280,64 @@ MIXING(bfloat16, BFloat16)
 DECAYED_SUM(float32, float)
 DECAYED_SUM(float64, double)
 
+// Decoding, one token of float32: of each coordinate `row` holds the last w inputs, w its window, input number t in slot
+// -t mod w of the coordinate's own. x and y are (B, E); coordinates from C on are copied.
+namespace {
+
+struct Token { const float* x; float* y; Index B, E, C; float* row; Index R, now; };
+
+INLINE Index slot_of(Index t, Index window) { return (window - t % window) % window; }
+
+INLINE float dot(const float* a, const float* b, Index n) {
+    Vector<float> sums{};
+    Index i = 0;
+    for (; i + WIDTH<float> <= n; i += WIDTH<float>)
+        sums += load(a + i, WIDTH<float>) * load(b + i, WIDTH<float>);
+    float sum = 0;
+    for (Index k = 0; k < WIDTH<float>; k++) sum += sums[k];
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+KERNEL void step_mean(Token t, const Index* windows, double* sums) {
+    for (Index b = 0; b < t.B; b++) {
+        const float* x = t.x + b * t.E;
+        float *y = t.y + b * t.E, *row = t.row + b * t.R;
+        std::copy(x + t.C, x + t.E, y + t.C);
+        for (Index c = 0; c < t.C; row += windows[c++]) {
+            const Index slot = slot_of(t.now, windows[c]);
+            double& sum = sums[b * t.C + c];
+            sum = sum - row[slot] + x[c];
+            row[slot] = x[c];
+            y[c] = float(sum) * (1.0f / float(windows[c]));
+        }
+    }
+}
+
+// Neighbours with the same window are a group: their number, the window, where their taps are, and how far apart.
+struct Group { Index size, window; const float* taps; Index stride; };
+
+KERNEL void step_filter(Token t, const Group* groups, Index count) {
+    for (Index b = 0; b < t.B; b++) {
+        const float* x = t.x + b * t.E;
+        float *y = t.y + b * t.E, *row = t.row + b * t.R;
+        std::copy(x + t.C, x + t.E, y + t.C);
+        for (Index g = 0; g < count; g++) {
+            const auto [size, w, taps, stride] = groups[g];
+            const Index slot = slot_of(t.now, w);
+            for (Index i = 0; i < size; i++, row += w) {
+                const float* h = taps + i * stride;
+                row[slot] = *x++;
+                *y++ = dot(row + slot, h, w - slot) + dot(row, h + w - slot, slot);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void waveletgpt_step_mean(Token t, const Index* windows, double* sums) { step_mean(t, windows, sums); }
+extern "C" void waveletgpt_step_filter(Token t, const Group* groups, Index count) { step_filter(t, groups, count); }
+
 // To be raised with every change of an entry: cpp.py calls no others than its own.
-extern "C" int waveletgpt_version() { return 1; }
+extern "C" int waveletgpt_version() { return 2; }
