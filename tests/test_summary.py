@@ -233,6 +233,12 @@ def test_bad_calls_are_named(tmp_path: Path) -> None:
         summarize([run, RunFolder(tmp_path / "a")], "none")
 
 
+def test_a_setting_that_came_later_makes_no_other_arm(tmp_path: Path) -> None:
+    before = make_run(tmp_path / "before", "fixed", 0, recipe={"lr": 1e-3})
+    after = make_run(tmp_path / "after", "fixed", 1, recipe={"lr": 1e-3, "training": {"kernel_lr_scale": None}})
+    assert list(summarize([before, after], "fixed")["arms"]) == ["fixed"]
+
+
 def test_different_runs_with_the_same_name_become_arms_of_their_own(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "slow", "fixed", 0, recipe={"lr": 1e-4}),

@@ -206,8 +206,12 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(info: dict[str, Any]) -> dict[str, Any]:
-    """The flattened recipe without what does not change the training: seed, folders, flags."""
-    return {key: value for key, value in flatten(info.get("recipe") or {}).items() if key not in _INCIDENTAL}
+    """The flattened recipe without what does not change the training: seed, folders, flags.
+
+    Nor what is not set: a run of an earlier version lacks settings that came later.
+    """
+    recipe = flatten(info.get("recipe") or {})
+    return {key: value for key, value in recipe.items() if key not in _INCIDENTAL and value is not None}
 
 
 def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:

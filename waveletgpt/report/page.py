@@ -354,9 +354,9 @@ def setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
         parts.append(table(["arm", *map(escape, differing)], rows, "key", "Settings that differ between arms"))
     first = next(iter(settings.values()))
     seeds = sorted({record.seed for record in records})
-    # What is None is left to the preset; the model's own configuration says what came of it.
+    # What is not set is left to the preset; the model's own configuration says what came of it.
     common = {"seeds": ", ".join(map(str, seeds))}
-    common |= {key: value for key, value in first.items() if key not in differing and value is not None}
+    common |= {key: value for key, value in first.items() if key not in differing}
     pictured = next((r for r in records if r.arm != summary["baseline"] and r.usable), records[0])
     data = {key: value for key, value in summary["data"].items() if key not in ("splits", "bytes_per_token")}
     parts += [
