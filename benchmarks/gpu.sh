@@ -2,6 +2,7 @@
 # Everything a GPU is needed for, in one call of at most 8 minutes: tests first, then every table.
 #
 #   benchmarks/gpu.sh FOLDER [tests] [operator] [training] [decoding] [scaling]     (all, if none is named)
+#   benchmarks/gpu.sh FOLDER lra       how long the recipes of the Long Range Arena take; 5 minutes more
 #
 # FOLDER gets results.md, a JSON file for each table, and log.txt. Each part has its own time limit, and what it had
 # finished by then is kept. PYTHON names the interpreter (python3); nothing needs to be installed but torch, Triton,
@@ -9,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
@@ -42,6 +43,7 @@ part() { # seconds, command...
                 --batch-size 16 --mixings "fixed, windows 2-4" learnable --out "$out" ;;
             decoding) part 40 "$python" benchmarks/decoding.py --device cuda --preset gpt2 --seconds 20 --out "$out" ;;
             scaling) part 40 "$python" benchmarks/scaling.py --device cuda --seconds 20 --out "$out" ;;
+            lra) part 300 "$python" benchmarks/lra.py --device cuda --seconds 5 --out "$out" ;;
             *) echo "no part is called $name"; failed=1 ;;
         esac
     done

@@ -1,0 +1,111 @@
+"""How long the recipes of the Long Range Arena take: a training step of every task and arm, times the recipe's steps.
+
+    python benchmarks/lra.py --device cuda [--compile] [--tasks image listops] [--out FOLDER]
+
+Batches are random, of the recipe's size and the task's published length, so no data is needed; reading data, evaluation
+and saving come on top. Arms take turns, so that a busy machine slows all of them. `--batch-size` and `--length` are for
+machines the published sizes don't fit on; hours are then not the recipe's, and not printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Report, in_turn, ratio
+
+from waveletgpt import WaveletGPTConfig, WaveletGPTForSequenceClassification
+from waveletgpt.data.long_range_arena import TASKS
+from waveletgpt.data.long_range_arena import Task as LraTask
+from waveletgpt.recipe import ClassifierRecipe, load_recipe
+
+ARMS = ("none", "fixed", "learnable")
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile: about a minute more for each model")
+    parser.add_argument("--seconds", type=float, default=10, help="about, for each task")
+    parser.add_argument("--batch-size", type=int, help="instead of the recipe's")
+    parser.add_argument("--length", type=int, help="instead of the published one")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="folder for results (JSON)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    report = Report("lra", options.out, device=options.device, compile=options.compile, threads=options.threads)
+    rows = []
+    for name in options.tasks:
+        rows += rows_of(TASKS[name], options)
+    columns = ["task", "arm", "parameters", "inputs", "ms/step", "x none", "steps", "hours a run"]
+    report.table("training steps of the recipes", columns, rows)
+
+
+def rows_of(task: LraTask, options: argparse.Namespace) -> list[list[Any]]:
+    recipe = read(task.name)
+    batch_size, length = options.batch_size or recipe.batch_size, options.length or task.length
+    torch.manual_seed(0)
+    shape = (batch_size, 2, length) if task.n_inputs == 2 else (batch_size, length)
+    ids = torch.randint(1, task.vocab_size, shape, device=options.device)
+    labels = torch.randint(0, 2, (batch_size,), device=options.device)
+    models, steps = {}, {}
+    for arm in ARMS:
+        settings = recipe.override({"mixing": arm}, arm).model_settings()
+        config = WaveletGPTConfig(
+            vocab_size=task.vocab_size, n_positions=length, n_inputs=task.n_inputs, num_labels=10,
+            tie_word_embeddings=False, **settings,
+        )  # fmt: skip
+        models[arm] = WaveletGPTForSequenceClassification(config).to(options.device)
+        steps[arm] = Step(models[arm], ids, labels, recipe.training.precision == "bf16", options.compile)
+        for _ in range(2):
+            steps[arm]()
+    times = in_turn(steps, lambda run: (run(), None), options.seconds)
+    published = batch_size == recipe.batch_size and length == task.length
+    rows = []
+    for arm, seconds in times.items():
+        step = statistics.median(seconds)
+        size = f"{sum(p.numel() for p in models[arm].parameters()):,}"
+        cost = [f"{step * 1e3:,.1f}", f"{ratio(seconds, times['none']):.3f}"]
+        hours = f"{step * recipe.max_steps / 3600:.1f}" if published else "-"
+        rows.append([task.name, arm, size, " x ".join(map(str, shape)), *cost, f"{recipe.max_steps:,}", hours])
+    return rows
+
+
+def read(task: str) -> ClassifierRecipe:
+    changes = load_recipe(RECIPES / f"lra-{task}.yaml")
+    for extra in ("task", "data", "compare"):
+        changes.pop(extra, None)
+    recipe = ClassifierRecipe().override(changes, task)
+    assert isinstance(recipe, ClassifierRecipe)
+    return recipe
+
+
+class Step:
+    """A training step; calling it gives its seconds."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, labels: torch.Tensor, bf16: bool, compiled: bool):
+        self.model, self.ids, self.labels, self.bf16 = model, ids, labels, bf16
+        self.run = torch.compile(model) if compiled else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.run(input_ids=self.ids, labels=self.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ids.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
