@@ -81,6 +81,10 @@ class Mixer(nn.Module):
         Returns:
             (B, T, E); the coordinates from C on are those of `hidden`.
         """
+        if cache is not None and hidden.shape[1] == 1 and padding_mask is None:
+            mixed = self.one_token(hidden, cache, state_idx, clock)
+            if mixed is not None:
+                return mixed
         if padding_mask is not None:
             hidden = hidden * padding_mask[..., None].to(hidden.dtype)
         # Split, not slices: its gradient is one concatenation instead of two zero-filled sums.
@@ -93,6 +97,10 @@ class Mixer(nn.Module):
             ahead = None if seen is None else (seen.amax(1, keepdim=True) + 1 - seen).flip(1)
             y = (y + self._scale(self.mix(x.flip(1), None), ahead).flip(1)) / 2
         return torch.cat([y, rest], dim=-1) if self.parts[1] else y
+
+    def one_token(self, hidden: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor | None:
+        """`forward` of one more token, hidden (B, 1, E), by a shorter way; None where there is none."""
+        return None
 
     def go_on(self, x: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor:
         """`mix`, after the tokens in the cache, which takes these in too."""
@@ -192,24 +200,15 @@ class Windowed(Mixer):
         """`forward` of token number `now`, hidden (B, 1, E), in one call; None where there is none."""
         return None
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        seen: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        cache: Any = None,
-        state_idx: int = 0,
-        clock: Clock | None = None,
-    ) -> torch.Tensor:
-        if cpp is not None and cache is not None and hidden.shape[1] == 1 and self.edge == "zero":
-            now, plain = clock.last if clock is not None else None, padding_mask is None and not cache.record_past
-            if plain and type(now) is int and cache.has_previous_state[state_idx]:
-                states = [cache.conv_states[state_idx + i] for i in range(self.n_states)]
-                if states[0].ndim == 2:
-                    mixed = self.compiled_step(hidden, states, now)
-                    if mixed is not None:
-                        return mixed
-        return super().forward(hidden, seen, padding_mask, cache, state_idx, clock)
+    def one_token(self, hidden: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor | None:
+        now = clock.last if clock is not None else None
+        if cpp is None or self.edge != "zero" or type(now) is not int:
+            return None
+        if cache.record_past or not cache.has_previous_state[state_idx]:
+            return None
+        states = [cache.conv_states[state_idx + i] for i in range(self.n_states)]
+        # (B, C, S) where the cache recorded the past.
+        return self.compiled_step(hidden, states, now) if states[0].ndim == 2 else None
 
     def pack(self, inputs: torch.Tensor, clock: Clock) -> list[torch.Tensor]:
         """The states, `n_states` of them, that inputs (B, any, C) up to the last one leave behind."""
