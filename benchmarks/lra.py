@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Report, in_turn, ratio
+from measuring import Report, in_turn, ratio, training_step
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForSequenceClassification
-from waveletgpt.data.long_range_arena import TASKS
-from waveletgpt.data.long_range_arena import Task as LraTask
+from waveletgpt.data.long_range_arena import TASKS, Task
 from waveletgpt.recipe import ClassifierRecipe, load_recipe
 
 ARMS = ("none", "fixed", "learnable")
@@ -40,14 +39,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report("lra", options.out, device=options.device, compile=options.compile, threads=options.threads)
-    rows = []
+    columns = ["arm", "parameters", "inputs", "ms/step", "x none", "steps", "hours a run"]
     for name in options.tasks:
-        rows += rows_of(TASKS[name], options)
-    columns = ["task", "arm", "parameters", "inputs", "ms/step", "x none", "steps", "hours a run"]
-    report.table("training steps of the recipes", columns, rows)
+        report.table(name, columns, rows_of(TASKS[name], options))
 
 
-def rows_of(task: LraTask, options: argparse.Namespace) -> list[list[Any]]:
+def rows_of(task: Task, options: argparse.Namespace) -> list[list[Any]]:
     recipe = read(task.name)
     batch_size, length = options.batch_size or recipe.batch_size, options.length or task.length
     torch.manual_seed(0)
@@ -61,8 +58,11 @@ def rows_of(task: LraTask, options: argparse.Namespace) -> list[list[Any]]:
             vocab_size=task.vocab_size, n_positions=length, n_inputs=task.n_inputs, num_labels=10,
             tie_word_embeddings=False, **settings,
         )  # fmt: skip
-        models[arm] = WaveletGPTForSequenceClassification(config).to(options.device)
-        steps[arm] = Step(models[arm], ids, labels, recipe.training.precision == "bf16", options.compile)
+        model = models[arm] = WaveletGPTForSequenceClassification(config).to(options.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        run = torch.compile(model) if options.compile else model
+        inputs = {"input_ids": ids, "labels": labels}
+        steps[arm] = partial(training_step, run, optimizer, inputs, recipe.training.precision == "bf16")
         for _ in range(2):
             steps[arm]()
     times = in_turn(steps, lambda run: (run(), None), options.seconds)
@@ -73,7 +73,7 @@ def rows_of(task: LraTask, options: argparse.Namespace) -> list[list[Any]]:
         size = f"{sum(p.numel() for p in models[arm].parameters()):,}"
         cost = [f"{step * 1e3:,.1f}", f"{ratio(seconds, times['none']):.3f}"]
         hours = f"{step * recipe.max_steps / 3600:.1f}" if published else "-"
-        rows.append([task.name, arm, size, " x ".join(map(str, shape)), *cost, f"{recipe.max_steps:,}", hours])
+        rows.append([arm, size, " x ".join(map(str, shape)), *cost, f"{recipe.max_steps:,}", hours])
     return rows
 
 
@@ -84,27 +84,6 @@ def read(task: str) -> ClassifierRecipe:
     recipe = ClassifierRecipe().override(changes, task)
     assert isinstance(recipe, ClassifierRecipe)
     return recipe
-
-
-class Step:
-    """A training step; calling it gives its seconds."""
-
-    def __init__(self, model: Any, ids: torch.Tensor, labels: torch.Tensor, bf16: bool, compiled: bool):
-        self.model, self.ids, self.labels, self.bf16 = model, ids, labels, bf16
-        self.run = torch.compile(model) if compiled else model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def __call__(self) -> float:
-        start = time.perf_counter()
-        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.run(input_ids=self.ids, labels=self.labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ids.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -46,6 +46,21 @@ class Stopwatch:
         return start.elapsed_time(end) / 1e3, result
 
 
+def training_step(model: Any, optimizer: torch.optim.Optimizer, inputs: Mapping[str, Any], bf16: bool) -> float:
+    """Seconds of one: forward to the loss, backward, clipping, and the optimiser's."""
+    device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
+    start = time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        loss = model(**inputs).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def rounds(seconds: float, at_most: int = 500) -> Iterator[int]:
     """Counts rounds until the time is up, at least one."""
     end = time.perf_counter() + seconds

@@ -25,11 +25,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from measuring import Report, Stopwatch, demand_parity, quartiles, ratio, rounds
+from measuring import Report, Stopwatch, demand_parity, quartiles, ratio, rounds, training_step
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
 from waveletgpt.cost import flops_per_token
@@ -86,8 +85,9 @@ def mixing_cost(report: Report, options: argparse.Namespace) -> None:
         flops[name] = flops_per_token(model) * options.batch_size * config.n_positions
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         ids = torch.randint(256, (options.batch_size, config.n_positions), device=options.device)
+        inputs = {"input_ids": ids, "shift_labels": ids, "use_cache": False}
         run = torch.compile(model) if options.compile else model
-        steps[name] = partial(step, run, optimizer, ids, options.bf16)
+        steps[name] = partial(training_step, run, optimizer, inputs, options.bf16)
         for _ in range(2):
             steps[name]()
         if cuda:
@@ -123,20 +123,6 @@ def matrix_flops(device: str, dtype: torch.dtype) -> float:
     stopwatch = Stopwatch(device)
     a @ b
     return 2 * size**3 / statistics.median(stopwatch(lambda: a @ b)[0] for _ in rounds(2, at_most=20))
-
-
-def step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, bf16: bool) -> float:
-    """Seconds of one training step."""
-    start = time.perf_counter()
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-        loss = model(input_ids=ids, shift_labels=ids, use_cache=False).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def beside_nanogpt(report: Report, options: argparse.Namespace) -> None:
