@@ -322,11 +322,6 @@ class LearnableMean(WeightedSum):
 
     averages = True
 
-    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
-        [row], kernels = states, list(self.kernels.parameters())
-        fits = cpp.can_step(hidden, row, *kernels)
-        return cpp.step_filter(hidden, self.groups, kernels, row, now) if fits else None
-
     def __init__(self, config: WaveletGPTConfig):
         super().__init__(config)
         shared = config.mix_sharing == "level"
@@ -336,6 +331,11 @@ class LearnableMean(WeightedSum):
 
     def weights(self) -> list[torch.Tensor]:
         return list(self.kernels)
+
+    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
+        [row], kernels = states, list(self.kernels.parameters())
+        fits = cpp.can_step(hidden, row, *kernels)
+        return cpp.step_filter(hidden, self.groups, kernels, row, now) if fits else None
 
 
 class ExponentialMean(Mixer):

@@ -97,6 +97,7 @@ class RunTrainer(Trainer):
         return [n for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in kernels]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW in the groups of transformers, and one more for mixing kernels that have a rate of their own."""
         optimizer = super().create_optimizer(model)
         scale = self.recipe.training.kernel_lr_scale
         trained: Any = self.model if model is None else model
