@@ -126,6 +126,7 @@ def test_a_run_trains_and_leaves_what_a_report_needs(tmp_path: Path, name: str, 
         assert counts.sum() == recordings
         assert np.trace(counts) / recordings == pytest.approx(result["test"]["accuracy"])
         first = np.unique(store.split("test").clips, return_index=True)[1]
+        assert counts.sum(1).max() / recordings == result["test"]["majority_class"]
         assert (
             counts.sum(1).tolist()
             == np.bincount(store.split("test").labels[first], minlength=3)[: len(counts)].tolist()
@@ -184,6 +185,25 @@ def test_compare_writes_summary_and_report(tmp_path: Path) -> None:
     for spoilt in ('{"examples": [{"kind": "text"}]}', "[]", "{"):
         (run.path / "predictions.json").write_text(spoilt)
         assert write_results(tmp_path / "out", list(find_runs(tmp_path / "out")), "none") == summary
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "learned"),
+    [((0.5, 0.62), False), ((0.5, 0.64), True)],  # of 100; a standard error is 5 points
+)
+def test_a_report_tells_that_the_baseline_only_guesses(
+    tmp_path: Path, accuracies: tuple[float, float], learned: bool
+) -> None:
+    store = store_of(tmp_path, "texts")
+    compare(tiny_recipe(max_steps=1), store, tmp_path / "out", data="texts", arms=["none", "fixed"], seeds=2)
+    for seed, accuracy in enumerate(accuracies):
+        run = RunFolder(tmp_path / "out" / f"none-seed{seed}")
+        test = {"accuracy": accuracy, "top5": 1.0, "recordings": 100, "majority_class": 0.53}
+        run.update_info(result={**run.info["result"], "test": test})
+    summary = write_results(tmp_path / "out", list(find_runs(tmp_path / "out")), "none")
+    told = [note for note in summary["notes"] if "most common class" in note]
+    assert bool(told) is not learned
+    assert ("most common class" in (tmp_path / "out" / "report.html").read_text()) is not learned
 
 
 @pytest.mark.parametrize(

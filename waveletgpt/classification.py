@@ -123,7 +123,10 @@ class Classification:
         return None
 
     def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
-        """Measures on all of validation and test; predictions.json with the confusion matrix and examples."""
+        """Measures on all of validation and test; predictions.json with the confusion matrix and examples.
+
+        majority_class: the accuracy of always naming the most common class.
+        """
         model = WaveletGPTForSequenceClassification.from_pretrained(run.path).to(device)  # type: ignore[arg-type]
         store, found = self.store, {}
         for split in ("validation", "test"):
@@ -131,6 +134,8 @@ class Classification:
                 continue
             scores, labels = predict(model, store.split(split), recipe.batch_size, store.multi_label)
             found[split] = {**measure(scores, labels), "recordings": len(scores)}
+            if not store.multi_label:
+                found[split]["majority_class"] = float(np.bincount(labels).max() / len(labels))
         # What is shown is of the last of them: the test, if there is one.
         shown = list(found)[-1]
         value: dict[str, Any] = {"classes": list(store.classes), "split": shown, **found}

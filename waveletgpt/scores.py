@@ -69,7 +69,24 @@ def summarize_scores(records: Sequence[Record], baseline: str | None) -> dict[st
     tested = all(math.isfinite(final_score(r)) for r in records if r.usable)
     if not tested:
         summary["notes"].append("There is no test split: the scores are those of the validation split.")
+    base = [r for r in records if r.arm == summary["baseline"] and r.seed in summary["arms"][r.arm]["seeds"]]
+    if base and not any(_beats_guessing(r) for r in base):
+        score = percent(summary["arms"][summary["baseline"]]["test"])
+        summary["notes"].append(
+            f"The baseline's accuracy, {score} %, is that of always naming the most common class: it has learned nothing "
+            "yet, and how soon another arm has its accuracy says nothing."
+        )
     return summary
+
+
+def _beats_guessing(record: Record) -> bool:
+    """More accurate than always naming the most common class, by two standard errors; true where that is not known."""
+    result = record.info.get("result") or {}
+    found = result.get("test") or result.get("validation") or {}
+    share, count = found.get("majority_class"), found.get("recordings")
+    if share is None or not count:
+        return True
+    return found["accuracy"] > share + 2 * math.sqrt(share * (1 - share) / count)
 
 
 def _numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, Any]:
