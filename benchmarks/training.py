@@ -35,7 +35,7 @@ from waveletgpt.cost import flops_per_token
 from waveletgpt.ops import wavelet_mix
 from waveletgpt.recipe import PRESETS, Recipe
 
-MIXINGS = ("none", "fixed", "fixed, windows 2-4", "learnable", "ema", "conv", "shift")
+MIXINGS = ("none", "fixed", "fixed, windows 2-4", "learnable", "wavelet", "ema", "conv", "shift")
 
 
 def main() -> None:

@@ -62,6 +62,8 @@ def test_equal_windows_are_a_single_scale() -> None:
         ({"position_embedding": "alibi"}, "position_embedding='alibi'"),
         ({"mix_edge": "reflect"}, "mix_edge='reflect'"),
         ({"mix_sharing": "layer"}, "mix_sharing='layer'"),
+        ({"mix_wavelet": "db1"}, "mix_wavelet='db1' is unknown; use one of haar, db2"),
+        ({"mix_band": "high"}, "mix_band='high' is unknown; use one of approximation, detail, both"),
         ({"mix_placement": "output"}, "mix_placement='output'"),
         ({"mix_allocation": "random"}, "mix_allocation='random'"),
         ({"mix_layers": "outer"}, "mix_layers='outer' is unknown; use one of all, inner"),

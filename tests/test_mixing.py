@@ -5,11 +5,13 @@ Shapes: B batch, T tokens, E embedding, C mixed coordinates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pytest
+import pywt
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,10 +21,20 @@ from transformers import CompileConfig, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from waveletgpt import WaveletGPTForCausalLM
+from waveletgpt.configuration import WAVELETS, window_schedule
 from waveletgpt.mixing import MIXERS, Clock, Layout, LearnableMean, Mixer
 from waveletgpt.ops import cpp
 
 PEERS = ["ema", "conv", "shift"]
+
+
+def taps_of_db2(length: int) -> np.ndarray:
+    """Approximation filter with so many taps: PyWavelets' scaling filter, stretched and convolved with itself."""
+    low, taps, stretch = np.array(pywt.Wavelet("db2").rec_lo) / math.sqrt(2), np.ones(1), 1
+    while len(taps) < length:
+        taps, stretch = np.convolve(taps, np.kron(low, [1] + [0] * (stretch - 1))[: 3 * stretch + 1]), 2 * stretch
+    assert len(taps) == length
+    return taps
 
 
 def oracle(mixer: Mixer, kind: str, x: np.ndarray, edge: str = "zero") -> np.ndarray:
@@ -40,6 +52,8 @@ def oracle(mixer: Mixer, kind: str, x: np.ndarray, edge: str = "zero") -> np.nda
     taps = [np.full(w, 1 / w) for w in mixer.windows]
     if kind == "conv":
         taps = list(mixer.kernel.detach().double().numpy())
+    if kind == "wavelet":
+        taps = [taps_of_db2(w) for w in mixer.windows]
     if kind == "learnable":
         left = dict(zip(sorted(set(mixer.windows)), [k.detach().double().numpy() for k in mixer.kernels], strict=True))
         taps, used = [], dict.fromkeys(left, 0)
@@ -154,6 +168,38 @@ def test_rounding_does_not_add_up() -> None:
     torch.testing.assert_close(parts[:, 20:], mixer(whole)[:, 20:], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", WAVELETS)
+def test_wavelet_coefficients_are_those_of_pywavelets(name: str) -> None:
+    config = tiny_config(mixing="wavelet", mix_wavelet=name, mix_band="both", mix_fraction=1.0, max_window=8)
+    mixer = MIXERS["wavelet"](config).double()
+    # One period of a periodic signal, late enough that all taps are over it; coordinates: 16, of 3 scales.
+    period = np.random.default_rng(0).normal(size=128)
+    x = torch.tensor(np.tile(period, 3))[None, :, None].expand(1, -1, 16)
+    y = mixer(x)[0, -128:].numpy()
+    # PyWavelets' filters delay most. Backwards in time they are ours; when a coefficient comes is a convention.
+    coefficients = pywt.swt(period[::-1], "haar" if name == "haar" else name, level=3, norm=True)
+    by_scale = {2 ** (3 - i): [part[::-1] for part in pair] for i, pair in enumerate(coefficients)}
+    scales = window_schedule(16, 2, 8)
+    for scale in (2, 4, 8):
+        members = [c for c in range(16) if scales[c] == scale]
+        for place, c in enumerate(members):
+            expected = by_scale[scale][place >= (len(members) + 1) // 2]
+            shifted = [np.roll(expected, shift) for shift in range(128)]
+            nearest = min(min(abs(y[:, c] - s).max(), abs(y[:, c] + s).max()) for s in shifted)
+            assert nearest < 1e-6  # taps are kept in float32
+
+
+def test_haars_approximations_are_means_and_details_what_they_leave_out() -> None:
+    hidden, parts = torch.randn(2, 40, 16), {}
+    for band in ("approximation", "detail"):
+        config = tiny_config(mixing="wavelet", mix_wavelet="haar", mix_band=band, max_window=8)
+        parts[band] = MIXERS["wavelet"](config)(hidden)[..., : config.n_mixed]
+    mean = MIXERS["fixed"](tiny_config(mixing="fixed", max_window=8))
+    finer = MIXERS["fixed"](tiny_config(mixing="fixed", min_window=1, max_window=4))
+    torch.testing.assert_close(parts["approximation"], mean(hidden)[..., : mean.n_mixed])
+    torch.testing.assert_close(parts["approximation"] + parts["detail"], finer(hidden)[..., : finer.n_mixed])
+
+
 @given(
     windows=st.lists(st.integers(0, 4), min_size=1, max_size=6),
     past=st.integers(0, 40),
@@ -192,7 +238,7 @@ def test_many_sequences_decode_as_one_does(kind: str) -> None:
 
 @pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 @pytest.mark.parametrize("sharing", ["coordinate", "level"])
-@pytest.mark.parametrize("kind", ["fixed", "learnable"])
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "wavelet"])
 @pytest.mark.parametrize(("fraction", "longest", "batch"), [(0.5, 4, 1), (0.5, 256, 3), (1.0, 64, 2), (0.2, 8, 1)])
 def test_a_token_in_one_call_is_the_same(
     kind: str, sharing: str, fraction: float, longest: int, batch: int, monkeypatch: pytest.MonkeyPatch
@@ -222,7 +268,7 @@ def test_a_token_in_one_call_is_the_same(
         torch.testing.assert_close(y, done[2], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "learnable", "ema"])
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "wavelet", "ema"])
 def test_decoding_compiles_once(kind: str) -> None:
     torch.compiler.reset()
     model, ids = tiny_model(mixing=kind, mix_edge="partial", n_layer=1, tie_word_embeddings=False), tokens()
@@ -279,7 +325,7 @@ def test_learnable_starts_as_the_mean_and_learns_every_tap(sharing: str) -> None
     assert [tuple(kernel.shape) for kernel in mixer.kernels] == expected
 
 
-@pytest.mark.parametrize("kind", ["fixed", "learnable", "ema"])
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "wavelet", "ema"])
 def test_half_precision_is_the_rounded_result(kind: str) -> None:
     mixer = make_mixer(kind)
     x = torch.randn(2, 12, 16)

@@ -163,7 +163,7 @@ def test_parameters_that_mixing_adds() -> None:
     none, extra = cost.count_parameters(meta_model(mixing="none", **PAPER))
     assert extra == 0
     assert 1.9e6 < none < 2.1e6  # "about 2.0 M"
-    for kind in ("fixed", "ema", "shift"):
+    for kind in ("fixed", "wavelet", "ema", "shift"):
         assert cost.count_parameters(meta_model(mixing=kind, **PAPER)) == (none, 0)
     # One kernel a coordinate: windows 1 ... 512 on 64 coordinates would be 10 x 6.4 x 1023 = 0.065 M if 64 were a
     # multiple of the 10 levels; the longest one gets 6 coordinates.

@@ -128,7 +128,7 @@ def test_arms_override_settings() -> None:
     [
         ([], "at least one arm"),
         (["none", "none"], "names none twice"),
-        (["none", "wavelet"], '--arms: no "wavelet"'),
+        (["none", "wavelets"], '--arms: no "wavelets"'),
         (["none:n_layer"], '"n_layer" is not name=value'),
         (["none:layers=3"], 'no setting "layers"'),
     ],

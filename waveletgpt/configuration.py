@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 ARCHITECTURES = ("gpt2", "llama")
-MIXINGS = ("none", "fixed", "learnable", "ema", "conv", "shift")
+MIXINGS = ("none", "fixed", "learnable", "wavelet", "ema", "conv", "shift")
+WAVELETS = ("haar", *(f"db{order}" for order in range(2, 9)))
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "rope", "none")
 POOLINGS = ("last", "mean", "attention")
 
@@ -59,16 +60,21 @@ class WaveletGPTConfig(PreTrainedConfig):
         norm_position: "pre" (normalise each sub-layer's input) or "post" (its sum with the residual, as in 2017).
         position_embedding: "learned", "sinusoidal", "rope" or "none"; None: the architecture's own.
         mixing: what replaces coordinates of the hidden states over time: "none"; "fixed", causal means over windows of
-            powers of two; "learnable", the same windows with trained weights; "ema", exponential averages; and two
-            peers from the literature: "conv", a residual 4-tap depthwise convolution on all coordinates, and "shift",
-            the previous token's value (RWKV).
+            powers of two; "learnable", the same windows with trained weights; "wavelet", coefficients of a wavelet
+            transform (see `mix_wavelet`, `mix_band`); "ema", exponential averages; and two peers from the literature:
+            "conv", a residual 4-tap depthwise convolution on all coordinates, and "shift", the previous token's value
+            (RWKV).
         mix_fraction: share of the coordinates that are mixed.
         min_window, max_window: shortest and longest window in tokens; `max_window=None` is the largest power of two
-            within `n_positions`. Equal values give a single-scale control.
+            within `n_positions`. Equal values give a single-scale control. For "wavelet" they are scales, 2^level.
         mix_allocation: how coordinates are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
         mix_edge: for "fixed" and "learnable": "zero" (values before the sequence count as 0) or "partial" (mean over
             the values that exist).
         mix_sharing: for "learnable": one kernel per "coordinate" or per "level".
+        mix_wavelet: for "wavelet": "haar" or Daubechies' "db2" ... "db8", of 4 ... 16 taps and as many vanishing
+            moments as the name says. At scale s its filters have (s - 1) (taps - 1) + 1 taps.
+        mix_band: for "wavelet": coordinates become coefficients of "approximation" (averages), of "detail" (what
+            the average of that scale leaves out of the one before), or of "both", half of each scale's.
         mix_placement: "block" (each block's output, as in the paper) or "input" (the normalised inputs of attention
             and feed-forward).
         mix_layers: "all", "inner" (all but the last block) or a list of block indices.
@@ -122,6 +128,8 @@ class WaveletGPTConfig(PreTrainedConfig):
     mix_allocation: str = "uniform"
     mix_edge: str = "zero"
     mix_sharing: str = "coordinate"
+    mix_wavelet: str = "db2"
+    mix_band: str = "approximation"
     mix_placement: str = "block"
     mix_layers: str | list[int] = "all"
     causal: bool = True
@@ -174,6 +182,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         self._check_choice("mixing", MIXINGS)
         self._check_choice("mix_edge", ("zero", "partial"))
         self._check_choice("mix_sharing", ("coordinate", "level"))
+        self._check_choice("mix_wavelet", WAVELETS)
+        self._check_choice("mix_band", ("approximation", "detail", "both"))
         self._check_choice("mix_placement", ("block", "input"))
         if not 0 < self.mix_fraction <= 1 or self.mix_fraction * self.n_embd < 1:
             raise ValueError(
@@ -204,7 +214,15 @@ class WaveletGPTConfig(PreTrainedConfig):
             return []
         if self.mixing in ("conv", "shift"):
             return [4 if self.mixing == "conv" else 2] * self.n_mixed
-        return window_schedule(self.n_mixed, self.min_window, self.max_window, self.mix_allocation)
+        scales = window_schedule(self.n_mixed, self.min_window, self.max_window, self.mix_allocation)
+        if self.mixing == "wavelet":
+            return [(scale - 1) * (2 * self.vanishing_moments - 1) + 1 for scale in scales]
+        return scales
+
+    @property
+    def vanishing_moments(self) -> int:
+        """Those of `mix_wavelet`, half as many as its filter has taps."""
+        return 1 if self.mix_wavelet == "haar" else int(self.mix_wavelet.removeprefix("db"))
 
     def mixes(self, layer: int) -> bool:
         """Whether block `layer` mixes."""

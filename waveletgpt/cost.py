@@ -20,15 +20,17 @@ def count_parameters(model: Any) -> tuple[int, int]:
 def mixing_flops_per_token(config: WaveletGPTConfig) -> int:
     """FLOPs per token that mixing adds to a training step, forward and backward.
 
-    A mean over w = 2^k takes k additions (the dyadic recurrence) and one scaling, and its gradient the same. A learned
-    kernel takes w multiply-adds forward, and as many for each of its two gradients. EMA counts as 3 operations. A model
-    that is not causal does all of it twice.
+    A mean over w = 2^k takes k additions (the dyadic recurrence) and one scaling, and its gradient the same. A kernel
+    takes w multiply-adds forward and w for its input's gradient, a learned one w more for its own. EMA counts as 3
+    operations. A model that is not causal does all of it twice.
     """
     windows = config.mix_windows()
     if config.mixing == "fixed":
         once = sum((w.bit_length() - 1) + 1 for w in windows) * 2
     elif config.mixing in ("learnable", "conv"):
         once = sum(2 * w for w in windows) * 3
+    elif config.mixing == "wavelet":
+        once = sum(2 * w for w in windows) * 2
     elif config.mixing == "ema":
         once = 3 * config.n_mixed * 2
     else:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from math import comb
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -304,6 +306,10 @@ class WeightedSum(Windowed):
         turned = weights.index_select(0, clock.layout.base + clock.ages())
         return self.sums(row * turned, clock.layout).to(x.dtype)
 
+    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
+        [row], taps = states, self.weights()
+        return cpp.step_filter(hidden, self.groups, taps, row, now) if cpp.can_step(hidden, row, *taps) else None
+
 
 class Kernels(nn.ParameterList):
     """Weights of means over windows, the last dimension of each tensor."""
@@ -330,12 +336,58 @@ class LearnableMean(WeightedSum):
         )
 
     def weights(self) -> list[torch.Tensor]:
-        return list(self.kernels)
+        return list(self.kernels.parameters())  # faster than list(self.kernels)
 
-    def compiled_step(self, hidden: torch.Tensor, states: list[torch.Tensor], now: int) -> torch.Tensor | None:
-        [row], kernels = states, list(self.kernels.parameters())
-        fits = cpp.can_step(hidden, row, *kernels)
-        return cpp.step_filter(hidden, self.groups, kernels, row, now) if fits else None
+
+def daubechies(moments: int) -> np.ndarray:
+    """Scaling filter of the orthogonal wavelet with so many vanishing moments (1: Haar), in float64; its sum is 1.
+
+    Of the filters with its frequency response it is the one that delays least: most weight lies on recent tokens.
+    Source: Daubechies, Ten Lectures on Wavelets (1992), Section 6.1.
+    """
+    # |H|^2 = cos(v)^2N P(sin(v)^2), with v half the frequency and P of degree N - 1. Of each pair of roots, where
+    # sin(v)^2 = (2 - z - 1/z) / 4, the one inside the unit circle belongs to the filter.
+    middle = 1 - 2 * np.roots([comb(moments - 1 + k, k) for k in reversed(range(moments))]).astype(complex)
+    away = np.sqrt(middle**2 - 1)
+    inside = np.where(abs(middle + away) < 1, middle + away, middle - away)
+    taps = np.poly([*[-1] * moments, *inside]).real
+    return taps / taps.sum()
+
+
+def wavelet_taps(moments: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """Filters that give the approximation and the detail coefficients of a scale 2^k from the signal, k >= 0.
+
+    Those of the undecimated transform, scaled so that an approximation is an average: the sum of its taps is 1 (MODWT,
+    Percival and Walden 2000, Chapter 5). With Haar, approximation plus detail is the approximation of the next finer
+    scale. Tap j weighs the value j tokens ago; both have (scale - 1) (2 moments - 1) + 1. The signal is its own
+    approximation at scale 1, and no detail.
+    """
+    low = daubechies(moments)
+    high = low[::-1] * (-1) ** np.arange(len(low))
+    approximation, detail, stretch = np.ones(1), np.zeros(1), 1
+    while stretch < scale:
+        spread = np.zeros((2, (len(low) - 1) * stretch + 1))
+        spread[:, ::stretch] = low, high
+        approximation, detail = (np.convolve(approximation, taps) for taps in spread)
+        stretch *= 2
+    return approximation, detail
+
+
+class FixedWavelet(WeightedSum):
+    """Approximation or detail coefficients of an undecimated wavelet transform; nothing is learned."""
+
+    def __init__(self, config: WaveletGPTConfig):
+        super().__init__(config)
+        moments = config.vanishing_moments
+        for window, n in self.groups:
+            both = wavelet_taps(moments, (window - 1) // (2 * moments - 1) + 1)
+            averaged = {"approximation": n, "detail": 0, "both": (n + 1) // 2}[config.mix_band]
+            rows = [both[0]] * averaged + [both[1]] * (n - averaged)
+            # Saved with the model: it would not be filled in where a checkpoint is loaded without its values.
+            self.register_buffer(f"taps{window}", torch.tensor(np.array(rows), dtype=torch.get_default_dtype()))
+
+    def weights(self) -> list[torch.Tensor]:
+        return [self.get_buffer(f"taps{window}") for window, _ in self.groups]
 
 
 class ExponentialMean(Mixer):
@@ -374,6 +426,8 @@ class ShortConvolution(WeightedSum):
     def step(self, x: torch.Tensor, states: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         return x + super().step(x, states, clock)
 
+    compiled_step = Windowed.compiled_step
+
 
 class TokenShift(Mixer):
     """Peer: the previous token's value (token shift, RWKV, arXiv 2305.13048)."""
@@ -386,6 +440,7 @@ class TokenShift(Mixer):
 MIXERS: dict[str, type[Mixer]] = {
     "fixed": FixedMean,
     "learnable": LearnableMean,
+    "wavelet": FixedWavelet,
     "ema": ExponentialMean,
     "conv": ShortConvolution,
     "shift": TokenShift,

@@ -87,6 +87,10 @@ class ModelSettings:
     """Before the sequence: "zero" or "partial"."""
     mix_sharing: str | None = None
     """Learned kernels: one per "coordinate" or per "level"."""
+    mix_wavelet: str | None = None
+    """Mixing "wavelet": "haar" or "db2" ... "db8" (db2)."""
+    mix_band: str | None = None
+    """Mixing "wavelet": coefficients of "approximation", "detail", or "both" (approximation)."""
     mix_placement: str | None = None
     """"block" (its output) or "input" (of attention and feed-forward)."""
     mix_layers: str | None = None
@@ -153,7 +157,7 @@ class Recipe:
     architecture: str = "gpt2"
     """Blocks: gpt2 (learned positions, LayerNorm, GELU) or llama (RoPE, RMSNorm, SwiGLU)."""
     mixing: str = "fixed"
-    """What mixes the hidden states over time: none, fixed, learnable, ema, conv, shift."""
+    """What mixes the hidden states over time: none, fixed, learnable, wavelet, ema, conv, shift."""
     max_steps: int = 1200
     """Optimiser steps."""
     batch_size: int = 16
@@ -176,7 +180,7 @@ class Recipe:
         check_choice("preset", self.preset, self.presets())
         # Names as in configuration.py, which imports transformers: too slow for --help.
         check_choice("architecture", self.architecture, ("gpt2", "llama"))
-        check_choice("mixing", self.mixing, ("none", "fixed", "learnable", "ema", "conv", "shift"))
+        check_choice("mixing", self.mixing, ("none", "fixed", "learnable", "wavelet", "ema", "conv", "shift"))
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("training.schedule", self.training.schedule, ("cosine", "linear", "constant", "plateau"))
         check_choice("training.precision", self.training.precision, ("fp32", "bf16"))

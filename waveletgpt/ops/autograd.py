@@ -164,7 +164,7 @@ def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool, past: int, backen
 class _Filter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, windows: Windows, taps: Tensor, past: int, backend: str) -> Tensor:
-        ctx.save_for_backward(x, taps)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, taps)
         ctx.windows, ctx.past, ctx.backend = windows, past, backend
         return _filter_op(x, windows, taps, past, backend)
 
@@ -173,6 +173,9 @@ class _Filter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = F.pad(grad, (0, 0, ctx.past, 0)) if ctx.past else grad
         x, taps = ctx.saved_tensors
+        if not ctx.needs_input_grad[2]:  # the same filter run backwards in time
+            grad_x = _filter_op(grad.flip(1), ctx.windows, taps, 0, ctx.backend).flip(1)
+            return grad_x, None, None, None, None
         grad_x, grad_taps = _filter_backward_op(grad, x, ctx.windows, taps, ctx.backend)
         return grad_x, None, grad_taps, None, None
 
