@@ -204,6 +204,39 @@ def test_truncated_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.
         assert "cannot be loaded" in capsys.readouterr().err
 
 
+def test_evaluates_at_other_contexts(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Shorter ones with any model, longer ones where positions are not a table of weights."""
+    words = ["--device", "cpu", "--json", "--context"]
+    assert run("evaluate", trained / "fixed-seed0", *words, "8") == 0
+    assert json.loads(capsys.readouterr().out)["context"] == 8
+    assert run("evaluate", trained / "fixed-seed0", *words, "17") == 2
+    assert "--context is 17: give 1 ... 16" in capsys.readouterr().err
+    rotary = tmp_path / "rotary"
+    data = write_text(tmp_path / "words.txt")
+    assert run("train", data, "--modality", "chars", "--architecture", "llama", "--out", rotary, *SMALL) == 0
+    capsys.readouterr()
+    assert run("evaluate", rotary, *words, "100", "--windows", "3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["windows"], found["tokens"]) == (3, 300)
+    # The same by hand.
+    import numpy as np
+    import torch
+
+    from waveletgpt import WaveletGPTForCausalLM
+    from waveletgpt.data import TokenStore
+    from waveletgpt.runs import RunFolder
+
+    model = WaveletGPTForCausalLM.from_pretrained(rotary).eval()
+    tokens = TokenStore.open(RunFolder.open(rotary).info["data"]["store"]).split("validation")
+    whole = (len(tokens) - 1) // 100
+    starts = [i * whole // 3 * 100 for i in range(3)]
+    ids = torch.from_numpy(np.stack([tokens[start : start + 101] for start in starts]).astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert found["nll"] == pytest.approx(float(nll), rel=1e-5)
+
+
 def test_generates_past_the_learned_positions(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The context is 16 tokens: prompt and continuation are longer, and go on from its last half."""
     words = ["--prompt", "the cat sat on a mat", "--tokens", "40", "--temperature", "0", "--device", "cpu"]

@@ -194,6 +194,8 @@ class Evaluate:
     """validation or test."""
     windows: int | None = None
     """Windows to read; default: the whole split, without overlap. Classifiers always read all of it."""
+    context: int | None = None
+    """Tokens of a window, also more than the model was trained on (default: as many); not for classifiers."""
     batch_size: int = 16
     """Windows at once."""
     device: str = "auto"
@@ -205,6 +207,8 @@ class Evaluate:
         if is_classifier(self.run_folder):
             from .prediction import evaluate_classifier
 
+            if self.context is not None:
+                raise UserError("--context: a classifier reads whole examples; leave it out")
             found = evaluate_classifier(self.run_folder, self.split, self.batch_size, self.device)
             if self.json:
                 print(json.dumps(found, indent=1))
@@ -214,7 +218,9 @@ class Evaluate:
             return
         from .evaluation import evaluate_run
 
-        value = evaluate_run(self.run_folder, self.split, self.windows, self.batch_size, self.device)
+        value = evaluate_run(
+            self.run_folder, self.split, self.windows, self.batch_size, self.device, context=self.context
+        )
         if self.json:
             print(json.dumps(value, indent=1))
             return

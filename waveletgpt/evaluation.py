@@ -81,14 +81,16 @@ def evaluate_run(
     windows: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    context: int | None = None,
 ) -> dict[str, Any]:
-    """Mean loss of a run's model over windows of one context each.
+    """Mean loss of a run's model over windows of one context each, or of `context` tokens.
 
     Returns:
-        nll (nats per token), perplexity, bits_per_byte (None where tokens have no bytes), tokens, split, windows.
+        nll (nats per token), perplexity, bits_per_byte (None where tokens have no bytes), tokens, split, windows,
+        context.
 
     Raises:
-        UserError: no run, unknown split, a split shorter than one window.
+        UserError: no run, unknown split, a split shorter than one window, a context beyond learned positions.
     """
     run = RunFolder.open(folder)
     if split not in ("train", "validation", "test"):
@@ -96,7 +98,11 @@ def evaluate_run(
     if batch_size < 1 or (windows is not None and windows < 1):
         raise UserError(f"--batch-size {batch_size} and --windows {windows} must be at least 1")
     model, store = load_model(run, device), load_store(run)
-    context = model.config.n_positions
+    trained, positions = model.config.n_positions, model.config.position_embedding
+    context = trained if context is None else context
+    if context < 1 or (context > trained and positions == "learned"):
+        most = f"1 ... {trained}, as many as it has positions for" if positions == "learned" else "1 or more"
+        raise UserError(f"--context is {context}: give {most}")
     tokens = store.split(split)
     if len(tokens) < context + 1:
         raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
@@ -114,6 +120,7 @@ def evaluate_run(
         "bits_per_byte": nll / math.log(2) / size if size else None,
         "windows": len(data),
         "tokens": len(data) * context,
+        "context": context,
     }
 
 
