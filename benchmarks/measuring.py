@@ -10,8 +10,11 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,38 @@ def training_step(model: Any, optimizer: torch.optim.Optimizer, inputs: Mapping[
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def peak_memory(run: Run, cuda: bool) -> int:
+    """Bytes that a call has allocated at its peak, above what there was before; on a CPU those of torch's tensors."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silenced_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    return max(accumulate((e["args"]["Bytes"] for e in changes), initial=0))
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Of the whole process: the profiler writes two lines there each time, whatever its level of logging."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def rounds(seconds: float, at_most: int = 500) -> Iterator[int]:

@@ -6,21 +6,19 @@ Time is that of a forward and backward pass, memory the peak above what was ther
 time ~ size^p over the sizes that were run: 1 is proportional. Sizes that would not fit in the time are left out; those
 of the model stop earlier than those of the operator because attention grows with T^2.
 
-A peak of memory on a CPU is the process's, on Linux only; what stays below what it already has shows as 0.
+Memory is that of torch's tensors, not of the process.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from measuring import Report, Stopwatch, demand_parity, rounds, slope
+from measuring import Report, Stopwatch, demand_parity, peak_memory, rounds, slope
 from operators import dyadic_windows
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
@@ -139,31 +137,6 @@ def curve(
         points.append((size, statistics.median(times), peak))
         del step
     return points
-
-
-def peak_memory(run: Step, cuda: bool) -> int:
-    """Bytes that a call takes at its peak, above what is taken before. On a CPU only Linux tells; 0 elsewhere."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        return 0
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is
-    except (AttributeError, OSError):
-        return 0
-    before = _status("VmRSS")
-    run()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

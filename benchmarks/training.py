@@ -5,7 +5,7 @@
 
 Table 1: one training step (forward, backward, clipping, AdamW) of every mixing, interleaved round by round on the same
 batch; the ratio to "none" is the median of the rounds' ratios, which a busy machine disturbs least. Limits: `fixed`
-1.03 on a CPU and 1.02 on a GPU, `learnable` 1.10; peak memory (GPUs only: weights, optimiser and step) 1.02. The
+1.03 on a CPU and 1.02 on a GPU, `learnable` 1.10; peak memory of tensors (weights, optimiser, step) 1.02. The
 utilisation is the model's FLOPs per second (PaLM's count) over those of a large matrix product of the same type here.
 
 Table 2 (with --nanogpt, a clone of github.com/karpathy/nanoGPT): tokens/s of this package's own trainer with mixing
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import Report, Stopwatch, demand_parity, quartiles, ratio, rounds, training_step
+from measuring import Report, Stopwatch, demand_parity, peak_memory, quartiles, ratio, rounds, training_step
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
 from waveletgpt.cost import flops_per_token
@@ -79,7 +79,6 @@ def mixing_cost(report: Report, options: argparse.Namespace) -> None:
         mixing, _, short = name.partition(", ")
         sizes = {**PRESETS[options.preset], "max_window": 4 if short else None}
         config = WaveletGPTConfig(vocab_size=256, mixing=mixing, **sizes)
-        before = torch.cuda.memory_allocated() if cuda else 0
         torch.manual_seed(0)
         model = WaveletGPTForCausalLM(config).to(options.device)
         flops[name] = flops_per_token(model) * options.batch_size * config.n_positions
@@ -90,10 +89,8 @@ def mixing_cost(report: Report, options: argparse.Namespace) -> None:
         steps[name] = partial(training_step, run, optimizer, inputs, options.bf16)
         for _ in range(2):
             steps[name]()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            steps[name]()
-            memory[name] = torch.cuda.max_memory_allocated() - before
+        tensors = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+        memory[name] = peak_memory(steps[name], cuda) + sum(tensor.nbytes for tensor in tensors)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(options.rounds):
         for name in list(steps)[i % len(steps) :] + list(steps)[: i % len(steps)]:
@@ -105,11 +102,9 @@ def mixing_cost(report: Report, options: argparse.Namespace) -> None:
         low, high = quartiles([a / b for a, b in zip(values, times["none"], strict=True)])
         row: list[object] = [name, f"{seconds * 1e3:.1f}", f"{ratio(values, times['none']):.3f}"]
         row += [f"{low:.3f} ... {high:.3f}", f"{flops[name] / seconds / most:.0%}"]
-        if cuda:
-            row += [f"{memory[name] / 2**20:.0f}", f"{memory[name] / memory['none']:.3f}"]
+        row += [f"{memory[name] / 2**20:.0f}", f"{memory[name] / memory['none']:.3f}"]
         rows.append(row)
-    columns = ["mixing", "ms/step", "x none", "quartiles", "model FLOPs utilisation"]
-    columns += ["MiB at the peak", "x none"] if cuda else []
+    columns = ["mixing", "ms/step", "x none", "quartiles", "model FLOPs utilisation", "MiB at the peak", "x none"]
     limit = "1.02" if cuda else "1.03"
     note = f"{options.rounds} rounds. Limits: `fixed` {limit}, `learnable` 1.10, memory 1.02. "
     note += f"A matrix product reaches {most / 1e12:.2f} TFLOP/s here."

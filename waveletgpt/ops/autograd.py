@@ -164,7 +164,10 @@ def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool, past: int, backen
 class _Filter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, windows: Windows, taps: Tensor, past: int, backend: str) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, taps)
+        learning = ctx.needs_input_grad[2]
+        if learning:  # a view would keep all that it is a view of: the coordinates that are not mixed, too
+            x = x.contiguous()
+        ctx.save_for_backward(x if learning else None, taps)
         ctx.windows, ctx.past, ctx.backend = windows, past, backend
         return _filter_op(x, windows, taps, past, backend)
 
