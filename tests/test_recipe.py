@@ -107,11 +107,12 @@ def test_every_recipe_of_the_project_loads() -> None:
             arm.recipe.model_settings()
 
 
-def test_classifiers_start_with_weights_that_keep_a_signal_as_it_is() -> None:
+def test_narrow_models_start_with_weights_that_keep_a_signal_as_it_is() -> None:
     narrow = ClassifierRecipe().override({"n_embd": 16}, "test")
     assert narrow.model_settings()["initializer_range"] == 0.25
     assert narrow.override({"initializer_range": 0.02}, "test").model_settings()["initializer_range"] == 0.02
-    assert "initializer_range" not in Recipe().model_settings()
+    assert Recipe().override({"n_embd": 64}, "test").model_settings()["initializer_range"] == 0.125
+    assert "initializer_range" not in Recipe().override({"preset": "gpt2"}, "test").model_settings()
 
 
 def test_arms_override_settings() -> None:

@@ -262,6 +262,27 @@ def test_refuses_an_out_that_holds_another_run(undisturbed: RunFolder, store: To
         train(tiny_recipe(), store, undisturbed.path, data=DATA, show_progress=False)
 
 
+def test_one_process_at_a_time_trains_in_a_folder(store: TokenStore, tmp_path: Path) -> None:
+    """A second one would write between the lines of the first; one that was killed is in nobody's way."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom waveletgpt.resuming import claimed\n"
+        "with claimed(Path(sys.argv[1])):\n    print('claimed', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError, match="another process is training there"):
+            train(tiny_recipe(), store, tmp_path / "run", data="words", show_progress=False)
+        assert list((tmp_path / "run").iterdir()) == []
+        other.kill()
+    run = train(tiny_recipe(), store, tmp_path / "run", data="words", show_progress=False)
+    assert run.finished
+    # What is refused leaves no folder behind.
+    with pytest.raises(UserError):
+        train(tiny_recipe(n_head=3), store, tmp_path / "none", data="words", show_progress=False)
+    assert not (tmp_path / "none").exists()
+
+
 def test_refuses_to_resume_with_other_settings(undisturbed: RunFolder, store: TokenStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lr is 0\.1, the run .* has 0\.002"):
         train(tiny_recipe(lr=0.1), store, undisturbed.path, data=DATA, resume=True, show_progress=False)

@@ -74,7 +74,7 @@ class ModelSettings:
     dropout: float | None = None
     """Dropout of embeddings, attention and residuals."""
     initializer_range: float | None = None
-    """Standard deviation of the initial weights (0.02, GPT-2's; classifiers: 1 / sqrt(n_embd))."""
+    """Standard deviation of the initial weights (1 / sqrt(n_embd); from a width of 768 on 0.02, GPT-2's)."""
     mix_fraction: float | None = None
     """Share of the coordinates that are mixed (0.5)."""
     min_window: int | None = None
@@ -230,7 +230,10 @@ class Recipe:
 
     def model_settings(self) -> dict[str, Any]:
         """Keyword arguments of `WaveletGPTConfig`: the preset, then what was set here."""
-        return {**self.presets()[self.preset], **self.changes()}
+        settings = {**self.presets()[self.preset], **self.changes()}
+        # GPT-2's 0.02 makes the signals of narrow models smaller with every layer, and they start learning late.
+        initial = {"initializer_range": settings["n_embd"] ** -0.5} if settings["n_embd"] < 768 else {}
+        return {**initial, **settings}
 
     def changes(self) -> dict[str, Any]:
         """Keyword arguments of `WaveletGPTConfig` that were set here."""
@@ -358,11 +361,6 @@ class ClassifierRecipe(Recipe):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return CLASSIFIER_PRESETS
-
-    def model_settings(self) -> dict[str, Any]:
-        settings = super().model_settings()
-        # GPT-2's 0.02 makes signals of these narrow models smaller with every layer, and they start learning late.
-        return {"initializer_range": settings["n_embd"] ** -0.5, **settings}
 
     def __post_init__(self) -> None:
         super().__post_init__()

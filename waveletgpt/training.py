@@ -38,7 +38,7 @@ from .errors import UserError
 from .mixing import Mixer
 from .progress import ProgressBar
 from .recipe import Recipe
-from .resuming import find_start
+from .resuming import claimed, find_start
 from .runs import STAGING, RunFolder, disk_errors, publish, write_json
 from .tasks import LanguageModeling, Task
 
@@ -219,11 +219,26 @@ def train(
         Diverged: the loss became NaN or infinite; run.json says so, earlier checkpoints are kept.
         Interrupted: Ctrl-C; a checkpoint was saved first.
     """
+    run = RunFolder(out)
+    main = int(os.environ.get("RANK", 0)) == 0
+    with claimed(run.path) if main else contextlib.nullcontext():
+        return _train(recipe, store, run, data, arm or recipe.mixing, resume, show_progress, main)
+
+
+def _train(
+    recipe: Recipe,
+    store: TokenStore | ExampleStore,
+    run: RunFolder,
+    data: str,
+    arm: str,
+    resume: bool,
+    show_progress: bool,
+    main: bool,
+) -> RunFolder:
+    """`train` in a folder that is ours alone."""
     transformers_logging.disable_progress_bar()
     # A comparison trains arm after arm in one process; each starts from its own precision.
     AcceleratorState._reset_state(reset_partial_state=False)
-    run = RunFolder(out)
-    main = int(os.environ.get("RANK", 0)) == 0
     device_arguments = choose_device(recipe)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
@@ -244,7 +259,7 @@ def train(
     info: dict[str, Any] = {
         "status": "running",
         "task": task.name,
-        "arm": arm or recipe.mixing,
+        "arm": arm,
         "seed": recipe.seed,
         "command": command(),
         "recipe": {"data": data, **recipe.as_dict()},
