@@ -156,6 +156,15 @@ def test_runs_that_stopped_anywhere(tmp_path: Path, status: str, points: list, b
     assert "does not count" in page.text
 
 
+def test_an_arm_that_starts_where_the_baseline_ends(tmp_path: Path) -> None:
+    """Its step is 0, and no number is so many times as large."""
+    base = make_run(tmp_path / "none-seed0", "none", curve=[(0, 3.3), (10, 3.2)], max_steps=10)
+    other = make_run(tmp_path / "fixed-seed0", "fixed", curve=[(0, 3.1), (10, 3.0)], max_steps=10)
+    page = write_report(tmp_path / "out", [base, other], "none").read_text()
+    assert "after 0 of 10 steps; 1 seed" in page
+    assert "Same-performance step" in page
+
+
 def test_a_run_that_has_only_just_begun(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "a")
     run.write_info({"status": "running"})

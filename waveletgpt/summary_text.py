@@ -29,10 +29,9 @@ def arm_sentence(summary: dict[str, Any], name: str) -> str:
             f"`{name}` never reached the baseline's final loss {target:.3f} in {arm['steps']} steps; "
             f"it ended {gap}; {plural(seeds, 'seed')}."
         )
-    text = (
-        f"`{name}` reached the baseline's final loss {target:.3f} after {same['mean']:.0f} of {steps} steps: "
-        f"{_times(arm['step_speedup'], 'fewer steps', 'more steps', 'as many steps')}"
-    )
+    text = f"`{name}` reached the baseline's final loss {target:.3f} after {same['mean']:.0f} of {steps} steps"
+    if arm["step_speedup"] is not None:  # None where it was there before the first step
+        text += f": {_times(arm['step_speedup'], 'fewer steps', 'more steps', 'as many steps')}"
     if arm["time_speedup"] is not None:
         text += f", {_times(arm['time_speedup'], 'less time', 'more time', 'the same time')}"
     text += f"; {plural(seeds, 'seed')}"

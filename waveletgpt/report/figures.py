@@ -131,7 +131,10 @@ def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Sty
 
     step_drops = drops(
         lambda arm: arm["same_performance_step"]["mean"],
-        lambda arm: f"{arm['same_performance_step']['mean']:.0f} ({arm['step_speedup']:.2f}x)",
+        lambda arm: (
+            f"{arm['same_performance_step']['mean']:.0f}"
+            + (f" ({arm['step_speedup']:.2f}x)" if arm["step_speedup"] else "")
+        ),
     )
     end = max((p[0] for line in by_step for p in line.points), default=1.0)
     steps = responsive(

@@ -146,8 +146,9 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     difference = arm.get("final_nll_difference") or {}
     if difference.get("mean") is not None:
         step = arm["same_performance_step"]["mean"]
-        if step is None:
-            found.append(("Same-performance step", "never", f"in {summary['steps']} steps"))
+        if not arm["step_speedup"]:
+            value = "never" if step is None else f"{step:.0f}"
+            found.append(("Same-performance step", value, f"of {summary['steps']} steps"))
         else:
             found.append(("Step speed-up", f"{arm['step_speedup']:.2f}×", f"{step:.0f} of {summary['steps']} steps"))
         if arm["time_speedup"] is not None:
