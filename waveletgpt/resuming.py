@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .locks import locked
 from .recipe import Recipe
 from .runs import STAGING, RunFolder, disk_errors, find_runs
 
@@ -56,36 +56,27 @@ def _refuse_file(out: Path) -> None:
 def claimed(out: Path) -> Iterator[None]:
     """Make the folder and keep other processes from training in it; if it was made for nothing it goes again.
 
-    The system frees the claim of a process that dies. Where folders cannot be locked there is none.
+    See `locks.locked`.
 
     Raises:
         UserError: another process has it, or a file is where the folder should be.
     """
     _refuse_file(out)
-    made, folder = not out.exists(), None
+    made = not out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    try:
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-
-            folder = os.open(out, os.O_RDONLY)
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)  # type: ignore[arg-type]
-        raise UserError(
-            f"--out {out}: another process is training there; wait for it, or name another folder"
-        ) from None
-    except OSError:  # some network file systems have no locks
-        pass
-    try:
-        yield
-    finally:
-        if folder is not None:
-            os.close(folder)
-        if made:
-            with contextlib.suppress(OSError):  # not empty
-                out.rmdir()
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(locked(out, wait=False))
+        except BlockingIOError:
+            problem = "another process is training there; wait for it, or name another folder"
+            raise UserError(f"--out {out}: {problem}") from None
+        try:
+            yield
+        finally:
+            if made:
+                with contextlib.suppress(OSError):  # not empty
+                    out.rmdir()
 
 
 def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -> tuple[int, Path] | None:

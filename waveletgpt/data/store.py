@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 import numpy as np
 
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.locks import locked
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
@@ -299,14 +300,9 @@ def exclusive(path: Path) -> Iterator[None]:
     Only saves double work: where locks don't exist, publishing is still atomic.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (path.parent / f".{path.name}.lock").open("wb") as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+    file = path.parent / f".{path.name}.lock"
+    file.touch()
+    with locked(file, wait=True):
         yield
 
 
