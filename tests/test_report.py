@@ -17,6 +17,7 @@ import torch
 from synthetic_runs import make_run
 
 from waveletgpt.errors import UserError
+from waveletgpt.report.figures import kernel_figures
 from waveletgpt.report.page import SAMPLE_RENDERERS, write_report
 from waveletgpt.report.pictures import Axis, Drop, Line, chart, round_ticks, spread
 from waveletgpt.report.probing import frequency_response, look_inside
@@ -233,8 +234,27 @@ def test_before_and_after_are_the_mixers_own(trained: Path) -> None:
 
 def test_kernels_of_all_blocks_and_windows_are_found(trained: Path) -> None:
     kernels = look_inside(trained, [0]).kernels
-    assert sorted((k.block, k.window) for k in kernels) == [(b, w) for b in range(3) for w in (2, 4, 8)]
+    assert [(k.label, k.window) for k in kernels] == [(f"block {b}", w) for b in (1, 2, 3) for w in (2, 4, 8)]
     assert kernels[0].taps.tolist() == [2.0, 0.5]
+
+
+def test_a_wavelets_filters_are_shown_once(tmp_path: Path) -> None:
+    from waveletgpt.configuration import WaveletGPTConfig
+    from waveletgpt.modeling import WaveletGPTForCausalLM
+
+    config = WaveletGPTConfig(
+        vocab_size=27, n_positions=32, n_embd=16, n_layer=3, n_head=2, max_window=4,
+        mixing="wavelet", mix_wavelet="haar", mix_band="both",
+    )  # fmt: skip
+    WaveletGPTForCausalLM(config).save_pretrained(tmp_path)
+    kernels = look_inside(tmp_path, [0]).kernels
+    assert [(k.label, k.taps.tolist()) for k in kernels] == [
+        ("approximation", [0.5, 0.5]),
+        ("detail", [0.5, -0.5]),
+        ("approximation", [0.25, 0.25, 0.25, 0.25]),
+        ("detail", [0.25, 0.25, -0.25, -0.25]),
+    ]
+    assert "approximation" in kernel_figures("wavelet", kernels)
 
 
 def test_pictures_of_the_model_are_in_the_report(tmp_path: Path, trained: Path) -> None:

@@ -266,21 +266,21 @@ def _bands(mixed: Mixed, every: int, rows: int) -> list[tuple[int, int, str]]:
 
 
 def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
-    """Impulse and frequency responses of learned kernels against the mean of the same length."""
+    """Impulse and frequency responses of kernels against the mean of the same length."""
     import numpy as np
 
     if not kernels:
         return ""
     windows = sorted({k.window for k in kernels})
     windows = sorted({windows[0], windows[len(windows) // 2], windows[-1]})
-    blocks = sorted({k.block for k in kernels})
-    blocks = sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]})
+    labels = list(dict.fromkeys(k.label for k in kernels))
+    labels = list(dict.fromkeys([labels[0], labels[len(labels) // 2], labels[-1]]))
     charts = []
     for window in windows:
         shown = [("mean (Haar)", 0, np.full(window, 1 / window))]
-        for style, block in enumerate(blocks, 1):
-            taps = [k.taps for k in kernels if k.block == block and k.window == window]
-            shown += [(f"block {block + 1}", style, np.asarray(taps[0], dtype=float))] if taps else []
+        for style, label in enumerate(labels, 1):
+            taps = [k.taps for k in kernels if k.label == label and k.window == window]
+            shown += [(label, style, np.asarray(taps[0], dtype=float))] if taps else []
         impulse = [Line(list(zip(map(float, range(window)), map(float, taps), strict=True)), style, label,
                         "taps" if window <= 16 else "fine")
                    for label, style, taps in shown]  # fmt: skip
@@ -291,7 +291,7 @@ def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
         charts.append(
             chart(impulse, HALF, Axis("tokens ago", 0, window - 1 or 1, [(s, str(s)) for s in steps]),
                   Axis(f"window {window}: weight", low - pad, high + pad), height=230,
-                  name=f"Impulse response of learned kernels with window {window}")
+                  name=f"Impulse response of kernels with window {window}")
         )  # fmt: skip
         octaves = np.linspace(math.log2(1 / (4 * window)), -1, 120)
         response = [
@@ -305,15 +305,12 @@ def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
         charts.append(
             chart(response, HALF, Axis("cycles per token", -slowest, -1, marks),
                   Axis(f"window {window}: response, dB", -50, peak + 3), height=230,
-                  name=f"Frequency response of learned kernels with window {window}")
+                  name=f"Frequency response of kernels with window {window}")
         )  # fmt: skip
-    key = "".join(
-        f"<li>{swatch(style)}{escape(label)}</li>"
-        for label, style in [("mean (Haar)", 0), *((f"block {b + 1}", i) for i, b in enumerate(blocks, 1))]
-    )
+    key = "".join(f"<li>{swatch(style)}{escape(label)}</li>" for style, label in enumerate(["mean (Haar)", *labels]))
+    learned = " Where every coordinate has its own kernel, the middle one of its window is drawn."
     return figure(
         f'<ul class="legend">{key}</ul><div class="multiples">{"".join(charts)}</div>',
-        f"<b>{escape(arm)}</b>: learned kernels against the plain mean they started from. Left of each pair: weight of "
-        "each past token; right: the filter's gain by frequency. Where every coordinate has its own kernel, the middle "
-        "one of its window is drawn.",
+        f"<b>{escape(arm)}</b>: kernels against the plain mean of the same length. Left of each pair: weight of each "
+        "past token; right: the filter's gain by frequency." + (learned if kernels[0].learned else ""),
     )

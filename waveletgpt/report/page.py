@@ -71,7 +71,7 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
         ("curves", "Learning curves", _curves(records, summary, styles)),
         ("arms", "The arms in numbers", _arms(summary, styles)),
         ("mixing", "What is mixed", schedule_figure(records, styles) + pictures["mixing"]),
-        ("kernels", "Learned kernels", pictures["kernels"]),
+        ("kernels", "Kernels", pictures["kernels"]),
         ("samples", "Samples", _samples(records, styles)),
         ("setup", "Set-up", setup(records, summary)),
         ("terms", "How the numbers are defined", _TERMS),

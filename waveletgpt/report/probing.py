@@ -1,4 +1,4 @@
-"""What a trained model does inside: hidden states before and after mixing, and learned kernels, as NumPy arrays.
+"""What a trained model does inside: hidden states before and after mixing, and its kernels, as NumPy arrays.
 
 Shapes: T tokens, E embedding, C mixed coordinates (the first C of E).
 """
@@ -27,11 +27,13 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A learned kernel: `taps[j]` weighs the value j tokens ago."""
+    """A kernel, learned or a wavelet's: `taps[j]` weighs the value j tokens ago."""
 
-    block: int
+    label: str
+    """Its block if it is learned, else what it gives: "approximation" or "detail"."""
     window: int
     taps: np.ndarray
+    learned: bool
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Insight:
 def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     """Load a saved model and run it once on `probe` (token ids, cut to its context).
 
-    The hidden states are those of the middle block among those that mix. Where kernels differ by coordinate, the
-    middle coordinate of each window stands for it.
+    The hidden states are those of the middle block among those that mix. Where learned kernels differ by coordinate,
+    the middle coordinate of each window stands for it.
 
     Raises:
         Exception: whatever loading raises for a broken checkpoint.
@@ -55,7 +57,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     import torch
     from transformers.utils import logging
 
-    from ..mixing import LearnableMean, Mixer
+    from ..mixing import Mixer
     from ..modeling import WaveletGPTModel
 
     bars = logging.is_progress_bar_enabled()
@@ -71,12 +73,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
         for block in model.blocks
         if any(isinstance(module, Mixer) for module in block.modules())
     ]
-    kernels = [
-        Kernel(block, kernel.shape[-1], (kernel[len(kernel) // 2] if kernel.ndim == 2 else kernel).detach().numpy())
-        for block, mixer in mixers
-        if isinstance(mixer, LearnableMean)
-        for kernel in mixer.kernels
-    ]
+    kernels = _kernels(mixers)
     ids = list(probe)[: model.config.n_positions]
     if not mixers or not ids:
         return Insight(None, kernels, "")
@@ -90,6 +87,24 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
         hook.remove()
     before, after = (x[0].float().numpy() for x in seen[0])
     return Insight(Mixed(block, before, after, mixer.n_mixed, mixer.windows), kernels, _decode(path, ids))
+
+
+def _kernels(mixers: Sequence[tuple[int, Any]]) -> list[Kernel]:
+    """Kernels of (block, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
+    from ..mixing import FixedWavelet, WeightedSum
+
+    found: list[Kernel] = []
+    for block, mixer in mixers:
+        if isinstance(mixer, FixedWavelet) and not found:
+            # Approximations come first, and only details sum to 0.
+            for taps in mixer.weights():
+                rows = {"detail" if abs(float(row.sum())) < 0.5 else "approximation": row for row in taps}
+                found += [Kernel(label, len(row), row.numpy(), learned=False) for label, row in rows.items()]
+        elif isinstance(mixer, WeightedSum) and not isinstance(mixer, FixedWavelet):
+            for taps in mixer.weights():
+                row = taps[len(taps) // 2] if taps.ndim == 2 else taps
+                found.append(Kernel(f"block {block + 1}", len(row), row.detach().numpy(), learned=True))
+    return found
 
 
 def _decode(path: Path, ids: list[int]) -> str:

@@ -52,7 +52,7 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
         ("published", "Published results", _published(summary)),
         ("confusion", "Confusion", _confusion(predictions)),
         ("mixing", "What is mixed", schedule_figure(records, styles) + pictures["mixing"]),
-        ("kernels", "Learned kernels", pictures["kernels"]),
+        ("kernels", "Kernels", pictures["kernels"]),
         ("examples", "Examples", _examples(records, predictions, styles)),
         ("setup", "Set-up", setup(records, summary)),
         ("terms", "How the numbers are defined", _TERMS),
