@@ -75,6 +75,8 @@ def test_predict_names_classes(listops: Path, tmp_path: Path) -> None:
         ("", "nothing in it"),
         ("9 " * 60, "60 words"),
         ("[MAX 2 9 ] = 9", "= or nothing"),
+        ("[MAX 2 9", "not one whole expression"),
+        ("] 3", "without an operation"),
         (None, "is no part of an expression"),
     ],
 )

@@ -118,6 +118,7 @@ def mistakes(tmp: Path) -> dict[str, tuple[list[object], str]]:
     with zipfile.ZipFile(tmp / "none.zip", "w"):
         pass
     (tmp / "arms.yaml").write_text("compare: {arms: fixed}")
+    (tmp / "task.yaml").write_text("task: 5")
     (tmp / "broken_run").mkdir()
     (tmp / "broken_run" / "run.json").write_text("{")
     (tmp / "taken").mkdir()
@@ -146,6 +147,8 @@ def mistakes(tmp: Path) -> dict[str, tuple[list[object], str]]:
         "missing recipe": ([*train, "--recipe", tmp / "no.yaml"], "no.yaml"),
         "broken recipe": ([*train, "--recipe", tmp / "broken.yaml"], "not valid YAML"),
         "arms in recipe": (["compare", words, "--recipe", tmp / "arms.yaml"], "{arms: [none, fixed], seeds: 3}"),
+        "task in recipe": (["lra", "--recipe", tmp / "task.yaml"], "task is 5, not a text"),
+        "flex attention": ([*train, "--device", "cpu", "--training.attention", "flex_attention"], "use sdpa or eager"),
         "unknown in recipe": ([*train, "--recipe", tmp / "other.yaml"], 'did you mean "max_steps"'),
         "no run": (["evaluate", tmp / "nothing"], "not a run folder"),
         "no folder": (["generate", tmp / "nowhere"], "no run folder"),
@@ -166,7 +169,14 @@ NAMES = sorted(
         *("broken archive", "empty archive", "modality", "preset", "mixing", "device", "option", "number", "negative"),
         *("heads", "window", "command", "arm", "missing recipe", "broken recipe", "unknown in recipe", "no run"),
         *("no folder", "broken run", "taken folder", "out is a file", "out below a file", "preset or run"),
-        *("vocabulary", "arms in recipe", "taken folder, before the data", "taken by other files"),
+        *(
+            "vocabulary",
+            "arms in recipe",
+            "task in recipe",
+            "flex attention",
+            "taken folder, before the data",
+            "taken by other files",
+        ),
     ]
 )
 
@@ -244,7 +254,17 @@ def test_generates_past_the_learned_positions(trained: Path, capsys: pytest.Capt
     assert len(capsys.readouterr().out) >= len("the cat sat on a mat") + 40
 
 
-@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--top-p", "0"], ["--samples", "0"], ["--tokens", "0"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "-1"],
+        ["--top-p", "0"],
+        ["--samples", "0"],
+        ["--tokens", "0"],
+        ["--temperature", "nan"],
+        ["--seed", str(1 << 70)],
+    ],
+)
 def test_sampling_settings_out_of_range(trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", trained / "none-seed0", "--device", "cpu", *words) == 2
     assert words[0].strip("-") in capsys.readouterr().err

@@ -73,6 +73,20 @@ def test_resume_writes_in_no_folder_of_other_things(store: TokenStore, tmp_path:
     assert compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)["arms"]
 
 
+def test_arms_are_measured_alike(store: TokenStore, tmp_path: Path) -> None:
+    for arm in ("none:n_positions=8", "none:eval_windows=3"):
+        with pytest.raises(UserError, match=f"{arm} cannot be compared with none: their evaluation windows"):
+            compare(tiny_recipe(max_steps=1), store, tmp_path / "out", data="words.txt", arms=["none", arm])
+    assert not list(find_runs(tmp_path / "out"))
+
+
+def test_data_may_be_called_otherwise(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=1)
+    compare(recipe, store, tmp_path / "out", data="words", arms=["none"])
+    summary = compare(recipe, store, tmp_path / "out", data="./words/", arms=["none", "fixed"], resume=True)
+    assert list(summary["arms"]) == ["none", "fixed"]
+
+
 def test_a_comparison_without_a_finished_run_has_failed(store: TokenStore, tmp_path: Path) -> None:
     recipe = tiny_recipe(lr=1e30, clip=1e30, schedule="constant", warmup_steps=0)
     with pytest.raises(Diverged, match="no run came to its end"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_preset_fills_what_is_not_set() -> None:
         ({"preset": "smal"}, 'preset: no "smal"; use one of tiny, small, paper, gpt2; did you mean "small"'),
         ({"mixing": "fixd"}, 'did you mean "fixed"'),
         ({"device": "gpu"}, 'device: no "gpu"'),
+        ({"max_steps": datetime.date(2024, 1, 1)}, "is not an integer"),  # as YAML reads 2024-01-01
+        ({"model": 5}, "recipe.yaml: model holds settings, one a line below it, not 5"),
         ({"precision": "fp16"}, 'training.precision: no "fp16"'),
     ],
 )
@@ -132,6 +135,9 @@ def test_arms_override_settings() -> None:
         (["none", "wavelets"], '--arms: no "wavelets"'),
         (["none:n_layer"], '"n_layer" is not name=value'),
         (["none:layers=3"], 'no setting "layers"'),
+        (["none", "fixed: lr=1e-3", "fixed:lr=1e-3"], "twice, once as fixed: lr=1e-3"),
+        (["none", "none:seed=3"], "none:seed=3: all arms share the data and the seeds"),
+        (["none", "none:modality=bytes"], "all arms share the data and the seeds"),
     ],
 )
 def test_bad_arms(arms: list[str], message: str) -> None:

@@ -230,6 +230,8 @@ def test_bad_calls_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to summarize"):
         summarize([], None)
     with pytest.raises(UserError, match="named twice"):
+        summarize([run, RunFolder(run.path / ".." / run.path.name)], None)
+    with pytest.raises(UserError, match="named twice"):
         summarize([run, RunFolder(tmp_path / "a")], "none")
 
 

@@ -44,6 +44,8 @@ class Classification:
             if not len(store.split(split)):
                 raise UserError(f"the {split} split has no examples; give more data")
         frame = preset.get("frame_size")
+        if frame is not None and frame < 1:
+            raise UserError(f"model.frame_size must be at least 1, got {frame}")
         if (store.kind == "waveform") != bool(frame):
             wants = "recordings need one with frames, such as clips" if not frame else "its frames are for recordings"
             raise UserError(f"--preset {recipe.preset} does not fit this data: {wants}")

@@ -65,6 +65,8 @@ def _defaults(kind: type, words: list[str]) -> Any:
     if not isinstance(compare.get("arms", []), list) or not isinstance(compare.get("seeds", 1), int):
         raise UserError(f"{path}: `compare` needs a list and a number, as in {{arms: [none, fixed], seeds: 3}}")
     for name, value in [(key, changes.pop(key, None)) for key in ("data", "task")] + list(compare.items()):
+        if name in ("data", "task") and not isinstance(value, str | None):
+            raise UserError(f"{path}: {name} is {value!r}, not a text such as `{name}: imdb`")
         if name in names and value is not None:
             command[name] = tuple(map(str, value)) if isinstance(value, list) else value
     default = kind()

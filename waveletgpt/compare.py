@@ -18,6 +18,7 @@ from .recipe import Recipe, check_choice
 from .report import write_results
 from .resuming import check_comparison_folder
 from .runs import RunFolder
+from .summary import windows_of
 
 if TYPE_CHECKING:
     from .data import TokenStore
@@ -39,11 +40,11 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
     """The arms that `--arms` names; the first is the baseline.
 
     Raises:
-        UserError: unknown mixing or setting, an arm given twice, no arm.
+        UserError: unknown mixing or setting, one of the data or the seed, an arm given twice, no arm.
     """
     if not specs:
         raise UserError("--arms needs at least one arm, such as `--arms none fixed`")
-    arms = []
+    arms: list[Arm] = []
     for spec in specs:
         mixing, _, rest = spec.partition(":")
         check_choice("--arms", mixing, MIXINGS)
@@ -53,11 +54,14 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
             if not equals:
                 raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
             changes[name.strip()] = value.strip()
-        arms.append(Arm(spec, recipe.override(changes, f"--arms {spec}")))
-    names = [arm.name for arm in arms]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--arms names {name} twice")
+        arm = Arm(spec, recipe.override(changes, f"--arms {spec}"))
+        for name in ("modality", "source", "seed"):
+            if getattr(arm.recipe, name) != getattr(recipe, name):
+                raise UserError(f"--arms {spec}: all arms share the data and the seeds; set them for the comparison")
+        same = next((other.name for other in arms if other.folder(0) == arm.folder(0)), None)
+        if same is not None:
+            raise UserError(f"--arms names {spec} twice" + (f", once as {same}" if same != spec else ""))
+        arms.append(arm)
     return arms
 
 
@@ -104,8 +108,15 @@ def compare(
 
     out = Path(out)
     parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume)
-    for arm in parsed:
-        task_of(store).build_model(arm.recipe)  # tells of settings that do not go before hours are spent
+    windows = []
+    for arm in parsed:  # tells of settings that do not go before hours are spent
+        model = task_of(store).build_model(arm.recipe)
+        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": model.config.n_positions}}))
+        if windows[-1] != windows[0]:
+            raise UserError(
+                f"--arms {arm.name} cannot be compared with {parsed[0].name}: their evaluation windows would differ "
+                f"({windows[-1]} and {windows[0]}); set these for the comparison, not for an arm"
+            )
 
     runs: list[RunFolder] = []
     summary: dict[str, Any] = {}

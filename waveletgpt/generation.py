@@ -40,10 +40,10 @@ def generate_tokens(
     Raises:
         UserError: settings out of range, or an empty prompt.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or samples < 1 or tokens < 1:
+    if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or samples < 1 or tokens < 1 or not 0 <= seed < 2**63:
         raise UserError(
             f"temperature {temperature} must be >= 0, top-p {top_p} in (0, 1], top-k {top_k} >= 0, "
-            f"samples {samples} and tokens {tokens} >= 1"
+            f"samples {samples} and tokens {tokens} >= 1, seed {seed} from 0 to 2^63 - 1"
         )
     if not prompt:
         raise UserError("the prompt gives no token the model knows; give a longer one")

@@ -116,13 +116,17 @@ def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
             raise UserError(f"{path}: {error}") from None
         return [np.frombuffer(pixels, np.uint8).astype(np.int64) + 1]
     if modality == "listops":
-        from .data.listops import EQUALS, IDS, LISTOPS
+        from .data.listops import EQUALS, IDS, LISTOPS, WORDS, evaluate
 
         content = _read(path, 64 * longest)  # a word of an expression has four letters
         ids = LISTOPS.encode_prompt(content.decode("utf-8", "replace"), None)
         if len(ids) > longest or max(ids) >= IDS[EQUALS]:
             told = f"it has {len(ids)} words, 1 to {longest} go" if len(ids) > longest else f"{EQUALS} or nothing in it"
             raise UserError(f"{path} is no expression to predict: {told}; write one such as [MAX 2 9 ]")
+        try:
+            evaluate([WORDS[i] for i in ids])
+        except ValueError as error:
+            raise UserError(f"{path} is no expression to predict: {error}; write one such as [MAX 2 9 ]") from None
         return [np.array(ids) + 1]
     content = _read(path, longest)
     if not content:

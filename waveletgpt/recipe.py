@@ -267,6 +267,9 @@ class Recipe:
                 nested[name] = {**nested.get(name, {}), **value}
             elif name in _fields(type(self)) and name not in groups:
                 nested[name] = value
+            elif name in groups:
+                if value is not None:  # nothing but comments
+                    raise UserError(f"{where}: {name} holds settings, one a line below it, not {value!r}")
             else:
                 home = next((g for g, kind in groups.items() if name in _fields(kind)), None)
                 if home is None:
@@ -396,7 +399,7 @@ def _typed(kind: type, name: str, value: Any, where: str) -> Any:
                 return number
             if number == int(number):
                 return int(number)
-        except (ValueError, OverflowError):
+        except (ValueError, TypeError, OverflowError):
             pass
     raise UserError(f"{where}={value!r} is not {'an integer' if wanted is int else 'a ' + wanted.__name__}")
 

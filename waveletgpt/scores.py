@@ -73,8 +73,8 @@ def summarize_scores(records: Sequence[Record], baseline: str | None) -> dict[st
     if base and not any(_beats_guessing(r) for r in base):
         score = percent(summary["arms"][summary["baseline"]]["test"])
         summary["notes"].append(
-            f"The baseline's accuracy, {score} %, is no better than always naming the most common class: it has "
-            "learned nothing yet, and how soon another arm has its accuracy says nothing."
+            f"The baseline's accuracy, {score} %, cannot be told from that of always naming the most common class: "
+            "how soon another arm has it says nothing."
         )
     return summary
 

@@ -144,7 +144,7 @@ def read_records(runs: Iterable[RunFolder]) -> list[Record]:
     records: list[Record] = []
     for run in runs:
         info = run.info
-        if any(record.path == run.path for record in records):
+        if any(record.path.resolve() == run.path.resolve() for record in records):
             raise UserError(f"run folder {run.path} is named twice")
         records.append(Record(str(info.get("arm") or run.path.name), int(info.get("seed") or 0), run.path, info,
                               run.metrics()))  # fmt: skip
@@ -173,25 +173,33 @@ def check_comparable(records: Sequence[Record]) -> None:
         UserError: naming the two runs and what differs.
     """
     for record in records[1:]:
-        for name, ours, theirs in zip(
-            ("data", "evaluation windows"), _measured_on(records[0].info), _measured_on(record.info), strict=True
+        for what, ours, theirs in (
+            ("data", _data(records[0].info), _data(record.info)),
+            ("evaluation windows", windows_of(records[0].info), windows_of(record.info)),
         ):
             if ours != theirs:
+                names = [f"{(r.info.get('data') or {}).get('name')}, " * (what == "data") for r in (records[0], record)]
                 raise UserError(
-                    f"{records[0].path} and {record.path} cannot be compared: their {name} differ ({ours} and {theirs})"
+                    f"{records[0].path} and {record.path} cannot be compared: their {what} differ "
+                    f"({names[0]}{ours} and {names[1]}{theirs})"
                 )
 
 
-def _measured_on(info: dict[str, Any]) -> tuple[str, str]:
-    data, model = info.get("data") or {}, info.get("model") or {}
+def _data(info: dict[str, Any]) -> str:
+    """Not the name: one folder can be called in several ways."""
+    data = info.get("data") or {}
+    return f"fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
+
+
+def windows_of(info: dict[str, Any]) -> str:
+    """What of a run's recipe and model decides on which held-out windows it is measured."""
     windows = {
         key: value
         for key, value in flatten(info.get("recipe") or {}).items()
         if key.split(".")[-1] in ("eval_windows", "eval_split")
     }
-    windows["context"] = model.get("n_positions")
-    name = f"{data.get('name')}, fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
-    return name, ", ".join(f"{key} {value}" for key, value in windows.items())
+    windows["context"] = (info.get("model") or {}).get("n_positions")
+    return ", ".join(f"{key} {value}" for key, value in windows.items())
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -412,7 +412,7 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
     """TrainingArguments that select the device.
 
     Raises:
-        UserError: a device this machine or this torch does not have.
+        UserError: a device this machine or this torch does not have, or settings it can't train with.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if recipe.device != "auto" and not available[recipe.device]:
@@ -421,6 +421,8 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
     if recipe.device == "cpu" or (recipe.device == "auto" and not any((available["cuda"], available["mps"]))):
         if recipe.training.fsdp:
             raise UserError("training.fsdp needs GPUs: on CPUs it would silently train with DDP; leave it out")
+        if recipe.training.attention == "flex_attention":
+            raise UserError("training.attention=flex_attention has no backward pass on CPUs; use sdpa or eager")
         distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         return {"use_cpu": True, **({"ddp_backend": "gloo"} if distributed else {})}
     return {}

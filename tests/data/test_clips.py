@@ -511,6 +511,7 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
     refused(truth / "eval.csv", None, r"eval\.csv is missing: add it")
     refused(truth / "eval.csv", "fname\n1\n", r"eval\.csv is not the official table: a row lacks one of fname, labels")
     refused(truth / "dev.csv", "fname,labels,split\n1,Dog\n", r"dev\.csv is not the official table: a row lacks")
+    refused(truth / "dev.csv", "name,tags,split\n100,Dog,train\n", r"dev\.csv is not the official table of FSD50K")
     refused(table, "filename,fold,target,category\na.wav,7,0,cat\n", 'a fold is "7", not 1 to 5')
     refused(table, "sound\n1\n", r"esc50\.csv is not the official table: a row lacks one of filename, fold")
     refused(table, "filename,fold,target,category\n" + "x" * 200_000, r"esc50\.csv is not the official table: field")
@@ -520,6 +521,30 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
     monkeypatch.setattr(clips, "TABLE_LIMIT", 10)
     with pytest.raises(UserError, match=r"csv is larger than 0 MB: it is not the official table"):
         prepared(tmp_path / "esc", chosen)
+
+
+def test_tables_without_classes(tmp_path: Path, chosen: TaskSettings) -> None:
+    fsd50k(tmp_path / "fsd")
+    truth = tmp_path / "fsd" / "FSD50K.ground_truth"
+    dev, named = (truth / "dev.csv").read_text(), (truth / "vocabulary.csv").read_text()
+    (truth / "dev.csv").write_text(dev.replace("fname,labels", '"fname","labels"'))
+    assert prepared(tmp_path / "fsd", chosen).meta["layout"] == "FSD50K"
+    (truth / "vocabulary.csv").write_text(named + "\n9,Bark,/m/Bark\n")
+    with pytest.raises(UserError, match="two classes are called Bark"):
+        prepared(tmp_path / "fsd", chosen)
+    (truth / "vocabulary.csv").unlink()
+    (truth / "dev.csv").write_text("fname,labels,split\n100,,train\n101,,val\n")
+    (truth / "eval.csv").write_text("fname,labels\n102,\n")
+    with pytest.raises(UserError, match=r"dev\.csv and eval\.csv name no class"):
+        prepared(tmp_path / "fsd", chosen)
+
+
+def test_copies_only(tmp_path: Path, chosen: TaskSettings) -> None:
+    for label in "ab":
+        for number in range(5):
+            save(tmp_path / "in" / label / f"{number}.wav", noise(0), RATE)
+    with pytest.raises(UserError, match=r"has no \w+ recordings \(folders\): give more of each class"):
+        prepared(tmp_path / "in", chosen)
 
 
 def test_spoken_digits_by_name(tmp_path: Path, chosen: TaskSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,9 @@ def _fill(source: Source, settings: TaskSettings, progress: bool, writer: Exampl
 
 
 def _check(name: str, layout: Layout, labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Raises UserError for a split without recordings, or a class without any to train on."""
+    """Raises UserError for fewer than two classes, a split without recordings, or a class without any to train on."""
+    if len(layout.classes) < 2 and not layout.multi_label:
+        raise UserError(f"{name} has one class, {layout.classes[0]}: give two or more")
     for split in SPLITS:
         if not len(parts[split]):
             mend = "give more of each class" if layout.name == "folders" else "give the whole data set"
@@ -277,17 +279,24 @@ def find_layout(source: Source, fold: int) -> Layout:
     if not names:
         raise UserError(f"{source.name} has no recordings: give a folder or archive with WAV, FLAC, OGG, MP3 or AIFF")
     esc50 = "esc50.csv" in tables
-    if tables.get("dev.csv", b"").removeprefix(b"\xef\xbb\xbf").startswith(b"fname,labels"):
+    if _header(tables.get("dev.csv", b""))[:2] == ["fname", "labels"]:
         if esc50:
             raise UserError(
                 f"{source.name} holds FSD50K and ESC-50 (dev.csv, esc50.csv): give the folder of one of them"
             )
         return _fsd50k(tables)
+    if "dev.csv" in tables and any("FSD50K." in name for name in names):
+        raise UserError("dev.csv is not the official table of FSD50K: its first line is not fname,labels,split")
     if esc50:
         return _esc50(tables["esc50.csv"], fold)
     if all(map(_DIGIT.search, names)):
         return Layout("digits", tuple("0123456789"), _digit, "the pattern DIGIT_SPEAKER_INDEX")
     return _class_folders(names, source.name)
+
+
+def _header(table: bytes) -> list[str]:
+    first = table[:1000].decode("utf-8-sig", "replace").partition("\n")[0]
+    return next(csv.reader([first.rstrip("\r")]), [])
 
 
 def _rows(tables: dict[str, bytes], name: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -314,6 +323,8 @@ def _fsd50k(tables: dict[str, bytes]) -> Layout:
     vocabulary = csv.reader(io.StringIO(tables.get("vocabulary.csv", b"").decode("utf-8-sig", "replace"), newline=""))
     classes = [row[1] for row in vocabulary if len(row) == 3]
     classes += sorted({label for _, labels in found.values() for label in labels} - set(classes))
+    if not classes:
+        raise UserError("dev.csv and eval.csv name no class: get the official tables")
     number = {label: index for index, label in enumerate(classes)}
     known = {name: (split, tuple(number[label] for label in labels)) for name, (split, labels) in found.items()}
 

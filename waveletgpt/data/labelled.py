@@ -100,7 +100,7 @@ def divide(
         order = parts["train"][balanced(labels[parts["train"]], points[parts["train"]])]
         wanted = settings.validation_examples or 1
         held = max(test or round(HELD_OUT * len(order)), wanted)
-        if len(order) <= wanted:
+        if settings.validation_examples and len(order) <= wanted:
             raise UserError(f"validation_examples is {wanted}, to be held out of {len(order)} to train on: give fewer")
         parts["validation"], parts["train"] = order[:held], order[held:]
     parts["validation"] = _without(parts["validation"], parts["test"], points)

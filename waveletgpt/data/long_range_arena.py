@@ -245,7 +245,9 @@ def _ids(values: bytes) -> np.ndarray:
 
 
 def _check(task: Task, name: str, classes: tuple[str, ...], labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Raises UserError for a split without examples, or a class without any."""
+    """Raises UserError for fewer than two classes, a split without examples, or a class without any."""
+    if len(classes) < 2:
+        raise UserError(f"{name} has {f'one class, {classes[0]}' if classes else 'no classes'}: give two or more")
     for split in SPLITS:
         if not len(parts[split]):
             raise UserError(f"{name} has no {split} examples of {task.name}: it needs {task.layout}")
@@ -318,7 +320,7 @@ def _retrieval_read(source: Source, length: int) -> Found:
             if split is None:
                 continue
             wrong = 0
-            for number, line in enumerate(_lines(document), 1):
+            for number, line in enumerate(filter(bytes.strip, _lines(document)), 1):
                 columns = line.rstrip(b"\r\n").split(b"\t")
                 label = labels.get(columns[0])
                 if len(columns) == 5 and label is not None and columns[3] and columns[4]:
@@ -329,9 +331,11 @@ def _retrieval_read(source: Source, length: int) -> Found:
                     continue
                 wrong += 1
                 if number == 1:
+                    shown = columns[0][:20].decode("utf-8", "replace")
+                    found = f'{len(columns)} columns, the first "{shown}"'
                     raise UserError(
-                        f"{document.name} line 1 has {len(columns)} columns, not 5 (label 0 or 1, two ids, two texts, "
-                        f"between tabs): get {RELEASE}"
+                        f"{document.name} line 1 has {found}: not a label 0 or 1, two ids, two texts, between tabs; "
+                        f"get {RELEASE}"
                     )
             if wrong:
                 source.skipped.append(f"{document.name}: {wrong} wrong lines")

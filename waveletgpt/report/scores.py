@@ -178,11 +178,13 @@ def _arms(summary: dict[str, Any], styles: Styles) -> str:
 
 def _published(summary: dict[str, Any]) -> str:
     """What papers report on the benchmark at its full size, beside this page's arms."""
-    task = str(summary["data"].get("name"))
-    if task not in TASKS:
+    data = summary["data"]
+    task = str(data.get("name"))
+    if task not in TASKS or data.get("modality") != TASKS[task].modality:
         return ""
-    sizes = ", ".join(f"{escape(k)} {v['examples']:,}" for k, v in (summary["data"].get("splits") or {}).items())
-    here = f"this page: {sizes} examples of at most {summary['data'].get('max_length'):,} tokens"
+    source = escape(str((data.get("source") or {}).get("name") or task))
+    sizes = ", ".join(f"{escape(k)} {v['examples']:,}" for k, v in (data.get("splits") or {}).items())
+    here = f"this page: {source}, {sizes} examples of at most {data.get('max_length'):,} tokens"
     rows = []
     for row in PUBLISHED:
         score = row.accuracies[task]
