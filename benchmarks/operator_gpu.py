@@ -82,11 +82,12 @@ def means(
     x, grad = signal(shape, device, torch.bfloat16), torch.randn(shape, device=device).bfloat16()
     rows: list[list[object]] = []
     moved = 2 * x.numel() * x.element_size()
-    columns: list[str] = []
+    names: list[str] = []
     for longest in (4, shape[1]):
         ways = mean_ways(x, dyadic_windows(longest, shape[2]), [*backends, "reference"])
         check_large(ways, grad, f"mean 2 ... {longest} at {shape}")
         ways = [copy(x), *(way for way in ways if way.name != "reference")]
+        names = names or [way.name for way in ways[1:]]
         times = measure(ways, grad, stopwatch, seconds)
         limit = times["copy"][0]
         bandwidth = moved / statistics.median(limit) / 1e9
@@ -98,11 +99,10 @@ def means(
                 microseconds(statistics.median(limit)),
                 f"{bandwidth:.0f}",
             ]
-            row += [microseconds(statistics.median(times[way.name][i])) for way in ways[1:]]
+            row += [microseconds(statistics.median(times[name][i])) if name in times else "" for name in names]
             rows.append([*row, f"{share:.0%}"])
-        columns = [way.name for way in ways[1:]]
     title = f"means, {' x '.join(map(str, shape))}, bfloat16: microseconds"
-    columns = ["windows", "", "copy", "copy, GB/s", *columns, f"{backends[0]}: share of the copy bandwidth"]
+    columns = ["windows", "", "copy", "copy, GB/s", *names, f"{backends[0]}: share of the copy bandwidth"]
     report.table(title, columns, rows, "Limit: 70 %.")
 
 
@@ -118,24 +118,26 @@ def learned(
     x, grad = signal(shape, device, torch.bfloat16), torch.randn(shape, device=device).bfloat16()
     rows: list[list[object]] = []
     names: list[str] = []
-    for taps in all_taps:
-        windows = [taps] * shape[2]
-        ways = learned_ways(x, windows, [*backends, "reference"])
-        check_large(ways, grad, f"{taps} taps at {shape}")
-        mean = Way("mean", mean_ways(x, windows, backends[:1], peers=False)[0].run, [x])
-        ways = [way for way in ways if way.name != "reference"]
-        times = measure([*ways, mean], grad, stopwatch, seconds)
-        # Short convolutions have a column of their own, empty where they do not go.
-        names = names or [way.name for way in ways]
-        mine, theirs = times[backends[0]], times["conv1d"]
-        row: list[object] = [taps]
-        for name in names:
-            row.append(" + ".join(microseconds(statistics.median(t)) for t in times[name]) if name in times else "")
-        row += [round(ratio(theirs[i], mine[i]), 1) for i in range(2)]
-        rows.append([*row, *(round(ratio(mine[i], times["mean"][i]), 1) for i in range(2))])
-    columns = ["taps", *names, "conv1d / ours: forward", "backward", "ours / mean: forward", "backward"]
-    title = f"learned kernels, {' x '.join(map(str, shape))}, bfloat16: microseconds, forward + backward"
-    report.table(title, columns, rows, "Limits: conv1d / ours 10; ours / mean 3 up to 64 taps.")
+    try:
+        for taps in all_taps:
+            windows = [taps] * shape[2]
+            ways = learned_ways(x, windows, [*backends, "reference"])
+            check_large(ways, grad, f"{taps} taps at {shape}")
+            mean = Way("mean", mean_ways(x, windows, backends[:1], peers=False)[0].run, [x])
+            ways = [way for way in ways if way.name != "reference"]
+            times = measure([*ways, mean], grad, stopwatch, seconds)
+            # Short convolutions have a column of their own, empty where they do not go.
+            names = names or [way.name for way in ways]
+            mine, theirs = times[backends[0]], times["conv1d"]
+            row: list[object] = [taps]
+            for name in names:
+                row.append(" + ".join(microseconds(statistics.median(t)) for t in times[name]) if name in times else "")
+            row += [round(ratio(theirs[i], mine[i]), 1) for i in range(2)]
+            rows.append([*row, *(round(ratio(mine[i], times["mean"][i]), 1) for i in range(2))])
+    finally:  # what there is, if time runs out
+        columns = ["taps", *names, "conv1d / ours: forward", "backward", "ours / mean: forward", "backward"]
+        title = f"learned kernels, {' x '.join(map(str, shape))}, bfloat16: microseconds, forward + backward"
+        report.table(title, columns, rows, "Limits: conv1d / ours 10; ours / mean 3 up to 64 taps.")
 
 
 def check_large(ways: list[Way], grad: torch.Tensor, label: str) -> None:

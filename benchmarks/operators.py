@@ -64,7 +64,9 @@ def signal(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> Tens
 
 
 def copy(x: Tensor) -> Way:
-    return Way("copy", lambda x: x.clone(memory_format=torch.contiguous_format), [x])
+    """On a GPU of as many bytes without gaps: torch copies with gaps at less than the memory's bandwidth."""
+    source = x.detach().contiguous().requires_grad_() if x.is_cuda else x
+    return Way("copy", lambda x: x.clone(memory_format=torch.contiguous_format), [source])
 
 
 def mean_ways(x: Tensor, windows: list[int], backends: list[str], peers: bool = True) -> list[Way]:
@@ -73,12 +75,13 @@ def mean_ways(x: Tensor, windows: list[int], backends: list[str], peers: bool = 
         return ways
     longest = max(windows)
     kernels = torch.stack([F.pad(torch.full((w,), 1 / w), (0, longest - w)) for w in windows]).to(x.device)
-    return [
-        *ways,
+    ways += [
         Way("cumsum", lambda x: by_cumsum(x, windows), [x], exact=False),
         Way("fft", lambda x: by_fft(x, kernels), [x], exact=False),
-        Way("conv1d", lambda x: by_conv1d(x, kernels), [x], exact=False),
     ]
+    if x.is_cuda and longest > 512:  # a second a call
+        return ways
+    return [*ways, Way("conv1d", lambda x: by_conv1d(x, kernels), [x], exact=False)]
 
 
 def learned_ways(x: Tensor, windows: list[int], backends: list[str], peers: bool = True) -> list[Way]:

@@ -38,6 +38,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
+    # Some convolutions would round float32 to ten bits.
+    torch.backends.cudnn.allow_tf32 = False
     report = Report("scaling", options.out, device=options.device, threads=options.threads)
     device, stopwatch = options.device, Stopwatch(options.device)
     gpu = device == "cuda"
@@ -102,18 +104,22 @@ def main() -> None:
                 (f"model, {mixing}", "largest window", sizes, lambda n, m=mixing: model(m, 512, embedding, n))
             )
     rows, each = [], options.seconds / len(curves)
-    for name, axis, sizes, make in curves:
-        measured = curve(sizes, make, stopwatch, each)
-        seconds = [point[1] for point in measured]
-        times = ", ".join(f"{size}: {value * 1e3:.3g}" for size, value, _ in measured)
-        memory = ", ".join(f"{size}: {peak / 2**20:.3g}" for size, _, peak in measured)
-        taken = [(size, peak) for size, _, peak in measured if peak > 0]
-        growth = slope([size for size, _ in taken], [peak for _, peak in taken])
-        rows.append([name, axis, times, round(slope([p[0] for p in measured], seconds), 2), memory, round(growth, 2)])
-    columns = ["", "against", "size: ms forward and backward", "slope", "size: MiB at the peak", "slope"]
-    note = f"Operator: batch {batch}, C = {width}, T = {fixed_tokens} unless they vary, float32. Model: 2 blocks, "
-    note += f"batch 1, E = {embedding}, T = 512 unless they vary, {'bfloat16' if gpu else 'float32'}."
-    report.table("growth", columns, rows, note)
+    try:
+        for name, axis, sizes, make in curves:
+            measured = curve(sizes, make, stopwatch, each)
+            seconds = [point[1] for point in measured]
+            times = ", ".join(f"{size}: {value * 1e3:.3g}" for size, value, _ in measured)
+            memory = ", ".join(f"{size}: {peak / 2**20:.3g}" for size, _, peak in measured)
+            taken = [(size, peak) for size, _, peak in measured if peak > 0]
+            growth = slope([size for size, _ in taken], [peak for _, peak in taken])
+            rows.append(
+                [name, axis, times, round(slope([p[0] for p in measured], seconds), 2), memory, round(growth, 2)]
+            )
+    finally:  # what there is, if time runs out
+        columns = ["", "against", "size: ms forward and backward", "slope", "size: MiB at the peak", "slope"]
+        note = f"Operator: batch {batch}, C = {width}, T = {fixed_tokens} unless they vary, float32. Model: 2 blocks, "
+        note += f"batch 1, E = {embedding}, T = 512 unless they vary, {'bfloat16' if gpu else 'float32'}."
+        report.table("growth", columns, rows, note)
 
 
 def curve(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import statistics
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further model is begun")
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--steps", type=int, default=10, help="steps of each turn of table 2")
     parser.add_argument("--out", type=Path, help="folder for results (JSON)")
@@ -75,7 +77,11 @@ def mixing_cost(report: Report, options: argparse.Namespace) -> None:
     steps: dict[str, Callable[[], float]] = {}
     memory: dict[str, int] = {}
     flops: dict[str, float] = {}
+    start = time.perf_counter()
     for name in options.mixings:
+        if steps and time.perf_counter() - start > options.seconds:
+            print(f"without {name}: {options.seconds:.0f} seconds have passed")
+            continue
         mixing, _, short = name.partition(", ")
         sizes = {**PRESETS[options.preset], "max_window": 4 if short else None}
         config = WaveletGPTConfig(vocab_size=256, mixing=mixing, **sizes)

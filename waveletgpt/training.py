@@ -245,6 +245,7 @@ def _train(
     task = task_of(store)
     arguments = training_arguments(recipe, run.path, {**task.arguments(), **device_arguments})
     _ = arguments.device  # joins the process group, where there is one
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or a process that sees several would split and enlarge its batches
     checkpoint = find_start(run, recipe, task.fingerprint, resume)
     # All processes look at the folder before the first of them writes there.
     PartialState().wait_for_everyone()
@@ -425,7 +426,8 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
             raise UserError("training.attention=flex_attention has no backward pass on CPUs; use sdpa or eager")
         distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         return {"use_cpu": True, **({"ddp_backend": "gloo"} if distributed else {})}
-    return {}
+    # Batches are in pinned memory: without waiting for their copies the CPU runs ahead of the GPU.
+    return {"accelerator_config": {"non_blocking": True}} if available["cuda"] else {}
 
 
 @contextlib.contextmanager

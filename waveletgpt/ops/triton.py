@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, C mixed coordinates.
 """
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -30,7 +31,7 @@ except ImportError as error:
 
 # Means over at most 2^LEVELS tokens read them one by one.
 SHORT_MEAN = {"LEVELS": 3, "TT": 64, "CB": 64}
-LONG_MEAN = {"L": 64, "CB": 32, "num_stages": 2}
+LONG_MEAN = {"L": 64, "CB": 32, "num_stages": 3}
 # Tiles that one program for long means works through, at least, and how many tiles' sums one can remember.
 TILES, RINGS = 8, (1, 64, 256)
 FILTER = {"M": 32, "N": 16, "K": 32, "num_stages": 2}
@@ -61,11 +62,11 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
         if len(short):
             grid = (len(short), triton.cdiv(tokens - past, SHORT_MEAN["TT"]), batch)
             kernels.short_mean[grid](x, y, short, *shape, reverse=reverse, **SHORT_MEAN)
-        for masked in (False, True):
-            items = _items(windows, tokens - past, masked, x.device)
+        for masked, two in ((False, False), (False, True), (True, True)):
+            items = _items(windows, tokens - past, masked, two, x.device)
             if len(items):
-                how = {"reverse": reverse, "masked": masked, "RING": ring, **LONG_MEAN}
-                kernels.long_mean[len(items), batch](x, y, items, *shape, **how)
+                how = {"reverse": reverse, "masked": masked, "TWO": two, "RING": ring, **LONG_MEAN}
+                kernels.long_mean[(len(items) * batch,)](x, y, items, widths, batch, *shape[1:], **how)
     return y
 
 
@@ -112,7 +113,9 @@ def _width(x: Tensor) -> int:
 
 
 def _left_to_torch(x: Tensor) -> bool:
-    return x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
+    # The kernels count places within a sequence in 32 bits, and a grid has at most so many rows.
+    huge = x.shape[0] > 65_535 or x.shape[1] * max(x.stride(1), x.shape[2]) >= 1 << 31
+    return huge or x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
 
 
 @lru_cache
@@ -130,10 +133,18 @@ def _prepare(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
+# Tables outlive the call that makes them: they may not lie in the memory of a CUDA graph, which is its thread's.
+_MAKER = ThreadPoolExecutor(1)
+
+
+def _resident(values: list, device: torch.device) -> Tensor:
+    return _MAKER.submit(torch.tensor, values, dtype=torch.int32, device=device).result()
+
+
 @lru_cache(maxsize=256)
 def _table(windows: Windows, device: torch.device) -> tuple[Tensor, Tensor]:
     """(C,) windows, and where each one's taps begin."""
-    both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int32, device=device)
+    both = _resident([windows, tap_offsets(windows)], device)
     return both[0], both[1]
 
 
@@ -152,21 +163,23 @@ def _is_short(windows: Windows, first: int) -> bool:
 def _short_blocks(windows: Windows, device: torch.device) -> Tensor:
     size = SHORT_MEAN["CB"]
     blocks = [i for i in range(-(-len(windows) // size)) if _is_short(windows, i * size)]
-    return torch.tensor(blocks, dtype=torch.int32, device=device)
+    return _resident(blocks, device)
 
 
 @lru_cache(maxsize=256)
-def _items(windows: Windows, tokens: int, masked: bool, device: torch.device) -> Tensor:
-    """(n, 5) work of the programs for long means, most first: of blocks with at most two windows, or (masked) more."""
+def _items(windows: Windows, tokens: int, masked: bool, two: bool, device: torch.device) -> Tensor:
+    """(n, 5) work of the programs for long means, most first: of blocks with one window, two, or (masked) more."""
     items = []
     size, tiles = LONG_MEAN["CB"], -(-tokens // LONG_MEAN["L"])
     for first in range(0, len(windows), size):
         here = sorted(set(windows[first : first + size]))
-        if _is_short(windows, first // SHORT_MEAN["CB"] * SHORT_MEAN["CB"]) or (len(here) > 2) != masked:
+        if _is_short(windows, first // SHORT_MEAN["CB"] * SHORT_MEAN["CB"]):
+            continue
+        if (len(here) > 2, len(here) > 1) != (masked, two):
             continue
         for low, high in zip(here[::2], [*here[1::2], here[-1]], strict=False):
             # A program starts with adding up the tiles that its windows reach back to: as many of its own, then.
             count = max(TILES, high // LONG_MEAN["L"])
             items += [(first // size, i, min(i + count, tiles), low, high) for i in range(0, tiles, count)]
     items.sort(key=lambda item: item[1] - item[2])
-    return torch.tensor(items, dtype=torch.int32, device=device).view(-1, 5)
+    return _resident(items, device).view(-1, 5)

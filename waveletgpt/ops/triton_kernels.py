@@ -83,6 +83,7 @@ def long_mean(
     y,
     items,
     windows,
+    batch,
     row,
     step,
     tokens,
@@ -90,6 +91,7 @@ def long_mean(
     past,
     reverse: tl.constexpr,
     masked: tl.constexpr,
+    TWO: tl.constexpr,
     L: tl.constexpr,
     CB: tl.constexpr,
     RING: tl.constexpr,
@@ -99,29 +101,30 @@ def long_mean(
     A window of w >= L tokens that ends in tile i is the rest of tile i - w / L, whole tiles, and the start of tile i;
     a shorter one has parts of tiles i - 1 and i. Sums over parts are products of a matrix of zeros and ones with a
     tile. Nothing is ever taken away from a sum, so rounding does not add up. The ring holds the sums of the last RING
-    tiles. An item is (block, first tile, last tile + 1, shorter window, longer window); `masked` if the block has
-    more windows than these.
+    tiles. An item is (block, first tile, last tile + 1, shorter window, longer window); `TWO` if these
+    differ, `masked` if the block has more windows than these.
     """
-    item = items + 5 * tl.program_id(0)
+    item = items + 5 * (tl.program_id(0) // batch)
+    b = (tl.program_id(0) % batch).to(tl.int64)
     c = (tl.load(item) * CB + tl.arange(0, CB))[None, :]
     first = tl.load(item + 1)
     end = tl.load(item + 2)
     low = tl.load(item + 3)
     high = tl.load(item + 4)
-    x += tl.program_id(1).to(tl.int64) * row
-    y += tl.program_id(1).to(tl.int64) * (tokens - past) * coordinates
+    x += b * row
+    y += b * (tokens - past) * coordinates
     w = tl.load(windows + c, mask=c < coordinates, other=1)
     r = tl.arange(0, L)
     t = past + first * L + r[:, None]
-    now = _load(x, step, t, c, tokens, coordinates, reverse)
     apart = r[:, None] - r[None, :]  # tokens from column to row
-    number = tl.float16 if now.dtype == tl.float16 else tl.bfloat16
+    number = tl.float16 if x.dtype.element_ty == tl.float16 else tl.bfloat16
     low_back = tl.maximum(low // L, 1) * L
     high_back = tl.maximum(high // L, 1) * L
     low_newest = tl.where((apart >= 0) & (apart < low), 1.0, 0.0).to(number)
     low_oldest = tl.where(apart + low_back < low, 1.0, 0.0).to(number)
-    high_newest = tl.where((apart >= 0) & (apart < high), 1.0, 0.0).to(number)
-    high_oldest = tl.where(apart + high_back < high, 1.0, 0.0).to(number)
+    if TWO:
+        high_newest = tl.where((apart >= 0) & (apart < high), 1.0, 0.0).to(number)
+        high_oldest = tl.where(apart + high_back < high, 1.0, 0.0).to(number)
     slots = tl.arange(0, RING)[:, None]
     ring = tl.zeros((RING, CB), tl.float32)
     if high > L:
@@ -129,12 +132,12 @@ def long_mean(
             before = _load(x, step, past + i * L + r[:, None], c, tokens, coordinates, reverse).to(tl.float32)
             ring = tl.where(slots == (i & (RING - 1)), tl.sum(before, axis=0)[None, :], ring)
     for i in range(first, end):
-        following = _load(x, step, t + L, c, tokens, coordinates, reverse)
+        now = _load(x, step, t, c, tokens, coordinates, reverse)
         then = _load(x, step, t - low_back, c, tokens, coordinates, reverse)
         sums = _add_where(low_oldest, then, _add_where(low_newest, now, tl.zeros(now.shape, tl.float32)))
-        if high > low:
-            then = _load(x, step, t - high_back, c, tokens, coordinates, reverse)
-            others = _add_where(high_oldest, then, _add_where(high_newest, now, tl.zeros(now.shape, tl.float32)))
+        if TWO:
+            far = _load(x, step, t - high_back, c, tokens, coordinates, reverse)
+            others = _add_where(high_oldest, far, _add_where(high_newest, now, tl.zeros(now.shape, tl.float32)))
             sums = tl.where(w == low, sums, others)
         # Zero times what is not finite is NaN, wherever the window is.
         if tl.sum(tl.sum(sums * 0.0, axis=1), axis=0) == 0:
@@ -153,7 +156,6 @@ def long_mean(
         tl.store(_place(y, t, c, past, tokens, coordinates, reverse), sums, mask=mask)
         if high > L:
             ring = tl.where(slots == (i & (RING - 1)), tl.sum(now.to(tl.float32), axis=0)[None, :], ring)
-        now = following
         t += L
 
 
