@@ -2,7 +2,7 @@
 # Every table that a GPU is needed for, in one call of at most 8 minutes.
 #
 #   benchmarks/gpu.sh FOLDER [operator] [training] [decoding] [scaling]     (all, if none is named)
-#   benchmarks/gpu.sh FOLDER tests     the tests that need a GPU; at most 8 minutes more, 3 with pytest-xdist
+#   benchmarks/gpu.sh FOLDER tests     the tests that need a GPU; at most 8 minutes more, less with pytest-xdist
 #   benchmarks/gpu.sh FOLDER lra       how long the recipes of the Long Range Arena take; 5 minutes more
 #
 # FOLDER gets results.md, a JSON file for each table, and log.txt. Each part has its own time limit, and what it had

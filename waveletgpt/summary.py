@@ -173,20 +173,16 @@ def check_comparable(records: Sequence[Record]) -> None:
         UserError: naming the two runs and what differs.
     """
     for record in records[1:]:
-        for what, ours, theirs in (
-            ("data", _data(records[0].info), _data(record.info)),
-            ("evaluation windows", windows_of(records[0].info), windows_of(record.info)),
-        ):
+        for what, read in (("data", data_of), ("evaluation windows", windows_of)):
+            ours, theirs = read(records[0].info), read(record.info)
             if ours != theirs:
-                names = [f"{(r.info.get('data') or {}).get('name')}, " * (what == "data") for r in (records[0], record)]
                 raise UserError(
-                    f"{records[0].path} and {record.path} cannot be compared: their {what} differ "
-                    f"({names[0]}{ours} and {names[1]}{theirs})"
+                    f"{records[0].path} and {record.path} cannot be compared: their {what} differ ({ours} and {theirs})"
                 )
 
 
-def _data(info: dict[str, Any]) -> str:
-    """Not the name: one folder can be called in several ways."""
+def data_of(info: dict[str, Any]) -> str:
+    """What tells a run's data from other data; not its name, for one folder can be called in several ways."""
     data = info.get("data") or {}
     return f"fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
 

@@ -530,7 +530,7 @@ def test_tables_without_classes(tmp_path: Path, chosen: TaskSettings) -> None:
     (truth / "dev.csv").write_text(dev.replace("fname,labels", '"fname","labels"'))
     assert prepared(tmp_path / "fsd", chosen).meta["layout"] == "FSD50K"
     (truth / "vocabulary.csv").write_text(named + "\n9,Bark,/m/Bark\n")
-    with pytest.raises(UserError, match="two classes are called Bark"):
+    with pytest.raises(UserError, match="has two classes called Bark: give each"):
         prepared(tmp_path / "fsd", chosen)
     (truth / "vocabulary.csv").unlink()
     (truth / "dev.csv").write_text("fname,labels,split\n100,,train\n101,,val\n")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from waveletgpt.data import SPLITS
-from waveletgpt.data.labelled import divide
+from waveletgpt.data.labelled import check_classes, divide
 from waveletgpt.data.task_settings import TaskSettings
+from waveletgpt.errors import UserError
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
@@ -44,3 +46,18 @@ def test_however_it_is_divided(data: st.DataObject) -> None:
     kept = {point for found in parts.values() for point in points[found]}
     assert kept == set(points)
     assert division == ("hash" if official == [-1] else "given" if 1 in split_of else "held out")
+
+
+@pytest.mark.parametrize(
+    ("classes", "multi_label", "message"),
+    [
+        ((), False, "birds has no classes: give two or more"),
+        (("wren",), False, "birds has one class, wren: give two or more"),
+        (("wren", "owl", "wren"), True, "birds has two classes called wren"),
+    ],
+)
+def test_classes_that_cannot_be_told_apart(classes: tuple[str, ...], multi_label: bool, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_classes(classes, "birds", multi_label)
+    check_classes(("wren",), "birds", multi_label=True)
+    check_classes(("wren", "owl"), "birds")

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from waveletgpt.data.audio import SUFFIXES, Unusable, libraries, recording
-from waveletgpt.data.labelled import Item, Pool, divide, limit
+from waveletgpt.data.labelled import Item, Pool, check_classes, divide, limit
 from waveletgpt.data.named import NAMED, fetch
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
@@ -177,9 +177,8 @@ def _fill(source: Source, settings: TaskSettings, progress: bool, writer: Exampl
 
 
 def _check(name: str, layout: Layout, labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Raises UserError for fewer than two classes, a split without recordings, or a class without any to train on."""
-    if len(layout.classes) < 2 and not layout.multi_label:
-        raise UserError(f"{name} has one class, {layout.classes[0]}: give two or more")
+    """Raises UserError as `check_classes`, for a split without recordings, or a class without any to train on."""
+    check_classes(layout.classes, name, layout.multi_label)
     for split in SPLITS:
         if not len(parts[split]):
             mend = "give more of each class" if layout.name == "folders" else "give the whole data set"

@@ -204,9 +204,6 @@ class ExampleWriter(FolderWriter):
         """Say what the examples are; tokens need a `vocab_size` (padding included), waveforms a `sample_rate`."""
         if (kind, vocab_size is None, sample_rate is None) not in (("tokens", False, True), ("waveform", True, False)):
             raise ValueError(f"kind {kind}, vocab_size {vocab_size}, sample_rate {sample_rate}")
-        twice = next((name for i, name in enumerate(classes) if name in classes[:i]), None)
-        if twice is not None:
-            raise UserError(f"two classes are called {twice}: give each a name of its own")
         ids = np.uint8 if vocab_size is not None and vocab_size <= 1 << 8 else np.uint16
         self.dtype: np.dtype = np.dtype(np.int16 if kind == "waveform" else ids)
         self._meta: dict[str, Any] = {

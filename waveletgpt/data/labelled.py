@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,16 @@ def divide(
     parts["validation"] = _without(parts["validation"], parts["test"], points)
     parts["train"] = _without(parts["train"], parts["validation"], points)
     return parts, division
+
+
+def check_classes(classes: Sequence[str], name: str, multi_label: bool = False) -> None:
+    """Raises UserError for classes of the same name, and for fewer than two where an example has just one."""
+    twice = next((label for i, label in enumerate(classes) if label in classes[:i]), None)
+    if twice is not None:
+        raise UserError(f"{name} has two classes called {twice}: give each a name of its own")
+    if len(classes) < 2 and not multi_label:
+        there = f"one class, {classes[0]}" if classes else "no classes"
+        raise UserError(f"{name} has {there}: give two or more")
 
 
 def _without(indices: np.ndarray, others: np.ndarray, points: np.ndarray) -> np.ndarray:

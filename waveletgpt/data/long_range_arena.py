@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from waveletgpt.data.images import FILE_LIMIT, Shape, Unusable, load, load_cifar, need_pillow
-from waveletgpt.data.labelled import Item, Pool, divide, limit
+from waveletgpt.data.labelled import Item, Pool, check_classes, divide, limit
 from waveletgpt.data.listops import EQUALS, IDS, OFFICIAL, WORDS, expressions, generate_listops
 from waveletgpt.data.named import NAMED, fetch
 from waveletgpt.data.progress import bar
@@ -245,9 +245,8 @@ def _ids(values: bytes) -> np.ndarray:
 
 
 def _check(task: Task, name: str, classes: tuple[str, ...], labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Raises UserError for fewer than two classes, a split without examples, or a class without any."""
-    if len(classes) < 2:
-        raise UserError(f"{name} has {f'one class, {classes[0]}' if classes else 'no classes'}: give two or more")
+    """Raises UserError as `check_classes`, for a split without examples, or a class without any."""
+    check_classes(classes, name)
     for split in SPLITS:
         if not len(parts[split]):
             raise UserError(f"{name} has no {split} examples of {task.name}: it needs {task.layout}")
@@ -334,8 +333,8 @@ def _retrieval_read(source: Source, length: int) -> Found:
                     shown = columns[0][:20].decode("utf-8", "replace")
                     found = f'{len(columns)} columns, the first "{shown}"'
                     raise UserError(
-                        f"{document.name} line 1 has {found}: not a label 0 or 1, two ids, two texts, between tabs; "
-                        f"get {RELEASE}"
+                        f"{document.name}: its first line has {found}: not a label 0 or 1, two ids, two texts, between "
+                        f"tabs; get {RELEASE}"
                     )
             if wrong:
                 source.skipped.append(f"{document.name}: {wrong} wrong lines")

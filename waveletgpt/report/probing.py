@@ -95,15 +95,18 @@ def _kernels(mixers: Sequence[tuple[int, Any]]) -> list[Kernel]:
 
     found: list[Kernel] = []
     for block, mixer in mixers:
-        if isinstance(mixer, FixedWavelet) and not found:
-            # Approximations come first, and only details sum to 0.
-            for taps in mixer.weights():
+        if not isinstance(mixer, WeightedSum):
+            continue
+        for taps in mixer.weights():
+            if isinstance(mixer, FixedWavelet):
+                # Only details sum to 0.
                 rows = {"detail" if abs(float(row.sum())) < 0.5 else "approximation": row for row in taps}
                 found += [Kernel(label, len(row), row.numpy(), learned=False) for label, row in rows.items()]
-        elif isinstance(mixer, WeightedSum) and not isinstance(mixer, FixedWavelet):
-            for taps in mixer.weights():
+            else:
                 row = taps[len(taps) // 2] if taps.ndim == 2 else taps
                 found.append(Kernel(f"block {block + 1}", len(row), row.detach().numpy(), learned=True))
+        if isinstance(mixer, FixedWavelet):
+            break
     return found
 
 
