@@ -21,8 +21,8 @@ from measuring import Report, demand_parity, ratio, rounds
 from transformers import CompileConfig, DynamicCache
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
-from waveletgpt.cost import decoding_state_bytes
-from waveletgpt.recipe import PRESETS
+from waveletgpt.model.cost import decoding_state_bytes
+from waveletgpt.training.recipe import PRESETS
 
 MIXINGS = {
     "none": {"mixing": "none"},

@@ -22,9 +22,9 @@ import torch
 from measuring import Report, in_turn, ratio, training_step
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForSequenceClassification
-from waveletgpt.cost import flops_per_token
-from waveletgpt.data.long_range_arena import TASKS, Task
-from waveletgpt.recipe import ClassifierRecipe, load_recipe
+from waveletgpt.classify.long_range_arena import TASKS, Task
+from waveletgpt.model.cost import flops_per_token
+from waveletgpt.training.recipe import ClassifierRecipe, load_recipe
 
 ARMS = ("none", "fixed", "learnable")
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -152,7 +152,7 @@ class Report:
     """Tables, printed as they come and kept in FOLDER/NAME.json (if a folder is given)."""
 
     def __init__(self, name: str, folder: Path | None, **settings: Any) -> None:
-        from waveletgpt.environment import environment
+        from waveletgpt.runs.environment import environment
 
         self.path = folder / f"{name}.json" if folder else None
         where = environment()

@@ -32,9 +32,9 @@ import torch
 from measuring import Report, Stopwatch, demand_parity, peak_memory, quartiles, ratio, rounds, training_step
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
-from waveletgpt.cost import flops_per_token
+from waveletgpt.model.cost import flops_per_token
 from waveletgpt.ops import wavelet_mix
-from waveletgpt.recipe import PRESETS, Recipe
+from waveletgpt.training.recipe import PRESETS, Recipe
 
 MIXINGS = ("none", "fixed", "fixed, windows 2-4", "learnable", "wavelet", "ema", "conv", "shift")
 
@@ -129,7 +129,7 @@ def matrix_flops(device: str, dtype: torch.dtype) -> float:
 def beside_nanogpt(report: Report, options: argparse.Namespace) -> None:
     # What else they need, a benchmark of the model alone does not.
     from waveletgpt.data import DataSettings, prepare
-    from waveletgpt.training import train
+    from waveletgpt.training.trainer import train
 
     clone, preset, batch_size, steps = options.nanogpt, options.preset, options.batch_size, options.steps
     spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from waveletgpt.data import DataSettings, TokenStore, prepare
-from waveletgpt.recipe import Recipe
+from waveletgpt.training.recipe import Recipe
 
 TEXT = "the cat sat on a mat while seven quiet birds sang in old trees and rain fell over the long grey road home"
 WORDS = TEXT.split(" ")

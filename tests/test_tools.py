@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_model, tokens
 
+from tests.tiny import VOCAB, tiny_model, tokens
 from waveletgpt import WaveletGPTForCausalLM
 
 # Runs where `import waveletgpt` fails, and gets folders to load; prints logits of each, and of each saved and loaded

@@ -11,10 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "WaveletGPTConfig": "configuration",
-    "WaveletGPTForCausalLM": "modeling",
-    "WaveletGPTForSequenceClassification": "modeling",
-    "WaveletGPTModel": "modeling",
+    "WaveletGPTConfig": "model.configuration",
+    "WaveletGPTForCausalLM": "model.modeling",
+    "WaveletGPTForSequenceClassification": "model.modeling",
+    "WaveletGPTModel": "model.modeling",
     "ema_mix": "ops",
     "wavelet_mix": "ops",
 }
@@ -43,4 +43,4 @@ def _runs_as_command() -> bool:
 # Registering imports torch, which takes seconds; the command line does so only once a command needs a model, so that
 # its --help is instant.
 if not _runs_as_command():
-    importlib.import_module(".modeling", __name__)
+    importlib.import_module(".model.modeling", __name__)

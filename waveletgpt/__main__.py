@@ -1,3 +1,3 @@
-from .cli import main
+from waveletgpt.cli.main import main
 
 main()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from waveletgpt.classify.examples import ExampleStore
+from waveletgpt.classify.long_range_arena import prepare_task
+from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data import DataSettings
-from waveletgpt.data.examples import ExampleStore
-from waveletgpt.data.long_range_arena import prepare_task
-from waveletgpt.data.task_settings import TaskSettings
 
 WORDS = [
     *("the", "a", "wave", "let", "of", "small", "and", "large", "scale,", "time;", "1", "20", "300"),

@@ -204,7 +204,7 @@ def test_folders_are_splits_for_tables_and_archives_in_them(tmp_path: Path, sett
 
 
 def _sound(path: Path, index: int) -> None:
-    from tests.data.sounds import save
+    from tests.data.modalities.sounds import save
 
     save(path.with_suffix(".wav"), np.full(40, index / 100), 16_000)
 
@@ -216,7 +216,7 @@ def _picture(path: Path, index: int) -> None:
 
 def _piece(path: Path, index: int) -> None:
     pytest.importorskip("symusic")
-    from waveletgpt.data.music import NOTES, write_midi
+    from waveletgpt.data.modalities.music import NOTES, write_midi
 
     write_midi(np.array([(0, 1, index, 60)], NOTES), path.with_suffix(".mid"))
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from waveletgpt.data import DataSettings, StoreWriter, TokenStore, prepare
+from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.store import remove_leftovers
-from waveletgpt.data.text import TextModality
 from waveletgpt.errors import UserError, suggest
 
 
@@ -117,7 +117,7 @@ def test_second_call_returns_what_is_there(
     for path in folder.rglob("*.txt"):
         os.utime(path, (long_ago, long_ago))
     assert prepare(folder, "chars", settings, progress=False).fingerprint == first.fingerprint
-    monkeypatch.setattr("waveletgpt.data.sources._update", lambda *_: pytest.fail("the content was read again"))
+    monkeypatch.setattr("waveletgpt.data.sources.files._update", lambda *_: pytest.fail("the content was read again"))
     assert prepare(folder, "chars", settings, progress=False).path == first.path
     assert (first.path / "meta.json").stat() == made
 
@@ -215,7 +215,7 @@ def test_interrupted_preparation_cleans_up(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("waveletgpt.data.text.TextModality._encode", interrupt)
+    monkeypatch.setattr("waveletgpt.data.modalities.text.TextModality._encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, "bytes", settings, progress=False)
     assert all(path.name.endswith(".lock") for path in (settings.cache / "stores").iterdir())

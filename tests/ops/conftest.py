@@ -3,7 +3,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from operator_oracle import device_of
+
+from tests.ops.operator_oracle import device_of
 
 
 @pytest.fixture(autouse=True)

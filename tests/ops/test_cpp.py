@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_oracle import mix, random_kernels
 from torch.testing import assert_close
 
+from tests.ops.operator_oracle import mix, random_kernels
 from waveletgpt.ops import cpp, ema_mix, wavelet_mix
 
 needs_compiled = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))

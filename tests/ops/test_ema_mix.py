@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from operator_oracle import FAST, ema, examples
 from torch.testing import assert_close
 
+from tests.ops.operator_oracle import FAST, ema, examples
 from waveletgpt.ops import ema_mix, reference
 
 # Triton leaves it to "torch".

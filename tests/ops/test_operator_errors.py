@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from operator_oracle import device_of
 
+from tests.ops.operator_oracle import device_of
 from waveletgpt.ops import available_backends, ema_mix, reference, unavailable_backends, wavelet_mix
 
 each_backend = pytest.mark.parametrize("backend", [b for b in available_backends() if device_of(b) == "cpu"])

@@ -5,10 +5,10 @@ The properties of all backends are tested in float64, which this backend leaves 
 
 import pytest
 import torch
-from operator_oracle import FAST, random_kernels, rounding
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from tests.ops.operator_oracle import FAST, random_kernels, rounding
 from waveletgpt.ops import triton, wavelet_mix
 
 on_triton = pytest.mark.parametrize("backend", FAST[:1])

@@ -8,10 +8,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from operator_oracle import BACKENDS, EDGES, FAST, Case, cases, examples, mix, random_kernels, rounding
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from tests.ops.operator_oracle import BACKENDS, EDGES, FAST, Case, cases, examples, mix, random_kernels, rounding
 from waveletgpt.ops import fast, reference, wavelet_mix
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -16,18 +16,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from waveletgpt.data.acoustic import ACOUSTIC
-from waveletgpt.data.audio import AUDIO
-from waveletgpt.data.hub import PREFIX, Hub
-from waveletgpt.data.images import IMAGES
-from waveletgpt.data.listops import LISTOPS
-from waveletgpt.data.modality import Modality, SampleFile
-from waveletgpt.data.music import MUSIC
-from waveletgpt.data.named import NAMED, NamedSet, fetch
+from waveletgpt.data.modalities.acoustic import ACOUSTIC
+from waveletgpt.data.modalities.audio import AUDIO
+from waveletgpt.data.modalities.images import IMAGES
+from waveletgpt.data.modalities.listops import LISTOPS
+from waveletgpt.data.modalities.modality import Modality, SampleFile
+from waveletgpt.data.modalities.music import MUSIC
+from waveletgpt.data.modalities.text import TEXT
 from waveletgpt.data.settings import DataSettings
-from waveletgpt.data.sources import Document, Files, Source
+from waveletgpt.data.sources.files import Document, Files, Source
+from waveletgpt.data.sources.hub import PREFIX, Hub
+from waveletgpt.data.sources.named import NAMED, NamedSet, fetch
 from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, disk_errors, made_once
-from waveletgpt.data.text import TEXT
 from waveletgpt.errors import UserError, suggest
 
 __all__ = [

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs import RunFolder
-from ..scores import CLASSIFICATION, score_headline, score_table, write_scores
-from ..summary import write_summary
-from ..summary_text import headline, summary_table
-from .page import write_report
+from waveletgpt.classify.scores import CLASSIFICATION, score_headline, score_table, write_scores
+from waveletgpt.report.page import write_report
+from waveletgpt.report.summary import write_summary
+from waveletgpt.report.wording import headline, summary_table
+from waveletgpt.runs.folder import RunFolder
 
 __all__ = ["in_words", "write_report", "write_results"]
 
@@ -21,7 +21,7 @@ def write_results(out: Path, runs: Sequence[RunFolder], baseline: str | None) ->
     Returns the summary. Raises UserError if there is no run, or the runs cannot be compared.
     """
     if _classified(run.info for run in runs):
-        from .scores import write_score_report
+        from waveletgpt.classify.page import write_score_report
 
         summary = write_scores(out, runs, baseline)
         write_score_report(out, runs, baseline)

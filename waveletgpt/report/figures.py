@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from ..summary import Record, interpolate
-from ..summary_text import duration
-from .pictures import (
+from waveletgpt.report.charts import (
     HALF,
     Axis,
     Drop,
@@ -23,7 +21,9 @@ from .pictures import (
     shorten,
     swatch,
 )
-from .probing import Insight, Kernel, Mixed, frequency_response
+from waveletgpt.report.probing import Insight, Kernel, Mixed, frequency_response
+from waveletgpt.report.summary import Record, interpolate
+from waveletgpt.report.wording import duration
 
 Styles = dict[str, int]
 # (step, training seconds, loss)

@@ -17,9 +17,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..runs import RunFolder, write_atomically
-from ..summary import Record, flatten, read_records, settings_of, summarize_records
-from ..summary_text import (
+from waveletgpt.report.charts import swatch
+from waveletgpt.report.figures import (
+    difference_figure,
+    embedding_figure,
+    kernel_figures,
+    loss_figures,
+    schedule_figure,
+)
+from waveletgpt.report.summary import Record, flatten, read_records, settings_of, summarize_records
+from waveletgpt.report.wording import (
     TABLE_HEADER,
     arm_sentence,
     duration,
@@ -30,14 +37,7 @@ from ..summary_text import (
     quantity,
     summary_table,
 )
-from .figures import (
-    difference_figure,
-    embedding_figure,
-    kernel_figures,
-    loss_figures,
-    schedule_figure,
-)
-from .pictures import swatch
+from waveletgpt.runs.folder import RunFolder, write_atomically
 
 _INSIGHTS = 4  # at most so many models are loaded and drawn: each costs seconds and about 150 kB
 
@@ -225,7 +225,7 @@ def inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, s
             continue
         looked += 1
         try:
-            from .probing import look_inside
+            from waveletgpt.report.probing import look_inside
 
             insight = look_inside(RunFolder(record.path).model_path(), record.info.get("probe") or [])
         except Exception as error:  # a checkpoint may be broken in any way
@@ -265,14 +265,14 @@ def _image(data: bytes, what: str) -> str:
 
 
 def _audio_sample(folder: Path, sample: dict[str, Any]) -> str:
-    from ..data.audio import picture
+    from waveletgpt.data.modalities.audio import picture
 
     path = _file(folder, sample)
     return _player(path) + _image(picture(path), "waveform and spectrogram") + _caption(sample)
 
 
 def _music_sample(folder: Path, sample: dict[str, Any]) -> str:
-    from ..data.music import picture
+    from waveletgpt.data.modalities.music import picture
 
     path = _file(folder, sample)
     return _player(path.with_suffix(".wav")) + _image(picture(path), "piano roll") + _caption(sample)

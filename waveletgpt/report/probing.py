@@ -57,8 +57,8 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     import torch
     from transformers.utils import logging
 
-    from ..mixing import Mixer
-    from ..modeling import WaveletGPTModel
+    from waveletgpt.model.mixing import Mixer
+    from waveletgpt.model.modeling import WaveletGPTModel
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -91,7 +91,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
 
 def _kernels(mixers: Sequence[tuple[int, Any]]) -> list[Kernel]:
     """Kernels of (block, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
-    from ..mixing import FixedWavelet, WeightedSum
+    from waveletgpt.model.mixing import FixedWavelet, WeightedSum
 
     found: list[Kernel] = []
     for block, mixer in mixers:

@@ -1,0 +1,278 @@
+"""The command line as a user meets it: help at once, one line and exit code 2 for a mistake, real work end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import waveletgpt, write_text
+from waveletgpt.cli import main as cli
+
+SMALL = [
+    *("--preset", "tiny", "--max-steps", "6", "--batch-size", "4", "--device", "cpu", "--model.n-positions", "16"),
+    *("--model.n-embd", "16", "--model.n-head", "2", "--training.eval-windows", "4", "--training.threads", "1"),
+    *("--training.samples", "1", "--training.sample-tokens", "4"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVELETGPT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison made by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = write_text(folder / "words.txt")
+    out = folder / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WAVELETGPT_CACHE", str(folder / "cache"))
+        cli.main(["compare", str(data), "--modality", "chars", "--out", str(out), *SMALL])
+    return out
+
+
+def run(*words: object) -> int:
+    """Exit code of the command line, run in this process."""
+    try:
+        cli.main([*map(str, words)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_help_needs_no_heavy_library() -> None:
+    """--help must be instant: neither torch nor transformers may be imported for it (a timed test would be noise)."""
+    code = (
+        "import sys; sys.orig_argv = ['python', '-m', 'waveletgpt']\n"
+        "from waveletgpt import cli\n"
+        "for words in (['--help'], ['train', '--help'], ['compare', '--help'], ['data', 'list']):\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'matplotlib', 'pyarrow', 'datasets'} & set(sys.modules), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stderr.strip() == "set()"
+    for word in ("train", "compare", "--max-steps", "--model.n-head", "--data-dir", "tiny-shakespeare"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "generate", "report", "info", "data prepare"])
+def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command.split(), "--help") == 0
+    text = capsys.readouterr().out
+    assert "(default" in text or "(required)" in text
+
+
+def test_compare_then_every_other_command(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one = trained / "fixed-seed0"
+    assert run("evaluate", one, "--split", "test", "--json", "--device", "cpu") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["split"] == "test"
+    assert value["nll"] > 0
+    assert run("generate", one, "--prompt", "the cat", "--samples", "2", "--tokens", "5", "--device", "cpu") == 0
+    first = capsys.readouterr().out
+    assert first.count("the cat") == 2
+    assert run("generate", one, "--prompt", "the cat", "--samples", "2", "--tokens", "5", "--device", "cpu") == 0
+    assert capsys.readouterr().out == first  # seeded
+    assert run("info", one) == 0
+    assert "windows" in capsys.readouterr().out
+    summary = json.loads((trained / "summary.json").read_text())
+    assert run("report", trained, "--out", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["arms"] == summary["arms"]
+    assert run("report", one, "--out", tmp_path / "one") == 0
+    assert (tmp_path / "one" / "report.html").is_file()
+
+
+def test_recipe_file_gives_defaults_that_options_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_text(tmp_path / "words.txt")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"data: {data}\nmodality: chars\npreset: tiny\nmax_steps: 6\nbatch_size: 4\ndevice: cpu\nn_layer: 1\n"
+        "model: {n_positions: 16, n_embd: 16, n_head: 2}\ntraining: {eval_windows: 4, samples: 0}\n"
+        "compare: {arms: [none, ema], seeds: 1}\n"
+    )
+    out = tmp_path / "out"
+    assert run("compare", "--recipe", recipe, "--out", out, "--max-steps", "4") == 0
+    info = json.loads((out / "ema-seed0" / "run.json").read_text())
+    assert info["recipe"]["max_steps"] == 4
+    assert info["model"]["n_layer"] == 1
+    assert info["recipe"]["data"] == str(data)
+
+
+def mistakes(tmp: Path) -> dict[str, tuple[list[object], str]]:
+    """Name -> (words, what the one line must say)."""
+    words = write_text(tmp / "words.txt")
+    (tmp / "empty.txt").write_text("")
+    (tmp / "short.txt").write_text("a short text")
+    (tmp / "binary.txt").write_bytes(bytes(range(256)) * 50)
+    (tmp / "nothing").mkdir()
+    (tmp / "broken.yaml").write_text("max_steps: [")
+    (tmp / "other.yaml").write_text("max_stps: 5")
+    (tmp / "cut.zip").write_bytes(b"PK\x03\x04 not really")
+    with zipfile.ZipFile(tmp / "none.zip", "w"):
+        pass
+    (tmp / "arms.yaml").write_text("compare: {arms: fixed}")
+    (tmp / "task.yaml").write_text("task: 5")
+    (tmp / "broken_run").mkdir()
+    (tmp / "broken_run" / "run.json").write_text("{")
+    (tmp / "taken").mkdir()
+    (tmp / "taken" / "letter.txt").write_text("mine")
+    train = ["train", words, "--modality", "chars", "--out", tmp / "run", *SMALL]
+    return {
+        "no such file": (["train", tmp / "nofile.txt"], "nofile.txt"),
+        "mistyped data set": (["train", "tiny-shakespear"], 'did you mean "tiny-shakespeare"'),
+        "empty file": (["train", tmp / "empty.txt"], "empty"),
+        "empty folder": (["train", tmp / "nothing"], "nothing"),
+        "too short": (["train", tmp / "short.txt", "--modality", "chars", "--out", tmp / "run", *SMALL], "too short"),
+        "binary as text": (["train", tmp / "binary.txt", "--modality", "chars", "--out", tmp / "run"], "binary"),
+        "broken archive": (["train", tmp / "cut.zip"], "cut.zip"),
+        "empty archive": (["train", tmp / "none.zip"], "none.zip"),
+        "modality": ([*train, "--modality", "charz"], 'did you mean "chars"'),
+        "preset": ([*train, "--preset", "smal"], 'did you mean "small"'),
+        "mixing": ([*train, "--mixing", "fixd"], 'did you mean "fixed"'),
+        "device": ([*train, "--device", "gpu"], 'no "gpu"'),
+        "option": ([*train, "--max-stps", "3"], 'did you mean "--max-steps"'),
+        "number": ([*train, "--max-steps", "many"], "--max-steps"),
+        "negative": ([*train, "--lr", "-1"], "lr must be greater than 0"),
+        "heads": ([*train, "--model.n-head", "3"], "n_embd=16 is not a multiple of n_head=3"),
+        "window": ([*train, "--model.max-window", "3"], "max_window=3 is not a power of two"),
+        "command": (["trian"], 'did you mean "train"'),
+        "arm": (["compare", words, "--arms", "none", "fixxed"], 'did you mean "fixed"'),
+        "missing recipe": ([*train, "--recipe", tmp / "no.yaml"], "no.yaml"),
+        "broken recipe": ([*train, "--recipe", tmp / "broken.yaml"], "not valid YAML"),
+        "arms in recipe": (["compare", words, "--recipe", tmp / "arms.yaml"], "{arms: [none, fixed], seeds: 3}"),
+        "task in recipe": (["lra", "--recipe", tmp / "task.yaml"], "task is 5, not a text"),
+        "flex attention": ([*train, "--device", "cpu", "--training.attention", "flex_attention"], "use sdpa or eager"),
+        "unknown in recipe": ([*train, "--recipe", tmp / "other.yaml"], 'did you mean "max_steps"'),
+        "no run": (["evaluate", tmp / "nothing"], "not a run folder"),
+        "no folder": (["generate", tmp / "nowhere"], "no run folder"),
+        "broken run": (["report", tmp / "broken_run"], "run.json"),
+        "taken folder": ([*train, "--out", tmp / "taken"], "not empty"),
+        "taken folder, before the data": (["train", tmp / "missing.txt", "--out", tmp / "taken"], "not empty"),
+        "taken by other files": (["compare", tmp / "missing.txt", "--out", tmp / "taken"], "already holds other files"),
+        "out is a file": ([*train, "--out", words], "is a file"),
+        "out below a file": ([*train, "--out", words / "run"], str(words)),
+        "preset or run": (["info", "smal"], 'did you mean "small"'),
+        "vocabulary": ([*train, "--modality", "bpe", "--vocab-size", "3"], "vocab"),
+    }
+
+
+NAMES = sorted(
+    [
+        *("no such file", "mistyped data set", "empty file", "empty folder", "too short", "binary as text"),
+        *("broken archive", "empty archive", "modality", "preset", "mixing", "device", "option", "number", "negative"),
+        *("heads", "window", "command", "arm", "missing recipe", "broken recipe", "unknown in recipe", "no run"),
+        *("no folder", "broken run", "taken folder", "out is a file", "out below a file", "preset or run"),
+        *(
+            "vocabulary",
+            "arms in recipe",
+            "task in recipe",
+            "flex attention",
+            "taken folder, before the data",
+            "taken by other files",
+        ),
+    ]
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mistakes_are_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, expected = mistakes(tmp_path)[name]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(*words) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("waveletgpt: ")
+    assert len([line for line in told if line.startswith("waveletgpt: ")]) == 1
+    assert not any("Traceback" in line for line in told)
+    assert expected in told[-1]
+    for path, content in before.items():
+        assert path.read_bytes() == content, f"{path} was changed"
+
+
+def test_no_mistake_is_left_out() -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert sorted(mistakes(Path(folder))) == NAMES
+
+
+def test_truncated_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained / "none-seed0", copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for command in ("generate", "evaluate"):
+        assert run(command, copy, "--device", "cpu") == 2
+        assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_evaluates_at_other_contexts(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Shorter ones with any model, longer ones where positions are not a table of weights."""
+    words = ["--device", "cpu", "--json", "--context"]
+    assert run("evaluate", trained / "fixed-seed0", *words, "8") == 0
+    assert json.loads(capsys.readouterr().out)["context"] == 8
+    assert run("evaluate", trained / "fixed-seed0", *words, "17") == 2
+    assert "--context is 17: give 1 ... 16" in capsys.readouterr().err
+    rotary = tmp_path / "rotary"
+    data = write_text(tmp_path / "words.txt")
+    assert run("train", data, "--modality", "chars", "--architecture", "llama", "--out", rotary, *SMALL) == 0
+    capsys.readouterr()
+    assert run("evaluate", rotary, *words, "100", "--windows", "3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["windows"], found["tokens"]) == (3, 300)
+    # The same by hand.
+    import numpy as np
+    import torch
+
+    from waveletgpt import WaveletGPTForCausalLM
+    from waveletgpt.data import TokenStore
+    from waveletgpt.runs.folder import RunFolder
+
+    model = WaveletGPTForCausalLM.from_pretrained(rotary).eval()
+    tokens = TokenStore.open(RunFolder.open(rotary).info["data"]["store"]).split("validation")
+    whole = (len(tokens) - 1) // 100
+    starts = [i * whole // 3 * 100 for i in range(3)]
+    ids = torch.from_numpy(np.stack([tokens[start : start + 101] for start in starts]).astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert found["nll"] == pytest.approx(float(nll), rel=1e-5)
+
+
+def test_generates_past_the_learned_positions(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The context is 16 tokens: prompt and continuation are longer, and go on from its last half."""
+    words = ["--prompt", "the cat sat on a mat", "--tokens", "40", "--temperature", "0", "--device", "cpu"]
+    assert run("generate", trained / "none-seed0", *words) == 0
+    assert len(capsys.readouterr().out) >= len("the cat sat on a mat") + 40
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "-1"],
+        ["--top-p", "0"],
+        ["--samples", "0"],
+        ["--tokens", "0"],
+        ["--temperature", "nan"],
+        ["--seed", str(1 << 70)],
+    ],
+)
+def test_sampling_settings_out_of_range(trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", trained / "none-seed0", "--device", "cpu", *words) == 2
+    assert words[0].strip("-") in capsys.readouterr().err
+
+
+def test_module_and_version() -> None:
+    result = waveletgpt("--version")
+    assert (result.returncode, result.stdout.split()[0]) == (0, "waveletgpt")
+    result = waveletgpt("evaluate", "nowhere")
+    assert result.returncode == 2
+    assert result.stderr.startswith("waveletgpt: no run folder")

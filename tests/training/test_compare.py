@@ -1,0 +1,149 @@
+"""Comparisons end to end on small generated data: the contract of summary.json, equal batches, going on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import make_store, tiny_recipe
+from waveletgpt.data import TokenStore
+from waveletgpt.errors import UserError
+from waveletgpt.runs.folder import RunFolder, find_runs
+from waveletgpt.training.compare import compare
+from waveletgpt.training.trainer import Diverged, Interrupted, Recorder
+
+ARMS = ["none", "fixed", "learnable:max_window=8", "none:n_layer=1,lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def out(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "out"
+    compare(tiny_recipe(), store, out, data="words.txt", arms=ARMS, seeds=2)
+    return out
+
+
+def test_summary_keeps_the_contract(out: Path) -> None:
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["schema"] == 1
+    assert summary["baseline"] == "none"
+    assert list(summary["arms"]) == ARMS
+    assert {"data", "recipe", "environment"} <= set(summary)
+    for name, arm in summary["arms"].items():
+        assert {"parameters", "extra_parameters", "flops_per_token", "tokens_per_second", "seconds"} <= set(arm)
+        assert len(arm["final_nll"]["per_seed"]) == 2
+        assert arm["final_nll"]["mean"] == pytest.approx(sum(arm["final_nll"]["per_seed"]) / 2)
+        assert arm["bits_per_byte"] > 0
+        if name != "none":
+            assert {"same_performance_step", "step_speedup", "time_speedup"} <= set(arm)
+    arms = summary["arms"]
+    assert arms["fixed"]["parameters"] == arms["none"]["parameters"]
+    assert arms["fixed"]["extra_parameters"] == 0 < arms["learnable:max_window=8"]["extra_parameters"]
+    assert arms["none:n_layer=1,lr=1e-3"]["parameters"] < arms["none"]["parameters"]
+
+
+def test_one_run_folder_per_arm_and_seed(out: Path) -> None:
+    runs = list(find_runs(out))
+    assert sorted((run.info["arm"], run.info["seed"]) for run in runs) == sorted((a, s) for a in ARMS for s in (0, 1))
+    assert all(run.finished for run in runs)
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_curves_hold_every_logged_point(out: Path) -> None:
+    rows = list(csv.DictReader((out / "curves.csv").open()))
+    for run in find_runs(out):
+        mine = [r for r in rows if (r["arm"], int(r["seed"])) == (run.info["arm"], run.info["seed"])]
+        assert len(mine) == len(run.metrics())
+
+
+def test_resume_writes_in_no_folder_of_other_things(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("mine")
+    (tmp_path / "none-seed0").mkdir()
+    with pytest.raises(UserError, match=r"holds no comparison to go on with, but summary\.json"):
+        compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)
+    assert (tmp_path / "summary.json").read_text() == "mine"
+    (tmp_path / "summary.json").unlink()  # what is left is what a kill at the start leaves
+    assert compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)["arms"]
+
+
+def test_arms_are_measured_alike(store: TokenStore, tmp_path: Path) -> None:
+    for arm in ("none:n_positions=8", "none:eval_windows=3"):
+        with pytest.raises(UserError, match=f"{arm} cannot be compared with none: their evaluation windows"):
+            compare(tiny_recipe(max_steps=1), store, tmp_path / "out", data="words.txt", arms=["none", arm])
+    assert not list(find_runs(tmp_path / "out"))
+
+
+def test_data_may_be_called_otherwise(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=1)
+    compare(recipe, store, tmp_path / "out", data="words", arms=["none"])
+    summary = compare(recipe, store, tmp_path / "out", data="./words/", arms=["none", "fixed"], resume=True)
+    assert list(summary["arms"]) == ["none", "fixed"]
+
+
+def test_a_comparison_without_a_finished_run_has_failed(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(lr=1e30, clip=1e30, schedule="constant", warmup_steps=0)
+    with pytest.raises(Diverged, match="no run came to its end"):
+        compare(recipe, store, tmp_path, data="words.txt", arms=["none", "fixed"])
+    assert "failed" in (tmp_path / "report.html").read_text()
+
+
+def test_identical_arms_have_identical_curves(store: TokenStore, tmp_path: Path) -> None:
+    """Two arms that differ in nothing that computes: same batches in the same order, same start, same losses."""
+    compare(tiny_recipe(), store, tmp_path / "out", data="words.txt", arms=["none", "none:keep_checkpoints=1"], seeds=1)
+    first, second = ([(r["step"], r.get("loss"), r.get("nll")) for r in run.metrics()] for run in find_runs(tmp_path))
+    assert first == second
+
+
+def test_conv_starts_as_the_baseline(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=1)
+    compare(recipe, store, tmp_path / "out", data="words.txt", arms=["none", "conv"], seeds=1)
+    starts = [run.metrics()[0]["nll"] for run in find_runs(tmp_path)]
+    assert starts[0] == pytest.approx(starts[1], abs=1e-6)
+
+
+def test_interrupted_comparison_goes_on(
+    store: TokenStore, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Recorder.on_step_end
+
+    def interrupt(self: Recorder, args, state, control, **kwargs) -> None:
+        self.interrupted = self.interrupted or (self.trainer.recipe.mixing == "fixed" and state.global_step == 7)
+        original(self, args, state, control, **kwargs)
+
+    again = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", interrupt)
+        with pytest.raises(Interrupted):
+            compare(tiny_recipe(), store, again, data="words.txt", arms=ARMS, seeds=2)
+    first = RunFolder(again / "none-seed0")
+    before = (first.path / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="already holds a comparison; add --resume"):
+        compare(tiny_recipe(), store, again, data="words.txt", arms=ARMS, seeds=2)
+    compare(tiny_recipe(), store, again, data="words.txt", arms=ARMS, seeds=2, resume=True)
+    assert (first.path / "model.safetensors").stat().st_mtime_ns == before
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (out, again))
+    for arm in ARMS:
+        assert one["arms"][arm]["final_nll"] == two["arms"][arm]["final_nll"]
+
+
+def test_a_diverging_arm_is_told_and_the_others_go_on(store: TokenStore, tmp_path: Path) -> None:
+    bad = "none:lr=1e30,clip=1e30,warmup_steps=0"
+    summary = compare(tiny_recipe(), store, tmp_path / "out", data="words.txt", arms=["none", bad, "fixed"], seeds=1)
+    assert summary["arms"]["fixed"]["final_nll"]["mean"] > 0
+    assert "lr" in json.dumps(summary["notes"])
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_refuses_folders_with_other_files(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], seeds=1)
+    with pytest.raises(UserError, match="--seeds"):
+        compare(tiny_recipe(), store, tmp_path / "x", data="words.txt", arms=["none"], seeds=0)

@@ -1,0 +1,145 @@
+"""Recipes: precedence, types, suggestions, and the round trip through run.json."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from waveletgpt.errors import UserError
+from waveletgpt.training.compare import parse_arms
+from waveletgpt.training.recipe import CLASSIFIER_PRESETS, PRESETS, ClassifierRecipe, Recipe, load_recipe
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "preset": st.sampled_from(sorted(PRESETS)),
+            "mixing": st.sampled_from(["none", "fixed", "ema"]),
+            "max_steps": st.integers(1, 10**6),
+            "lr": st.floats(1e-6, 1.0),
+            "model": st.fixed_dictionaries({"n_layer": st.integers(1, 50), "dropout": st.none() | st.floats(0, 0.5)}),
+            "training": st.fixed_dictionaries({"compile": st.booleans(), "threads": st.none() | st.integers(1, 9)}),
+        }
+    )
+)
+def test_round_trip_through_run_json(changes: dict) -> None:
+    recipe = Recipe().override(changes, "test")
+    assert Recipe.from_dict(recipe.as_dict()) == recipe
+
+
+def test_preset_fills_what_is_not_set() -> None:
+    settings = Recipe().override({"preset": "paper", "n_layer": 6, "dropout": 0.1}, "test").model_settings()
+    assert (settings["n_layer"], settings["n_embd"], settings["n_positions"]) == (6, 128, 512)
+    assert settings["embd_pdrop"] == settings["attn_pdrop"] == settings["resid_pdrop"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_stps": 3}, 'no setting "max_stps"; did you mean "max_steps"'),
+        ({"model": {"n_layers": 3}}, 'no setting "model.n_layers"; did you mean "model.n_layer"'),
+        ({"max_steps": "many"}, "max_steps='many' is not an integer"),
+        ({"max_steps": 1.5}, "max_steps=1.5 is not an integer"),
+        ({"max_steps": None}, "max_steps needs a value"),
+        ({"training.compile": "maybe"}, "training.compile='maybe' is not a bool"),
+        ({"max_steps": 0}, "max_steps must be greater than 0, got 0"),
+        ({"lr": float("nan")}, "lr must be greater than 0, got nan"),
+        ({"seed": -1}, "seed must be from 0 to 2147483648, got -1"),
+        ({"workers": -1}, "training.workers must be at least 0, got -1"),
+        ({"warmup_steps": -5}, "training.warmup_steps must be at least 0, got -5"),
+        ({"weight_decay": float("nan")}, "training.weight_decay must be at least 0, got nan"),
+        ({"dropout": float("nan")}, "model.dropout must be from 0 to 1, got nan"),
+        ({"beta2": 1}, "training.beta2 must be from 0 to 0.999999, got 1.0"),
+        ({"preset": "smal"}, 'preset: no "smal"; use one of tiny, small, paper, gpt2; did you mean "small"'),
+        ({"mixing": "fixd"}, 'did you mean "fixed"'),
+        ({"device": "gpu"}, 'device: no "gpu"'),
+        ({"max_steps": datetime.date(2024, 1, 1)}, "is not an integer"),  # as YAML reads 2024-01-01
+        ({"model": 5}, "recipe.yaml: model holds settings, one a line below it, not 5"),
+        ({"precision": "fp16"}, 'training.precision: no "fp16"'),
+    ],
+)
+def test_mistakes_name_the_setting_the_value_and_the_mend(changes: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Recipe().override(changes, "recipe.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_mix_layers_takes_indices() -> None:
+    assert Recipe().override({"mix_layers": "0,2"}, "t").model_settings()["mix_layers"] == [0, 2]
+    assert Recipe().override({"mix_layers": [0, 2]}, "t").model_settings()["mix_layers"] == [0, 2]
+    with pytest.raises(UserError, match="mix_layers"):
+        Recipe().override({"mix_layers": "first"}, "t").model_settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"max_steps: [", "is not valid YAML"),
+        (b"- a\n- b\n", "name: value"),
+        (b"\xff\xfe\x00binary", "it is no text file"),
+    ],
+)
+def test_broken_recipe_files(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_missing_recipe_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the recipe .*No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_every_recipe_of_the_project_loads() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        changes = load_recipe(path)
+        for extra in ("data", "task"):
+            changes.pop(extra, None)
+        arms = (changes.pop("compare", None) or {}).get("arms", ["none"])
+        kind = ClassifierRecipe if changes["preset"] in CLASSIFIER_PRESETS else Recipe
+        recipe = kind().override(changes, str(path))
+        for arm in parse_arms(arms, recipe):
+            arm.recipe.model_settings()
+
+
+def test_narrow_models_start_with_weights_that_keep_a_signal_as_it_is() -> None:
+    narrow = ClassifierRecipe().override({"n_embd": 16}, "test")
+    assert narrow.model_settings()["initializer_range"] == 0.25
+    assert narrow.override({"initializer_range": 0.02}, "test").model_settings()["initializer_range"] == 0.02
+    assert Recipe().override({"n_embd": 64}, "test").model_settings()["initializer_range"] == 0.125
+    assert "initializer_range" not in Recipe().override({"preset": "gpt2"}, "test").model_settings()
+
+
+def test_arms_override_settings() -> None:
+    arms = parse_arms(["none", "none:n_layer=12,lr=1e-3", "fixed:max_window=4"], Recipe())
+    assert [arm.recipe.mixing for arm in arms] == ["none", "none", "fixed"]
+    assert (arms[1].recipe.model.n_layer, arms[1].recipe.lr) == (12, 1e-3)
+    assert arms[2].recipe.model.max_window == 4
+    assert len({arm.folder(0) for arm in arms}) == 3
+    assert all("/" not in arm.folder(0) and ":" not in arm.folder(0) for arm in arms)
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ([], "at least one arm"),
+        (["none", "none"], "names none twice"),
+        (["none", "wavelets"], '--arms: no "wavelets"'),
+        (["none:n_layer"], '"n_layer" is not name=value'),
+        (["none:layers=3"], 'no setting "layers"'),
+        (["none", "fixed: lr=1e-3", "fixed:lr=1e-3"], "twice, once as fixed: lr=1e-3"),
+        (["none", "none:seed=3"], "none:seed=3: all arms share the data and the seeds"),
+        (["none", "none:modality=bytes"], "all arms share the data and the seeds"),
+    ],
+)
+def test_bad_arms(arms: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_arms(arms, Recipe())

@@ -1,0 +1,1 @@
+"""The command line: `main.py` finds a command, `commands.py` has them all."""

@@ -1,0 +1,437 @@
+"""The commands. Each is a dataclass: its fields are the options, its docstring the help, `run` the work.
+
+Heavy libraries are imported inside `run`, so that --help is instant and a mistake is told before they load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from waveletgpt.classify.settings import TaskSettings
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.errors import UserError, suggest
+from waveletgpt.training.recipe import ClassifierRecipe, Recipe
+
+DEFAULT_DATA = "python-stdlib"
+Flat = arg(name="")
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one model on DATA: a file, a folder, an archive, or a name from `waveletgpt data list`."""
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    out: str = "runs/train"
+    """Run folder to write."""
+    resume: bool = False
+    """Go on with the run in --out, exactly where it was saved."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from waveletgpt.runs.folder import RunFolder
+        from waveletgpt.training.resuming import check_run_folder
+        from waveletgpt.training.trainer import train
+
+        check_run_folder(RunFolder(self.out), self.resume)
+        store = prepare_store(self.data, self.settings)
+        run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
+        result = run.info["result"]
+        bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
+        say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}")
+        share = f", {result['mfu']:.1%} of this GPU's peak" if result["mfu"] else ""
+        say(
+            f"{result['tokens_per_second']:,.0f} tokens/s, {result['flops_per_second'] / 1e9:,.3g} GFLOP/s of the model"
+            f"{share}; {result['waiting_for_data']:.1%} of the time waiting for data"
+        )
+        say(f"run folder: {run.path}   (waveletgpt report {run.path}, waveletgpt generate {run.path})")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several arms on the same batches of DATA and report how much sooner each reaches the baseline's loss.
+
+    The first arm is the baseline. An arm is a mixing, with settings of its own if need be: none:n_layer=12,lr=1e-3
+    """
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    out: str = "runs/compare"
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first: none, fixed, learnable, ema, conv, shift, each with :name=value,... if need be."""
+    seeds: int = 1
+    """Seeds per arm, from --seed on."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        train_arms(self, lambda: prepare_store(self.data, self.settings), self.data, self.out)
+
+
+@dataclass(frozen=True)
+class ClassifierOptions(ClassifierRecipe):
+    source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Lra:
+    """Train several arms as classifiers on a task of the Long Range Arena and report their accuracy.
+
+    Tasks: listops, text, retrieval, image, pathfinder, pathx. The first arm is the baseline.
+    """
+
+    task: Positional[str] = ""
+    """listops, text, retrieval, image, pathfinder or pathx."""
+    data: str | None = None
+    """Folder or archive with the task's official files; default: generated, or the named data set."""
+    out: str | None = None
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed (default:
+    runs/lra-TASK)."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first, as in `waveletgpt compare`."""
+    seeds: int = 1
+    """Seeds per arm, from --seed on."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=ClassifierOptions)
+
+    def run(self) -> None:
+        from waveletgpt.classify.long_range_arena import TASKS, prepare_task
+
+        if self.task not in TASKS:
+            raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
+        if self.settings.modality not in (None, TASKS[self.task].modality):
+            raise UserError(f"lra {self.task} has a modality of its own, not {self.settings.modality}; leave it out")
+        out = self.out or f"runs/lra-{self.task}"
+        train_arms(self, lambda: prepare_task(self.task, self.data, self.settings.source), self.task, out)
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Train several arms as classifiers of recordings and report accuracy, or mean average precision.
+
+    DATA: a folder per class, or the layout of FSD50K, ESC-50 or the Free Spoken Digit Dataset.
+    """
+
+    data: Positional[str] = ""
+    """Folder, archive or data set name."""
+    out: str = "runs/classify"
+    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first, as in `waveletgpt compare`."""
+    seeds: int = 1
+    """Seeds per arm, from --seed on."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=lambda: ClassifierOptions(preset="clips"))
+
+    def run(self) -> None:
+        from waveletgpt.classify.clips import prepare_clips
+
+        if not self.data:
+            raise UserError("classify: name a folder of recordings, such as one folder per class")
+        if self.settings.modality not in (None, "audio"):
+            raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
+        train_arms(self, lambda: prepare_clips(self.data, self.settings.source), self.data, self.out)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Tell the classes of files with a classifier's run."""
+
+    run_folder: Positional[str]
+    """Run folder of `waveletgpt classify` or `waveletgpt lra`."""
+    files: Positional[tuple[str, ...]] = ()
+    """Recordings, texts or pictures, as the run was trained on; for retrieval the two texts of each pair in turn."""
+    top: int = 3
+    """How many of the likeliest classes to print."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from waveletgpt.classify.prediction import predict_files
+
+        rows = predict_files(self.run_folder, self.files, self.top, self.device)
+        if self.json:
+            print(json.dumps([{"file": name, "classes": dict(classes)} for name, classes in rows], indent=1))
+            return
+        for name, classes in rows:
+            say(f"{name}: " + ", ".join(f"{label} {share:.1%}" for label, share in classes))
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss, perplexity and bits per byte of a run's model on held-out data; of a classifier its accuracy."""
+
+    run_folder: Positional[str]
+    """Run folder."""
+    split: str = "validation"
+    """validation or test."""
+    windows: int | None = None
+    """Windows to read; default: the whole split, without overlap. Classifiers always read all of it."""
+    context: int | None = None
+    """Tokens of a window, also more than the model was trained on (default: as many); not for classifiers."""
+    batch_size: int = 16
+    """Windows at once."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        if is_classifier(self.run_folder):
+            from waveletgpt.classify.prediction import evaluate_classifier
+
+            if self.context is not None:
+                raise UserError("--context: a classifier reads whole examples; leave it out")
+            found = evaluate_classifier(self.run_folder, self.split, self.batch_size, self.device)
+            if self.json:
+                print(json.dumps(found, indent=1))
+                return
+            scores = ", ".join(f"{name} {found[name]:.2%}" for name in ("accuracy", "map", "top5") if name in found)
+            say(f"{found['split']}: {scores} ({found['recordings']:,} examples)")
+            return
+        from waveletgpt.runs.evaluation import evaluate_run
+
+        value = evaluate_run(
+            self.run_folder, self.split, self.windows, self.batch_size, self.device, context=self.context
+        )
+        if self.json:
+            print(json.dumps(value, indent=1))
+            return
+        bits = f", {value['bits_per_byte']:.4f} bits per byte" if value["bits_per_byte"] else ""
+        say(
+            f"{value['split']}: {value['nll']:.4f} nats per token, perplexity {value['perplexity']:.3f}{bits} "
+            f"({value['tokens']:,} tokens)"
+        )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with a run's model."""
+
+    run_folder: Positional[str]
+    """Run folder."""
+    prompt: str | None = None
+    """Text to continue, or a file where data are not text; default: a new document."""
+    tokens: int | None = None
+    """New tokens at most; default: what suits the modality, 200 for text."""
+    out: str | None = None
+    """Folder for samples that are no text; default: RUN/generated."""
+    samples: int = 1
+    """How many samples."""
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that make up this probability."""
+    seed: int = 0
+    """Seed of the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def run(self) -> None:
+        if is_classifier(self.run_folder):
+            raise UserError(f"{self.run_folder} is a classifier's run; ask it with `waveletgpt predict`")
+        from waveletgpt.runs.evaluation import print_samples
+
+        print_samples(
+            self.run_folder,
+            self.prompt,
+            tokens=self.tokens,
+            out=self.out,
+            samples=self.samples,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html (and summary.json, curves.csv) from run folders or comparisons, without training."""
+
+    runs: Positional[tuple[str, ...]]
+    """Run folders, or folders that hold them."""
+    baseline: str | None = None
+    """Arm to compare with; default: "none" if there is one, else the first."""
+    out: str | None = None
+    """Folder to write; default: the first one given."""
+
+    def run(self) -> None:
+        from waveletgpt.report import write_results
+        from waveletgpt.runs.folder import RunFolder, find_runs
+
+        if not self.runs:
+            raise UserError("name at least one run folder")
+        # Where there is no run, `open` says why.
+        found = [run for folder in self.runs for run in list(find_runs(folder)) or [RunFolder.open(folder)]]
+        arms = list(dict.fromkeys(run.info["arm"] for run in found))
+        baseline = self.baseline or next((arm for arm in arms if arm.split(":")[0] == "none"), arms[0])
+        if baseline not in arms:
+            raise UserError(
+                f'--baseline: no arm "{baseline}" in these runs; there are {", ".join(arms)}{suggest(baseline, arms)}'
+            )
+        found.sort(key=lambda run: run.info["arm"] != baseline)
+        out = Path(self.out or self.runs[0])
+        print_summary(write_results(out, found, baseline))
+        say(f"report: {out / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Parameters, FLOPs and state that mixing adds, and its windows, for a preset or a run."""
+
+    what: Positional[str] = "small"
+    """A preset (tiny, small, paper, gpt2, lra-small, lra-image, ...) or a run folder."""
+    vocabulary: int = 256
+    """Vocabulary of a preset's model, in tokens."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from waveletgpt.runs.evaluation import print_info
+
+        print_info(self.what, plain(self.settings), self.vocabulary)
+
+
+@dataclass(frozen=True)
+class DataList:
+    """Data sets that are known by name."""
+
+    def run(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from waveletgpt.data.sources.named import NAMED
+
+        table = Table("name", "what", "modality", "bytes", "licence", "address")
+        for name, known in NAMED.items():
+            size = f"{known.size:,}" if known.size else ""
+            table.add_row(
+                name,
+                known.description,
+                known.modality,
+                size,
+                known.licence,
+                known.url or ("generated" if known.made else "on every machine"),
+            )
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@dataclass(frozen=True)
+class DataPrepare:
+    """Turn DATA into a token store, as training would, and say where it is."""
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    modality: str | None = None
+    """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own, else what the
+    names of the files tell."""
+    source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
+
+    def run(self) -> None:
+        from waveletgpt.data import prepare
+
+        store = prepare(self.data, self.modality, self.source)
+        for split in ("train", "validation", "test"):
+            size = store.bytes_per_token(split)
+            say(
+                f"{split:>10}: {len(store.split(split)):>12,} tokens"
+                + (f", {size:.3f} bytes per token" if size else "")
+            )
+        say(f"vocabulary: {store.vocab_size} ({store.modality})")
+        say(f"token store: {store.path}")
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "compare": Compare,
+    "lra": Lra,
+    "classify": Classify,
+    "predict": Predict,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "report": Report,
+    "info": Info,
+    "data list": DataList,
+    "data prepare": DataPrepare,
+}
+
+
+def plain(settings: Recipe) -> Any:
+    """The parsed settings as a `Recipe` or `ClassifierRecipe` proper."""
+    kind = ClassifierRecipe if isinstance(settings, ClassifierRecipe) else Recipe
+    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
+
+
+def prepare_store(data: str, settings: Recipe) -> Any:
+    from waveletgpt.data import prepare
+
+    return prepare(data, settings.modality, settings.source)
+
+
+def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:
+    """Train the arms of a command on the store that `prepare` makes, print the table and where the report is."""
+    from waveletgpt.training.compare import compare, plan
+
+    recipe = plain(command.settings)
+    planned: dict[str, Any] = {"arms": command.arms, "seeds": command.seeds, "resume": command.resume}
+    plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
+    summary = compare(recipe, prepare(), out, data=data, **planned)
+    print_summary(summary)
+    say(f"report: {Path(out) / 'report.html'}")
+
+
+def is_classifier(folder: str) -> bool:
+    """Whether a run is a classifier's; raises UserError where there is no run."""
+    from waveletgpt.classify.scores import CLASSIFICATION
+    from waveletgpt.runs.folder import RunFolder
+
+    return RunFolder.open(folder).info.get("task") == CLASSIFICATION
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The table of arms, and the result in a sentence."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from waveletgpt.report import in_words
+
+    header, rows, sentence = in_words(summary)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    say(sentence)

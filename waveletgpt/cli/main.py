@@ -1,0 +1,159 @@
+"""The command line's entry: finds the command, reads `--recipe`, and tells mistakes in one line. See commands.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from waveletgpt import __version__
+from waveletgpt.errors import UserError, suggest
+from waveletgpt.training.recipe import load_recipe
+
+HELP: dict[str, str] = {
+    "train DATA": "train one model",
+    "compare DATA": "train arms side by side and report the speed-up",
+    "lra TASK": "the same for classifiers, on the Long Range Arena",
+    "classify DATA": "the same for classifiers of recordings",
+    "predict RUN FILE...": "classes of files",
+    "evaluate RUN": "loss, perplexity, bits per byte on held-out data",
+    "generate RUN": "continue a prompt",
+    "report RUN...": "write report.html from run folders",
+    "info PRESET|RUN": "parameters, FLOPs and state that mixing adds",
+    "data list": "data sets known by name",
+    "data prepare DATA": "turn data into tokens, as training would",
+}
+
+
+# Kept free of tyro, so that it is instant.
+USAGE = "\n".join(
+    [
+        "usage: waveletgpt COMMAND ... [--help]",
+        "",
+        "Pre-train GPT-style models with multi-scale (wavelet) structure, and measure how much sooner they learn.",
+        "",
+        *(f"  {name:<20}{what}" for name, what in HELP.items()),
+        "",
+        "DATA is a file, a folder, an archive, a name from `waveletgpt data list`, or hf:OWNER/NAME.",
+        "Each command explains its options with --help.",
+    ]
+)
+
+
+def _defaults(kind: type, words: list[str]) -> Any:
+    """The command with the settings of its `--recipe` file as defaults, or None without one."""
+    path = None
+    for i, word in enumerate(words):
+        if word == "--recipe" and i + 1 < len(words):
+            path = words[i + 1]
+        elif word.startswith("--recipe="):
+            path = word.removeprefix("--recipe=")
+    names = {f.name for f in dataclasses.fields(kind)}
+    if path is None or "recipe" not in names:
+        return None
+    changes = load_recipe(path)
+    command: dict[str, Any] = {"recipe": path}
+    compare = changes.pop("compare", None) or {}
+    if not isinstance(compare, dict) or not set(compare) <= {"arms", "seeds"}:
+        raise UserError(f"{path}: `compare` holds `arms` and `seeds`, nothing else")
+    if not isinstance(compare.get("arms", []), list) or not isinstance(compare.get("seeds", 1), int):
+        raise UserError(f"{path}: `compare` needs a list and a number, as in {{arms: [none, fixed], seeds: 3}}")
+    for name, value in [(key, changes.pop(key, None)) for key in ("data", "task")] + list(compare.items()):
+        if name in ("data", "task") and not isinstance(value, str | None):
+            raise UserError(f"{path}: {name} is {value!r}, not a text such as `{name}: imdb`")
+        if name in names and value is not None:
+            command[name] = tuple(map(str, value)) if isinstance(value, list) else value
+    default = kind()
+    return dataclasses.replace(default, settings=default.settings.override(changes, str(path)), **command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits 0, 1 (diverged), 2 (a mistake of the user's), 130 (interrupted)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    if words[0] in ("-V", "--version"):
+        print(f"waveletgpt {__version__}")
+        return
+    with plain_errors():
+        commands = {" ".join(name.split()[: 2 if name.startswith("data ") else 1]) for name in HELP}
+        size = 2 if words[0] == "data" and len(words) > 1 and not words[1].startswith("-") else 1
+        name = " ".join(words[:size])
+        if name == "data":
+            print("usage: waveletgpt data list | waveletgpt data prepare DATA [--help]")
+            if len(words) == 1:
+                sys.exit(2)
+            return
+        if name not in commands:
+            raise UserError(f'no command "{name}"; there are {", ".join(sorted(commands))}{suggest(name, commands)}')
+        import tyro
+
+        from waveletgpt.cli.commands import COMMANDS
+
+        kind = COMMANDS[name]
+        default = _defaults(kind, words[size:])
+        options: dict[str, Any] = {} if default is None else {"default": default}
+        with one_line_usage_errors(name):
+            command = tyro.cli(kind, prog=f"waveletgpt {name}", args=words[size:], **options)
+        command.run()
+
+
+def _unstyled(told: io.StringIO) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue()).splitlines()
+
+
+@contextlib.contextmanager
+def one_line_usage_errors(name: str) -> Iterator[None]:
+    """tyro tells a mistyped option in a box of many lines; keep what it says, in one."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        box = "│╭╰╮╯─-|+ \t"
+        lines = [line.strip(box) if line.strip(box) == "" else line.strip("│╭╰╮╯─| \t") for line in _unstyled(told)]
+        first = [line for line in lines if line][1:] or ["bad options"]
+        ends = ("Perhaps", "For full", "Argument helptext")
+        message = " ".join(itertools.takewhile(lambda line: not line.startswith(ends), first))
+        near = next((line.split()[0] for line in lines[lines.index(first[0]) :] if line.startswith("--")), None)
+        hint = f'; did you mean "{near}"?' if near and "Unrecognized" in message else f"; see waveletgpt {name} --help"
+        raise UserError(message.rstrip(".") + hint) from None
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; so is a full disk or a missing permission."""
+    try:
+        yield
+    except UserError as error:
+        _stop(str(error), 2)
+    except KeyboardInterrupt:
+        _stop("stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _stop(f"{error.filename or 'file'}: {error.strerror or error}", 2)
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "Diverged":
+            _stop(str(error), 1)
+        if kind == "Interrupted":
+            _stop(f"{error}; go on with the same command and --resume", 130)
+        raise
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"waveletgpt: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,327 @@
+"""Pictures as tokens: the modality `images`, one token a pixel (or a colour of a pixel), row after row.
+
+Every picture becomes a record of `1 + size * size * channels` tokens: the token `<|image|>`, then 8-bit values. With a
+context of one record less one token, a window is the picture itself: the token and all pixels but the last are the
+inputs, all pixels the targets, and the loss in nats / ln 2 is the bits per dimension of image models.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from waveletgpt.data.modalities import encoders
+from waveletgpt.data.modalities.modality import SampleFile, counted, spread
+from waveletgpt.data.modalities.text import require_splits
+from waveletgpt.data.progress import bar
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources.files import Document, Source, TooLarge, report_skipped
+from waveletgpt.data.splits import Spool, point_of, split_of
+from waveletgpt.data.store import SPLITS, StoreWriter
+from waveletgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BEGIN = 256
+"""The token before each picture."""
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+"""What is read. Pillow knows more, among them some (EPS) that it gives to another program to run."""
+FILE_LIMIT = 256 << 20
+"""Bytes of a file, beyond which it is skipped."""
+PIXEL_LIMIT = 64_000_000
+"""Pixels of a picture, beyond which it is skipped: a few bytes can claim to hold billions."""
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+     ".pnm", ".tga", ".jp2", ".j2k", ".avif")
+)  # fmt: skip
+"""How files of these formats are called."""
+_FILES_AT_ONCE = 256
+_BYTES_AT_ONCE = 64 << 20
+_CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin")
+_CIFAR_RECORD = 1 + 3 * 32 * 32
+
+
+class Shape(NamedTuple):
+    """Height and width, and values per pixel: 1 (grey) or 3 (red, green, blue)."""
+
+    size: int
+    channels: int
+
+    @property
+    def values(self) -> int:
+        return self.size * self.size * self.channels
+
+    @property
+    def record(self) -> int:
+        """Tokens of one picture."""
+        return 1 + self.values
+
+    @property
+    def half(self) -> int:
+        """Values of the upper half."""
+        return self.size // 2 * self.size * self.channels
+
+
+class Unusable(Exception):
+    """Why a file is skipped."""
+
+
+_Found = list[tuple[float, bytes]] | Unusable
+
+
+def load(data: bytes, shape: Shape) -> bytes:
+    """The values of a picture file, (size, size, channels) uint8 in raster order: centre square, resized.
+
+    Turned as its EXIF says, transparency on white, 16 bits cut to 8, of an animation the first frame; a picture that
+    has the size already keeps its pixels. Raises Unusable.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        Image.init()
+        formats = [kind for kind in FORMATS if kind in Image.OPEN]  # builds of Pillow differ
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        if picture.width * picture.height > PIXEL_LIMIT:
+            raise Unusable(f"{picture.width} x {picture.height} pixels, the limit is {PIXEL_LIMIT:,}")
+        picture.draft(None, (2 * shape.size, 2 * shape.size))  # large JPEGs are decoded at a fraction of their size
+        picture.load()
+        return _square(ImageOps.exif_transpose(picture), shape)
+    except Unusable:
+        raise
+    except UnidentifiedImageError:
+        raise Unusable("not a picture" + _hint(data)) from None
+    # Decoders of damaged files raise nearly anything: OSError, ValueError, SyntaxError, struct.error, MemoryError, ...
+    except Exception as error:
+        raise Unusable(f"broken ({str(error) or type(error).__name__})") from error
+
+
+def _hint(data: bytes) -> str:
+    return "; CIFAR's Python version is never unpickled, get the binary version" if data[:2] == b"\x80\x02" else ""
+
+
+def _square(picture: Image, shape: Shape) -> bytes:
+    from PIL import Image, ImageOps
+
+    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        deep = np.clip(np.asarray(picture).astype(np.int64), 0, 0xFFFF) >> 8
+        picture = Image.fromarray(deep.astype(np.uint8))
+    if picture.mode == "F":
+        raise Unusable("floating-point pixels have no known range")
+    if picture.has_transparency_data:
+        colours = picture.convert("RGBA")
+        picture = Image.new("RGBA", picture.size, "white")
+        picture.alpha_composite(colours)
+    picture = picture.convert("L" if shape.channels == 1 else "RGB")
+    return ImageOps.fit(picture, (shape.size, shape.size), Image.Resampling.BICUBIC).tobytes()
+
+
+def load_cifar(data: bytes, shape: Shape) -> list[tuple[float, bytes]]:
+    """The pictures of a batch of CIFAR-10's binary version: per picture a label and 3 planes of 32 x 32.
+
+    As `load` gives them, each with the `point_of` its content. Raises Unusable.
+    """
+    from PIL import Image
+
+    if not data or len(data) % _CIFAR_RECORD:
+        raise Unusable(f"{len(data):,} bytes are no whole number of CIFAR-10's records")
+    planes = np.frombuffer(data, np.uint8).reshape(-1, _CIFAR_RECORD)[:, 1:].reshape(-1, 3, 32, 32)
+    pictures = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    return [(point_of(pixels.data), _square(Image.fromarray(pixels), shape)) for pixels in pictures]
+
+
+class ImagesModality:
+    """Pictures, and how they become tokens and pictures again."""
+
+    name = "images"
+    description = "pixels, 8 bits, grey or RGB, row after row, of pictures made square (256 + 1)"
+    suffixes = SUFFIXES
+    suppress_tokens = (BEGIN,)  # inside a picture; what is generated is what completes one
+
+    def identity(self, settings: DataSettings) -> dict[str, Any]:
+        """Size and mode; raises UserError for a tokenizer of another's."""
+        return encoders.no_settings(settings) | {"image_size": settings.image_size, "image_mode": settings.image_mode}
+
+    def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
+        """Write the pixels of pictures and of CIFAR-10's batches; what cannot be read is skipped, named and counted.
+
+        Raises UserError if Pillow is missing, if no file can be read, or if there are too few for the splits.
+        """
+        need_pillow()
+        shape = Shape(settings.image_size, 3 if settings.image_mode == "rgb" else 1)
+        with Spool(writer.scratch) as spool:
+            with bar(f"reading {source.name}", source.size, progress) as advance:
+                for name, split, found in _read(source.files(), shape):
+                    if isinstance(found, Unusable):
+                        source.skipped.append(f"{name}: {found}")
+                        continue
+                    for point, pixels in found:
+                        chosen = split_of(split, point, settings, source.own_splits)
+                        spool.end_document(chosen, spool.write(pixels), point)
+                    advance(source.done)
+            report_skipped(source, "pictures", spool.documents)
+            spool.divide(settings, source.own_splits, whole=True)
+            pictures = {split: size // shape.values for split, size in spool.sizes.items()}
+            require_splits(source.name, pictures, settings, "pictures", least=1)
+            writer.begin(BEGIN + 1)
+            with bar(f"writing {source.name}", spool.size, progress) as advance:
+                _write(spool, shape, writer, advance)
+        tokenizer = encoders.words(
+            [str(value) for value in range(256)], "<|image|>", image_size=shape.size, image_mode=settings.image_mode
+        )
+        tokenizer.save_pretrained(writer.tokenizer_folder)
+        writer.finish(
+            source={"name": source.name, "documents": spool.documents},
+            split=spool.method,
+            record=shape.record,
+            skipped={"count": len(source.skipped), "names": source.skipped[:100]},
+        )
+
+    def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
+        """The upper half of the picture in the file `prompt`, to be completed; of no prompt, the token before pictures.
+
+        Raises UserError if the file is not there or no picture.
+        """
+        if not prompt:
+            return [BEGIN]
+        need_pillow()
+        shape = _shape(tokenizer)
+        path = Path(prompt).expanduser()
+        if not path.is_file():
+            raise UserError(f'no picture "{prompt}": give the path of a picture file')
+        try:
+            pixels = load(path.read_bytes(), shape)
+        except Unusable as error:
+            raise UserError(f"{prompt} cannot be used: {error}") from error
+        return [BEGIN, *pixels[: shape.half]]
+
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """The upper half of a picture each."""
+        shape = _shape(tokenizer)
+        return spread(tokens, count, 1 + shape.half, shape.record)
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """What completes the picture."""
+        record = _shape(tokenizer).record
+        return record - len(prompt) % record
+
+    def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
+        """Write the picture of `tokens` as `stem`.png, small ones enlarged to 256 pixels in whole steps.
+
+        Tokens that are no pixels are passed over, missing pixels are black, those beyond one picture are left out.
+        """
+        path = stem.with_name(stem.name + ".png")
+        save_grid([tokens], tokenizer, path)
+        shape = _shape(tokenizer)
+        pixels = sum(0 <= token < BEGIN for token in tokens)
+        repairs = Counter(
+            {
+                "tokens that are no pixels passed over": len(tokens) - pixels - (tokens[:1] == [BEGIN]),
+                "missing pixels black": max(0, shape.values - pixels),
+                "pixels beyond the picture left out": max(0, pixels - shape.values),
+            }
+        )
+        return SampleFile("image", path, repaired=counted(repairs))
+
+
+def save_grid(samples: Sequence[Sequence[int]], tokenizer: Any, path: Path, columns: int = 8) -> Path:
+    """Write the pictures of several samples as one PNG, `columns` in a row, thin grey lines between them."""
+    need_pillow()
+    from PIL import Image
+
+    shape = _shape(tokenizer)
+    scale = max(1, 256 // shape.size)
+    step = shape.size * scale + 2
+    columns = min(columns, len(samples))
+    rows = -(-len(samples) // columns)
+    mode = "L" if shape.channels == 1 else "RGB"
+    sheet = Image.new(mode, (columns * step - 2, rows * step - 2), "grey")
+    for index, tokens in enumerate(samples):
+        picture = Image.frombytes(mode, (shape.size, shape.size), pixels_of(tokens, shape))
+        large = picture.resize((step - 2, step - 2), Image.Resampling.NEAREST)
+        sheet.paste(large, (index % columns * step, index // columns * step))
+    sheet.save(path)
+    return path
+
+
+def pixels_of(tokens: Sequence[int], shape: Shape) -> bytes:
+    """The values of the first picture in any tokens: no more than it has, missing ones 0."""
+    return bytes([token for token in tokens if 0 <= token < BEGIN][: shape.values]).ljust(shape.values, b"\0")
+
+
+def _shape(tokenizer: Any) -> Shape:
+    settings = tokenizer.init_kwargs
+    return Shape(int(settings["image_size"]), 3 if settings["image_mode"] == "rgb" else 1)
+
+
+def _read(documents: Iterable[Document], shape: Shape) -> Iterator[tuple[str, str | None, _Found]]:
+    """(name, split, its pictures or why there are none) of each file, decoded by several threads."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for batch in _batches(documents):
+            names, splits, contents = zip(*batch, strict=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on oddities inside of files; what matters raises
+                found = list(pool.map(_decode, names, contents, [shape] * len(batch)))
+            yield from zip(names, splits, found, strict=True)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, str | None, bytes | Unusable]]]:
+    batch: list[tuple[str, str | None, bytes | Unusable]] = []
+    gathered = 0
+    for document in documents:
+        content: bytes | Unusable
+        try:
+            content = document.read(FILE_LIMIT)
+            gathered += len(content)
+        except TooLarge as error:
+            content = Unusable(str(error))
+        batch.append((document.name, document.split, content))
+        if len(batch) == _FILES_AT_ONCE or gathered >= _BYTES_AT_ONCE:
+            yield batch
+            batch, gathered = [], 0
+    if batch:
+        yield batch
+
+
+def _decode(name: str, content: bytes | Unusable, shape: Shape) -> _Found:
+    if isinstance(content, Unusable):
+        return content
+    try:
+        if _CIFAR.fullmatch(name.rpartition("/")[2]):
+            return load_cifar(content, shape)
+        return [(point_of(content), load(content, shape))]
+    except Unusable as error:
+        return error
+
+
+def _write(spool: Spool, shape: Shape, writer: StoreWriter, advance: Callable[[int], None]) -> None:
+    done = 0
+    for batch in spool.batches(lambda block: 0, _BYTES_AT_ONCE // 8):
+        for split in SPLITS:
+            mine = [piece.data for piece in batch if piece.split == split]
+            if mine:
+                records = np.full((len(mine), shape.record), BEGIN, np.uint16)
+                records[:, 1:] = np.frombuffer(b"".join(mine), np.uint8).reshape(len(mine), shape.values)
+                writer.append(split, records.reshape(-1), documents=len(mine))
+        done += sum(len(piece.data) for piece in batch)
+        advance(done)
+
+
+def need_pillow() -> None:
+    """Raises UserError if Pillow is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise UserError("pictures need Pillow, which is not installed: pip install 'waveletgpt[images]'") from None
+
+
+IMAGES = ImagesModality()

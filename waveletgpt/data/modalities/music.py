@@ -1,0 +1,465 @@
+"""Symbolic music as tokens: the modality `music`, MIDI files as the 388 events of the Music Transformer.
+
+A piece is what happens in real time, one event a token (Oore et al. 2018, https://arxiv.org/abs/1808.03715; Huang et
+al. 2018, https://arxiv.org/abs/1809.04281; Hawthorne et al. 2018, https://arxiv.org/abs/1810.12247):
+
+      0 .. 127   a key goes down          256 .. 355   time passes: 10 ms, 20 ms, ... 1 s
+    128 .. 255   a key comes up           356 .. 387   keys that go down from now on do so with this velocity (of 32)
+    388          `<|endoftext|>`, after every piece
+
+Times are rounded to the grid one by one, never summed, so that a piece does not drift. The sustain pedal becomes longer
+notes: a key released while the pedal is down sounds until that comes up or the key is struck again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from waveletgpt.data.modalities import encoders
+from waveletgpt.data.modalities.modality import SampleFile, counted
+from waveletgpt.data.progress import bar
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources.files import Document, Source, TooLarge, report_skipped
+from waveletgpt.data.splits import Spool, point_of, split_of
+from waveletgpt.data.store import SPLITS, StoreWriter
+from waveletgpt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ON, OFF, SHIFT, VELOCITY, END = 0, 128, 256, 356, 388
+"""The first token of each kind."""
+FRAME = 0.01
+"""Seconds between the points of the grid."""
+LONGEST_SHIFT = 100
+"""Frames of the longest single shift."""
+VELOCITIES = 4
+"""MIDI velocities (1 .. 127) to one of the 32 steps."""
+FILE_LIMIT = 64 << 20
+"""Bytes of a file, beyond which it is skipped."""
+HOURS = 24
+"""Length of a piece, beyond which it is skipped: a few bytes can claim years of silence."""
+RENDER_SECONDS = 120
+"""The time that rendering a sample may take."""
+PROMPT = 5.0
+"""Seconds of a prompt that doesn't say how many."""
+
+EVENTS = [
+    *(f"on-{key}" for key in range(128)),
+    *(f"off-{key}" for key in range(128)),
+    *(f"wait-{(frames + 1) * 10}ms" for frames in range(LONGEST_SHIFT)),
+    *(f"velocity-{step + 1}" for step in range(32)),
+]
+"""What the tokenizer calls each token."""
+
+NOTES = np.dtype([("start", "<f8"), ("end", "<f8"), ("pitch", "u1"), ("velocity", "u1")])
+"""Notes of a piece: seconds, key 0 .. 127, velocity 1 .. 127; in the order of their starts, then keys."""
+
+
+class Unusable(Exception):
+    """Why a file is skipped."""
+
+
+def library() -> Any:
+    """The module symusic; raises UserError if it is not installed."""
+    try:
+        import symusic
+    except ImportError:
+        raise UserError("music needs the library symusic: pip install 'waveletgpt[music]'") from None
+    return symusic
+
+
+def read_midi(data: bytes) -> np.ndarray:
+    """The notes of a MIDI file, all tracks but percussion together, tempo map and sustain pedal applied: `NOTES`.
+
+    Of notes that start together on one key the loudest counts, and a key that is struck while it sounds ends the note
+    before. Raises Unusable if it is broken, too long, or has no notes.
+    """
+    if not data.startswith(b"MThd"):
+        raise Unusable("not a MIDI file")
+    try:
+        score = library().Score.from_midi(data)
+        tracks = [track for track in score.tracks if not track.is_drum]
+        tempos = score.tempos.numpy() if len(score.tempos) else {"time": np.empty(0), "mspq": np.empty(0)}
+        parts = [(track.notes.numpy(), track.controls.numpy()) for track in tracks if len(track.notes)]
+        per_quarter = score.ticks_per_quarter
+    except UserError:
+        raise
+    # The parser raises RuntimeError for what it expects to be broken, but ValueError and others have been seen.
+    except Exception as error:
+        raise Unusable(f"broken ({str(error) or type(error).__name__})") from error
+    if not parts:
+        raise Unusable("no notes in it")
+    if per_quarter < 1:
+        raise Unusable("broken (no ticks in a quarter note)")
+    clock = _Clock(per_quarter, tempos)
+    notes = np.concatenate([_played(keys, clock, controls) for keys, controls in parts])
+    if notes["end"].max() > HOURS * 3600:
+        raise Unusable(f"longer than {HOURS} hours")
+    return _one_sound_a_key(notes)
+
+
+class _Clock:
+    """Seconds of ticks, from a score's tempo map."""
+
+    def __init__(self, per_quarter: int, tempos: dict[str, np.ndarray]) -> None:
+        order = np.argsort(tempos["time"], kind="stable")
+        self._ticks = np.concatenate([[0], tempos["time"][order]]).astype(np.float64)
+        self._rates = np.concatenate([[500_000], tempos["mspq"][order]]) / (1e6 * per_quarter)
+        self._seconds = np.concatenate([[0], np.cumsum(np.diff(self._ticks) * self._rates[:-1])])
+
+    def __call__(self, ticks: np.ndarray) -> np.ndarray:
+        if len(ticks) and ticks.min() < 0:
+            raise Unusable("broken (negative times)")
+        last = np.searchsorted(self._ticks, ticks, "right") - 1
+        return self._seconds[last] + (ticks - self._ticks[last]) * self._rates[last]
+
+
+def _played(keys: dict[str, np.ndarray], clock: _Clock, controls: dict[str, np.ndarray]) -> np.ndarray:
+    """The notes of one track in seconds, those released while the pedal was down lasting until it came up."""
+    notes = np.empty(len(keys["time"]), NOTES)
+    notes["pitch"], notes["velocity"] = np.clip(keys["pitch"], 0, 127), np.clip(keys["velocity"], 1, 127)
+    starts = keys["time"].astype(np.int64)
+    ends = starts + keys["duration"]
+    pedal = controls["number"] == 64
+    order = np.argsort(controls["time"][pedal], kind="stable")
+    times, down = controls["time"][pedal][order].astype(np.int64), (controls["value"][pedal] >= 64)[order]
+    if len(times):
+        # For each release: whether the pedal is down then, and when it next comes up (or the track ends).
+        state = np.searchsorted(times, ends, "right") - 1
+        ups = np.append(times[~down], max(ends.max(), times[-1]))
+        lifted = ups[np.searchsorted(ups[:-1], ends, "right")]
+        ends = np.where((state >= 0) & down[np.maximum(state, 0)], np.maximum(ends, lifted), ends)
+    notes["start"], notes["end"] = clock(starts), clock(ends)
+    return notes
+
+
+def _one_sound_a_key(notes: np.ndarray) -> np.ndarray:
+    """End each note where its key is struck again; of those that start within one frame keep one."""
+    frames = np.rint(notes["start"] / FRAME)
+    notes = notes[np.lexsort((notes["velocity"], frames, notes["pitch"]))]
+    frames = np.rint(notes["start"] / FRAME)
+    new = np.append(True, (np.diff(notes["pitch"].astype(int)) != 0) | (np.diff(frames) != 0))
+    ends = np.maximum.reduceat(notes["end"], np.flatnonzero(new))
+    notes = notes[np.append(np.flatnonzero(new)[1:], len(notes)) - 1]
+    struck = np.append(notes["start"][1:], np.inf)
+    struck[np.flatnonzero(np.diff(notes["pitch"]))] = np.inf
+    notes["end"] = np.minimum(ends, struck)
+    return notes[np.lexsort((notes["pitch"], notes["start"]))]
+
+
+def to_tokens(notes: np.ndarray, transpose: int = 0, tempo: float = 1.0) -> np.ndarray:
+    """The events of `NOTES` on the grid, (T,) uint16, without the token that ends the piece.
+
+    Moved by `transpose` semitones (what leaves the 128 keys is left out) and played `tempo` times as fast. Notes
+    shorter than a frame get one; at one time, keys come up before others go down.
+    """
+    pitch = notes["pitch"].astype(np.int64) + transpose
+    notes, pitch = notes[(pitch >= 0) & (pitch < 128)], pitch[(pitch >= 0) & (pitch < 128)]
+    start = np.rint(notes["start"] / (FRAME * tempo)).astype(np.int64)
+    end = np.rint(notes["end"] / (FRAME * tempo)).astype(np.int64)
+    start, end, pitch, velocity = _apart(start, end, pitch, (notes["velocity"].astype(np.int64) - 1) // VELOCITIES)
+    frame = np.concatenate([end, start])
+    event = np.concatenate([pitch + OFF, pitch + ON])
+    step = np.concatenate([np.full(len(end), -1), velocity])
+    order = np.lexsort((event, step >= 0, frame))
+    frame, event, step = frame[order], event[order], step[order]
+
+    down = np.flatnonzero(step >= 0)
+    changes = np.zeros(len(event), bool)
+    changes[down] = np.diff(step[down], prepend=-1) != 0
+    whole, rest = np.divmod(np.diff(frame, prepend=0), LONGEST_SHIFT)
+    last = np.cumsum(whole + (rest > 0) + changes + 1) - 1  # where each event goes, after its shifts and its velocity
+    tokens = np.full(last[-1] + 1 if len(last) else 0, SHIFT + LONGEST_SHIFT - 1, np.uint16)
+    tokens[last] = event
+    tokens[last[changes] - 1] = VELOCITY + step[changes]
+    tokens[(last - changes - 1)[rest > 0]] = SHIFT + rest[rest > 0] - 1
+    return tokens
+
+
+def _apart(
+    start: np.ndarray, end: np.ndarray, pitch: np.ndarray, velocity: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Notes of whole frames: at least one long, and no two of a key at the same time."""
+    order = np.lexsort((start, pitch))
+    start, end, pitch, velocity = start[order], end[order], pitch[order], velocity[order]
+    same = np.append(np.diff(pitch) == 0, False)
+    following = np.append(start[1:], 0)
+    keep = ~(same & (following == start))
+    limit = np.where(same, following, np.iinfo(np.int64).max)
+    end = np.minimum(np.maximum(end, start + 1), limit)
+    return start[keep], end[keep], pitch[keep], velocity[keep]
+
+
+def from_tokens(tokens: Sequence[int]) -> tuple[np.ndarray, Counter[str]]:
+    """The `NOTES` of any sequence of tokens, and what was skipped, cut short or closed at the end, how often."""
+    repaired: Counter[str] = Counter()
+    sounding: dict[int, tuple[int, int]] = {}
+    notes: list[tuple[float, float, int, int]] = []
+    frame = 0
+    velocity = 64
+
+    def close(pitch: int) -> None:
+        start, loudness = sounding.pop(pitch)
+        if start == frame:
+            repaired["notes without length"] += 1
+        notes.append((start * FRAME, max(frame, start + 1) * FRAME, pitch, loudness))
+
+    for token in map(int, tokens):
+        if ON <= token < OFF:
+            if token in sounding:
+                repaired["keys struck while down"] += 1
+                close(token)
+            sounding[token] = (frame, velocity)
+        elif token < SHIFT and token >= OFF:
+            if token - OFF in sounding:
+                close(token - OFF)
+            else:
+                repaired["releases of keys that are up"] += 1
+        elif SHIFT <= token < VELOCITY:
+            frame += token - SHIFT + 1
+        elif VELOCITY <= token < END:
+            velocity = min(127, (token - VELOCITY) * VELOCITIES + VELOCITIES - 1)  # the middle of the step
+        elif token == END:
+            repaired["keys left down"] += len(sounding)
+            for pitch in list(sounding):
+                close(pitch)
+        else:
+            repaired["unknown tokens"] += 1
+    repaired["keys left down"] += len(sounding)
+    for pitch in list(sounding):
+        close(pitch)
+    found = np.array(notes, NOTES)
+    return found[np.lexsort((found["pitch"], found["start"]))], +repaired
+
+
+def write_midi(notes: np.ndarray, path: Path) -> None:
+    """Write `NOTES` as a piano's MIDI file with a tick per millisecond."""
+    symusic = library()
+    score = symusic.Score(500)  # at 120 quarters a minute
+    track = symusic.Track(program=0, name="piano")
+    start = np.rint(notes["start"] * 1000).astype(np.int32)
+    track.notes = symusic.Note.from_numpy(
+        time=start,
+        duration=np.rint(notes["end"] * 1000).astype(np.int32) - start,
+        pitch=notes["pitch"].astype(np.int8),
+        velocity=notes["velocity"].astype(np.int8),
+        ttype="tick",
+    )
+    score.tracks.append(track)
+    score.tempos.append(symusic.Tempo(0, 120))
+    path.write_bytes(score.dumps_midi())
+
+
+class MusicModality:
+    """MIDI files, and how they become tokens and MIDI files again."""
+
+    name = "music"
+    description = "MIDI files as keys, velocities and 10 ms of real time, the events of the Music Transformer (388 + 1)"
+    suffixes = frozenset((".mid", ".midi", ".kar"))
+    suppress_tokens: tuple[int, ...] = ()
+
+    def identity(self, settings: DataSettings) -> dict[str, Any]:
+        """How training pieces are copied; raises UserError for a tokenizer of another's."""
+        return encoders.no_settings(settings) | {"transpose": settings.semitones(), "tempo_scale": settings.tempos()}
+
+    def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
+        """Write the events of all MIDI files, of the training pieces also the copies; others are skipped and named.
+
+        A piece is in one split only: the one that MAESTRO's table gives it, else by its notes. Raises UserError if
+        symusic is missing, if no file can be read, or if there are too few different pieces.
+        """
+        library()
+        table = _table(source)
+        own = source.own_splits or set(table.values())
+        with Spool(writer.scratch) as spool:
+            with bar(f"reading {source.name}", source.size, progress) as advance:
+                for document in source.files():
+                    if document.name.lower().endswith(".csv") and table:
+                        continue
+                    try:
+                        notes = read_midi(_content(document))
+                    except (Unusable, TooLarge) as error:
+                        source.skipped.append(f"{document.name}: {error}")
+                        continue
+                    content = notes.tobytes()
+                    split = document.split or table.get(document.name.rpartition("/")[2])
+                    point = point_of(content)
+                    spool.end_document(split_of(split, point, settings, own), spool.write(content), point)
+                    advance(source.done)
+            report_skipped(source, "MIDI files", spool.documents)
+            spool.divide(settings, own, whole=True)
+            if spool.method == "none":
+                pieces = f"{spool.documents} piece{'s' * (spool.documents > 1)}"
+                raise UserError(f"{source.name} has {pieces}, too few different ones for three splits: give 3 or more")
+            writer.begin(END + 1)
+            with bar(f"writing {source.name}", spool.size, progress) as advance:
+                _write(spool, settings, writer, advance)
+        encoders.words(EVENTS).save_pretrained(writer.tokenizer_folder)
+        writer.finish(
+            source={"name": source.name, "documents": spool.documents},
+            split=spool.method,
+            skipped={"count": len(source.skipped), "names": source.skipped[:100]},
+        )
+
+    def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
+        """The start of the MIDI file `prompt`, `PATH@SECONDS` of it; of no prompt, the token before a new piece.
+
+        Raises UserError if the file is not there, no MIDI file, or silent for so long.
+        """
+        if not prompt:
+            return [END]
+        path, seconds = _excerpt(prompt)
+        try:
+            notes = read_midi(path.read_bytes())
+        except Unusable as error:
+            raise UserError(f"{path} cannot be used: {error}") from error
+        tokens = to_tokens(notes)
+        shifts = np.where((tokens >= SHIFT) & (tokens < VELOCITY), tokens.astype(np.int64) - SHIFT + 1, 0)
+        tokens = tokens[np.cumsum(shifts) * FRAME < seconds]
+        if not (tokens < OFF).any():
+            raise UserError(f"{path} has no note in its first {seconds:g} seconds: write {path}@SECONDS for more")
+        return [END, *tokens.tolist()]
+
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """The first 128 events of a piece each, with the token before it."""
+        ends = np.flatnonzero(tokens == END)[:-1]
+        starts = np.append(-1, ends)  # the first piece has no token before it
+        chosen = (starts[i * len(starts) // count] + 1 for i in range(count))
+        return [[END, *tokens[start : start + 128].tolist()] for start in chosen]
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """512: some 20 seconds of piano."""
+        return 512
+
+    def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
+        """Write the notes of `tokens` as `stem`.mid, and as `stem`.wav where `render` can."""
+        notes, repaired = from_tokens(tokens)
+        path = stem.with_name(stem.name + ".mid")
+        write_midi(notes, path)
+        render(path)
+        return SampleFile("music", path, repaired=counted(repaired))
+
+
+def _table(source: Source) -> dict[str, str]:
+    """The splits that a table among the files gives those that are there, as MAESTRO's does: file name -> split."""
+    found: dict[str, str] = {}
+    there: set[str] = set()
+    for document in source.files():
+        there.add(document.name.rpartition("/")[2])
+        if document.name.lower().endswith(".csv"):
+            try:
+                text = document.read(FILE_LIMIT).decode("utf-8", "replace")
+            except TooLarge:
+                continue
+            rows = csv.DictReader(io.StringIO(text))
+            if {"midi_filename", "split"} <= set(rows.fieldnames or ()):
+                found |= {
+                    row["midi_filename"].rpartition("/")[2]: row["split"]
+                    for row in rows
+                    if row["midi_filename"] and row["split"] in SPLITS
+                }
+    return {name: split for name, split in found.items() if name in there}
+
+
+def _content(document: Document) -> bytes:
+    chunks = iter(document.chunks)
+    start = next(chunks, b"")
+    if not start.startswith(b"MThd"):  # before reading the rest of what may be a film
+        raise Unusable("not a MIDI file")
+    return start + Document(document.name, chunks).read(FILE_LIMIT)
+
+
+def _write(spool: Spool, settings: DataSettings, writer: StoreWriter, advance: Callable[[int], None]) -> None:
+    end = np.array([END], np.uint16)
+    done = 0
+    for piece in spool.pieces(lambda block: 0):
+        notes = np.frombuffer(piece.data, NOTES)
+        training = piece.split == "train"
+        for transpose in settings.semitones() if training else [0]:
+            for tempo in settings.tempos() if training else [1.0]:
+                tokens = np.concatenate([to_tokens(notes, transpose, tempo), end])
+                writer.append(piece.split, tokens, documents=1)
+        done += len(piece.data)
+        advance(done)
+
+
+def _excerpt(prompt: str) -> tuple[Path, float]:
+    path, seconds = Path(prompt).expanduser(), PROMPT
+    if not path.is_file() and "@" in prompt:
+        before, _, number = prompt.rpartition("@")
+        try:
+            path, seconds = Path(before).expanduser(), float(number)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds <= HOURS * 3600:
+            raise UserError(f'"{prompt}": give the seconds after @ as a number above 0, such as {before}@5')
+    if not path.is_file():
+        raise UserError(f'no MIDI file "{path}": give the path of one, or PATH@SECONDS')
+    return path, seconds
+
+
+def render(path: Path, font: str | None = None) -> Path | None:
+    """Write the sound of a MIDI file beside it, as WAV; None where there is no fluidsynth or no sound font.
+
+    The font is `font`, $SOUNDFONT, or one of the system's. The program's errors are logged, not raised: the MIDI file
+    is what counts.
+    """
+    program = shutil.which("fluidsynth")
+    font = font or os.environ.get("SOUNDFONT") or next((str(file) for file in _fonts()), None)
+    if not (program and font):
+        return None
+    target = path.with_suffix(".wav")
+    command = [program, "-ni", "-q", "-r", "44100", "-F", str(target.resolve()), font, str(path.resolve())]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=RENDER_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("%s could not be rendered: %s", path, error)
+        target.unlink(missing_ok=True)
+        return None
+    return target if target.is_file() else None
+
+
+def _fonts() -> list[Path]:
+    folders = [Path("/usr/share/sounds/sf2"), Path("/usr/share/sounds/sf3"), Path("/usr/share/soundfonts")]
+    return [file for folder in folders for file in sorted(folder.glob("*.sf[23]"))]
+
+
+def picture(path: Path) -> bytes:
+    """The piano roll of a MIDI file, keys over seconds, darker where louder, as PNG."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    try:
+        notes = read_midi(path.read_bytes())
+    except Unusable:  # a sample may have no notes
+        notes = np.empty(0, NOTES)
+    figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    lines = [[(note["start"], note["pitch"]), (note["end"], note["pitch"])] for note in notes]
+    roll = LineCollection(lines, linewidths=2.5, capstyle="butt", cmap="Blues")
+    roll.set_array(notes["velocity"].astype(float))
+    roll.set_clim(-40, 127)
+    axes.add_collection(roll)
+    low, high = (int(notes["pitch"].min()), int(notes["pitch"].max())) if len(notes) else (48, 72)
+    octaves = range(low // 12 * 12, high + 13, 12)
+    axes.set(xlim=(0, float(notes["end"].max(initial=1.0))), ylim=(low - 2, high + 2), xlabel="seconds", ylabel="key")
+    axes.set_yticks(list(octaves), [f"C{octave // 12 - 1}" for octave in octaves])
+    axes.set_ylim(low - 2, high + 2)
+    axes.grid(axis="y", alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return image.getvalue()
+
+
+MUSIC = MusicModality()

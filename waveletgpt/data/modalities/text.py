@@ -1,0 +1,225 @@
+"""Text as tokens: the modalities `text8`, `chars`, `bytes` and `bpe`.
+
+Documents are normalised onto a spool, split, and encoded from there in bulk; the tokenizer saved beside the tokens does
+the same to a single string.
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from waveletgpt.data.modalities import encoders
+from waveletgpt.data.modalities.modality import SampleFile, counted, spread
+from waveletgpt.data.progress import bar
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources.files import Document, Source
+from waveletgpt.data.splits import HASHED, Spool, point_of, split_of
+from waveletgpt.data.store import SPLITS, StoreWriter
+from waveletgpt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BATCH = 1 << 20
+"""Bytes of text encoded at a time."""
+
+_BEYOND_ASCII = re.compile("[^\\0-\x7f]+")
+
+
+class Normaliser(Protocol):
+    """Brings one document into the form that is tokenised, chunk by chunk."""
+
+    def __call__(self, chunk: bytes, last: bool) -> bytes: ...
+
+
+class AsIs:
+    """No change: for bytes."""
+
+    def __call__(self, chunk: bytes, last: bool) -> bytes:
+        return chunk
+
+
+class Decoder:
+    """UTF-8 in chunks to text: wrong bytes become U+FFFD, a byte order mark at the start goes.
+
+    Python's own "utf-8-sig" loses a text that is nothing but the beginning of such a mark.
+    """
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._begun = False
+
+    def __call__(self, chunk: bytes, last: bool) -> str:
+        text = self._decode(chunk, last)
+        if text and not self._begun:
+            self._begun = True
+            return text.removeprefix("\ufeff")
+        return text
+
+
+class Utf8:
+    """Valid UTF-8: wrong bytes become U+FFFD, a byte order mark at the start goes."""
+
+    def __init__(self) -> None:
+        self._decode = Decoder()
+
+    def __call__(self, chunk: bytes, last: bool) -> bytes:
+        return self._decode(chunk, last).encode()
+
+
+class Text8:
+    """Lower-case a-z and single spaces, digits spelled out (http://mattmahoney.net/dc/textdata.html); accents go."""
+
+    _ascii = bytes(byte if chr(byte).isalnum() and byte < 128 else 32 for byte in range(256)).lower()
+    _digits = tuple((digit.encode(), f" {name} ".encode()) for digit, name in encoders.DIGITS.items())
+
+    def __init__(self) -> None:
+        self._decode = Decoder()
+        self._after_space = False
+
+    def __call__(self, chunk: bytes, last: bool) -> bytes:
+        text = self._decode(chunk, last)
+        if not text.isascii():
+            table = encoders.text8_table()
+            if len(text.encode()) > 1.1 * len(text):  # so many characters that to look for them costs more
+                text = text.translate(table)
+            text = _BEYOND_ASCII.sub(lambda found: found.group().translate(table), text)
+        data = text.encode().translate(self._ascii)
+        for digit, name in self._digits:
+            data = data.replace(digit, name)
+        return self._single_spaces(data)
+
+    def _single_spaces(self, data: bytes) -> bytes:
+        if not data:
+            return data
+        letters = np.frombuffer(data, np.uint8)
+        space = letters == 32
+        keep = np.empty(len(space), bool)
+        keep[0] = not (space[0] and self._after_space)
+        np.logical_and(space[1:], space[:-1], out=keep[1:])
+        np.logical_not(keep[1:], out=keep[1:])
+        self._after_space = bool(space[-1])
+        return letters[keep].tobytes()
+
+
+@dataclass(frozen=True)
+class TextModality:
+    """One way to turn text into tokens: how it is normalised, and how the tokenizer is found."""
+
+    name: str
+    description: str
+    normaliser: Callable[[], Normaliser]
+    fit: Callable[[Spool, DataSettings], encoders.Encoder]
+    identity: Callable[[DataSettings], dict[str, Any]] = encoders.no_settings
+    """The settings, beyond the shared ones, that change the tokens."""
+    binary: bool = False
+    """Whether any file will do."""
+    suffixes: frozenset[str] = frozenset()
+    """None: text is what is not something else."""
+    suppress_tokens: tuple[int, ...] = ()
+
+    def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
+        """Read the source and write tokens and tokenizer; bytes per split are those of the normalised text.
+
+        Raises UserError if there is no text, or too little for the splits.
+        """
+        with Spool(writer.scratch) as spool:
+            with bar(f"reading {source.name}", source.size, progress) as advance:
+                for document in source.documents(binary=self.binary):
+                    self._spool(document, spool, settings, source.own_splits, lambda: advance(source.done))
+            if source.skipped:
+                names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
+                log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
+            spool.divide(settings, source.own_splits)
+            require_splits(source.name, spool.sizes, settings, "bytes of text")
+            encoder = self.fit(spool, settings)
+            writer.begin(encoder.vocab_size)
+            with bar(f"encoding {source.name}", spool.size, progress) as advance:
+                self._encode(spool, encoder, writer, advance)
+            encoder.tokenizer().save_pretrained(writer.tokenizer_folder)
+        require_splits(source.name, {split: writer.counts[split]["tokens"] for split in SPLITS}, settings, "tokens")
+        writer.finish(
+            source={"name": source.name, "documents": spool.documents},
+            split=spool.method,
+            skipped={"count": len(source.skipped), "names": source.skipped[:100]},
+        )
+
+    def _spool(
+        self, document: Document, spool: Spool, settings: DataSettings, own: Set[str], advance: Callable[[], None]
+    ) -> None:
+        normalise = self.normaliser()
+        start = b""
+        size = 0
+        for chunk in document.chunks:
+            if len(start) < HASHED:
+                start += chunk[: HASHED - len(start)]
+            size += spool.write(normalise(chunk, False))
+            if (spool.size + size) // BATCH != (spool.size + size - len(chunk)) // BATCH:  # often enough for the eye
+                advance()
+        size += spool.write(normalise(b"", True))
+        point = point_of(start)
+        # Without splits of its own, text is never dealt out whole: all documents share a point.
+        spool.end_document(split_of(document.split, point, settings, own), size, point if own else 0.0)
+
+    def _encode(
+        self, spool: Spool, encoder: encoders.Encoder, writer: StoreWriter, advance: Callable[[int], None]
+    ) -> None:
+        end = np.array([encoder.end], np.uint32)
+        done = 0
+        for batch in spool.batches(encoder.cut, BATCH):
+            tokens = encoder.encode([piece.data for piece in batch])
+            for split in SPLITS:
+                mine = [(ids, piece) for ids, piece in zip(tokens, batch, strict=True) if piece.split == split]
+                if mine:
+                    parts = [part for ids, piece in mine for part in ((ids, end) if piece.ends_document else (ids,))]
+                    size = sum(len(piece.data) for _, piece in mine)
+                    documents = sum(piece.ends_document for _, piece in mine)
+                    writer.append(split, np.concatenate(parts), documents=documents, size=size)
+                    done += size
+            advance(done)
+
+    def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
+        """Tokens of `prompt`; of an empty one, the token between documents, so that a new document begins."""
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+
+    def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
+        """32 tokens each."""
+        return spread(tokens, count, 32)
+
+    def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
+        """200: some lines."""
+        return 200
+
+    def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
+        """Write the text of `tokens` as `stem`.txt; bytes that are not UTF-8 become U+FFFD."""
+        known = [token for token in tokens if 0 <= token < len(tokenizer)]
+        text = tokenizer.decode(known, skip_special_tokens=False)
+        path = stem.with_name(stem.name + ".txt")
+        path.write_text(text, encoding="utf-8", errors="replace")
+        return SampleFile("text", path, text, counted(Counter({"unknown tokens left out": len(tokens) - len(known)})))
+
+
+def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, unit: str, least: int = 2) -> None:
+    """Raises UserError unless each split that is asked for has at least `least` of what is counted."""
+    needed = [split for split in SPLITS if split != "test" or settings.test_fraction]
+    if any(sizes[split] < least for split in needed):
+        counts = ", ".join(f"{split} {sizes[split]}" for split in SPLITS)
+        total = sum(sizes.values())
+        raise UserError(f"{name} is too short: {total} {unit} give {counts}; each split needs {least} or more")
+
+
+TEXT = (
+    TextModality("text8", "lower-case a-z and space, digits spelled out (27 + 1)", Text8, encoders.fit_text8),
+    TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars),
+    TextModality("bytes", "the 256 bytes, of text or of any file (256 + 1)", AsIs, encoders.fit_bytes, binary=True),
+    TextModality("bpe", "byte-pair encoding trained on the data, or --tokenizer", Utf8, encoders.fit_bpe,
+                 encoders.bpe_settings),
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Where documents come from: files and archives, tables, named data sets, the Hugging Face hub."""

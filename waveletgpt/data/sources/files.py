@@ -1,0 +1,319 @@
+"""Where documents come from: files, folders, archives, tables with a column of text, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import itertools
+import json
+import logging
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources import tables
+from waveletgpt.data.sources.archives import Stream, broken, expand
+from waveletgpt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 20
+"""Bytes of a document read at a time."""
+
+FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
+"""Names of sub-folders that are splits."""
+
+
+class TooLarge(Exception):
+    """A file that is not read because of its size."""
+
+
+@dataclass
+class Document:
+    """One text, recording or picture: its name, and its bytes in chunks, to be read before the next document.
+
+    Text is UTF-8. `split` is set where the source itself says which split the document belongs to.
+    """
+
+    name: str
+    chunks: Iterable[bytes]
+    split: str | None = None
+
+    def read(self, limit: int | None = None) -> bytes:
+        """All its bytes at once, for formats that need the whole file; raises TooLarge beyond `limit` bytes."""
+        if limit is None:
+            return b"".join(self.chunks)
+        content = bytearray()
+        for chunk in self.chunks:
+            content += chunk
+            if len(content) > limit:
+                raise TooLarge(f"larger than {limit >> 20} MB")
+        return bytes(content)
+
+
+class Source(Protocol):
+    """Something that documents can be read from, any number of times, always in the same order."""
+
+    name: str
+    size: int
+    """Bytes on disk, for the progress bar; 0 if unknown."""
+    skipped: list[str]
+    """Files that were passed over because they cannot be used, by name."""
+
+    @property
+    def done(self) -> int:
+        """How many of `size` have been read."""
+
+    @property
+    def own_splits(self) -> Set[str]:
+        """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
+
+    def key(self, cache: Path) -> str:
+        """What the documents are identified by: a hash of their content."""
+
+    def files(self) -> Iterator[Document]:
+        """Each file, archives opened, as it is."""
+
+    def documents(self, *, binary: bool) -> Iterator[Document]:
+        """Each text: files, or the rows of tables. `binary=False` passes over what is not UTF-8 text."""
+
+
+class Files:
+    """A file, or a folder with all that is in it, in sorted order and without hidden files."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: DataSettings,
+        name: str | None = None,
+        splits: dict[str, str] | None = None,
+        split_folders: bool = False,
+    ) -> None:
+        """`name` is what messages call it, `splits` the set's own: file name -> split.
+
+        With `split_folders` a folder whose sub-folders all have names in `FOLDERS`, `train` and another among them,
+        comes in these splits, and what lies beside them is left out.
+        """
+        self.path = path
+        self.name = name or str(path)
+        self.settings = settings
+        self.splits = splits or {}
+        self.skipped: list[str] = []
+        self.beside: list[str] = []
+        """Files left out because they lie beside folders that are splits."""
+        self._before = 0
+        self._file: IO[bytes] | None = None
+        self._paths = self._list()
+        self.folders = self._folders() if split_folders else {}
+        """Sub-folders that are splits: name -> split."""
+        if self.folders:
+            self.beside = [inside for inside, _ in self._paths if "/" not in inside]
+            self._paths = [(inside, path) for inside, path in self._paths if "/" in inside]
+        self.size = sum(path.stat().st_size for _, path in self._paths)
+        if not self.size:
+            raise UserError(f"{self.name} is empty: there is nothing to read in it")
+
+    def _list(self) -> list[tuple[str, Path]]:
+        path = self.path
+        if not path.is_dir():
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{path} is neither a file nor a folder: copy what it gives into a file first")
+            return [(path.name, path)]
+        found = []
+        for folder, folders, names in os.walk(path):
+            here = Path(folder)
+            folders[:] = [name for name in folders if not name.startswith(".") and self._entered(here / name)]
+            for name in names:
+                file = here / name
+                inside = file.relative_to(path).as_posix()
+                if not name.startswith(".") and self._wanted(inside) and file.is_file():
+                    found.append((inside, file))
+        if not found:
+            globs = (("include", self.settings.include), ("exclude", self.settings.exclude))
+            given = " and ".join(f'{name} "{glob}"' for name, glob in globs if glob)
+            raise UserError(f"nothing to read in the folder {path}: no visible files{given and ' with '}{given}")
+        return sorted(found)
+
+    def _folders(self) -> dict[str, str]:
+        names = {inside.partition("/")[0] for inside, _ in self._paths if "/" in inside}
+        found = {name: FOLDERS[name.lower()] for name in sorted(names) if name.lower() in FOLDERS}
+        splits = set(found.values())
+        return found if len(found) == len(names) and "train" in splits and len(splits) > 1 else {}
+
+    @property
+    def own_splits(self) -> Set[str]:
+        """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
+        return {*self.splits.values(), *self.folders.values()}
+
+    def _split(self, name: str) -> str | None:
+        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0])
+
+    def _wanted(self, name: str) -> bool:
+        include, exclude = self.settings.include, self.settings.exclude
+        return (include is None or _matches(name, include)) and (exclude is None or not _matches(name, exclude))
+
+    def _entered(self, folder: Path) -> bool:
+        inside = folder.relative_to(self.path).as_posix()
+        return self.settings.exclude is None or not _matches(f"{inside}/", self.settings.exclude)
+
+    def key(self, cache: Path) -> str:
+        """SHA-256 over names and contents; remembered in `cache` for as long as no size or time changes."""
+
+        def content() -> str:
+            digest = hashlib.sha256()
+            for inside, path in self._paths:
+                digest.update(f"{inside}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+                _update(digest, path)
+            return digest.hexdigest()
+
+        insides, paths = zip(*self._paths, strict=True)
+        return remembered(cache, ["content", *insides], paths, content)
+
+    def suffixes(self, cache: Path) -> Counter[str]:
+        """How many files end in `.wav`, `.txt`, ..., in lower case, those in archives too; remembered as `key` is."""
+
+        def content() -> str:
+            return json.dumps(Counter(Path(stream.name).suffix.lower() for stream in self._streams()))
+
+        insides, paths = zip(*self._paths, strict=True)
+        what = ["suffixes", str(self.settings.include), str(self.settings.exclude), *insides]
+        return Counter(json.loads(remembered(cache, what, paths, content)))
+
+    @property
+    def done(self) -> int:
+        """Bytes read so far, as they lie on disk."""
+        return self._before + (self._file.tell() if self._file and not self._file.closed else 0)
+
+    def _streams(self) -> Iterator[Stream]:
+        self._before = 0
+        self.skipped = []
+        for inside, path in self._paths:
+            with path.open("rb") as self._file:
+                for stream in expand(Stream(inside, self._file)):
+                    member = stream.name.removeprefix(f"{inside}/")
+                    # Globs choose among the files of a folder, or among the members of an archive given by itself.
+                    chosen = self.path.is_dir() or self._wanted(member)
+                    if stream.file is self._file or (chosen and not _hidden(member)):
+                        yield stream
+            self._file = None
+            self._before += path.stat().st_size
+
+    def files(self) -> Iterator[Document]:
+        """Each file, archives opened, as it is."""
+        for stream in self._streams():
+            yield Document(stream.name, _chunks(stream), self._split(stream.name))
+
+    def documents(self, *, binary: bool) -> Iterator[Document]:
+        """Each text: files, or the rows of tables. `binary=False` passes over what is not UTF-8 text.
+
+        Raises UserError if a file given by itself is binary, or if no document is found at all.
+        """
+        empty = True
+        for stream in self._streams():
+            texts = tables.rows(stream, self.settings.column)
+            for document in [self._whole(stream, binary)] if texts is None else map(_row, texts):
+                if document is not None:
+                    document.split = self._split(stream.name)
+                    empty = False
+                    yield document
+        if empty:
+            skipped = f" ({len(self.skipped)} binary files skipped, such as {self.skipped[0]})" if self.skipped else ""
+            raise UserError(f"no text in {self.name}{skipped}: --modality bytes takes any file")
+
+    def _whole(self, stream: Stream, binary: bool) -> Document | None:
+        chunks = _chunks(stream)
+        first = next(chunks, b"")
+        if not first:
+            return None
+        if not binary and not looks_like_text(first):
+            if not self.path.is_dir() and "/" not in stream.name:
+                raise UserError(
+                    f"{self.name} looks like a binary file, not like UTF-8 text: convert it, or use --modality bytes"
+                )
+            self.skipped.append(stream.name.encode("utf-8", "replace").decode())
+            return None
+        return Document(stream.name, itertools.chain([first], chunks))
+
+
+def report_skipped(source: Source, wanted: str, usable: int) -> None:
+    """Warn about the files in `source.skipped`; raises UserError if `usable`, the number of the others, is 0."""
+    skipped = source.skipped
+    names = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+    if not usable:
+        raise UserError(f"no {wanted} in {source.name} that can be used" + (f" ({names})" if skipped else ""))
+    if skipped:
+        log.warning("skipped %d files without usable %s: %s", len(skipped), wanted, names)
+
+
+def remembered(cache: Path, what: Sequence[str], paths: Sequence[Path], compute: Callable[[], str]) -> str:
+    """`compute()`, or what it gave before for the same files, as long as none changes its path, size or time.
+
+    `what` tells apart different things computed from the same files.
+    """
+    stats = [path.stat() for path in paths]
+    listing = hashlib.sha256("\0".join(what).encode(errors="surrogateescape"))
+    for path, status in zip(paths, stats, strict=True):
+        line = f"\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        listing.update(line.encode(errors="surrogateescape"))
+    memory = cache / "hashes" / listing.hexdigest()
+    if memory.is_file() and (known := memory.read_text()):
+        return known
+    result = compute()
+    # A file changed within the clock's grain of its last change would go unnoticed: remember settled ones only.
+    if all(time.time_ns() - status.st_mtime_ns > 2e9 for status in stats):
+        with contextlib.suppress(OSError):  # to remember is a convenience
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
+            temporary.write_text(result)
+            temporary.replace(memory)
+    return result
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    _update(digest, path)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+
+
+def _row(row: tuple[str, str]) -> Document:
+    return Document(row[0], [row[1].encode("utf-8", "replace")])
+
+
+def _chunks(stream: Stream) -> Iterator[bytes]:
+    while True:
+        with broken(stream.name):
+            chunk = stream.file.read(CHUNK)
+        if not chunk:
+            return
+        yield chunk
+
+
+def looks_like_text(start: bytes) -> bool:
+    """Whether a file that starts so is UTF-8 text, a few wrong bytes allowed for: no NUL, and nearly all decodes."""
+    start = start[: 1 << 16]
+    if b"\0" in start:
+        return False
+    return start.isascii() or start.decode("utf-8", "replace").count("\ufffd") <= max(3, len(start) // 10)
+
+
+def _matches(name: str, globs: str) -> bool:
+    patterns = [pattern.strip() for pattern in globs.split(",") if pattern.strip()]
+    return any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(name.rpartition("/")[2], p) for p in patterns)
+
+
+def _hidden(name: str) -> bool:
+    return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in name.split("/"))

@@ -1,0 +1,134 @@
+"""Files of records with a column of text: JSON lines, CSV, TSV, Parquet. Read a record at a time."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from waveletgpt.data.sources.archives import Stream, broken
+from waveletgpt.errors import UserError, suggest
+
+GUESSES = ("text", "content")
+LONGEST = 1 << 28
+"""The longest line, in bytes; a longer one is not what the file's name promises, and must not fill the memory."""
+
+Row = tuple[str, str]
+"""(name, text) of a record."""
+
+
+def rows(stream: Stream, column: str | None) -> Iterator[Row] | None:
+    """The records that have text in `column`; None if the file is not of this kind, by its name.
+
+    Raises UserError for a column that is not there, and for a broken line, with its number.
+    """
+    reader = _READERS.get(stream.name.lower().rpartition(".")[2])
+    return reader(stream, column) if reader else None
+
+
+def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
+    """The column of `name` to read: the one asked for, else the first of `GUESSES` that there is."""
+    if column is None:
+        found = next((guess for guess in GUESSES if guess in columns), None)
+        if found is None:
+            raise UserError(
+                f"{name} has no column {' or '.join(GUESSES)} but {', '.join(columns)}: name one with --column, "
+                "or leave the file out with --exclude"
+            )
+        return found
+    if column not in columns:
+        raise UserError(f'{name} has no column "{column}" but {", ".join(columns)}{suggest(column, columns)}')
+    return column
+
+
+def text_of(value: Any, name: str, column: str) -> str:
+    """The text in a record; nothing where there is no value."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    found = type(value).__name__
+    raise UserError(f'{name}: column "{column}" holds {found}, not text: name another with --column')
+
+
+def _lines(stream: Stream) -> Iterator[str]:
+    first = True
+    while True:
+        with broken(stream.name):
+            line = stream.file.readline(LONGEST + 1)
+        if not line:
+            return
+        if len(line) > LONGEST:
+            raise UserError(f"{stream.name} has a line of more than {LONGEST >> 20} MB: is it what its name says?")
+        yield line.decode("utf-8-sig" if first else "utf-8", "replace")
+        first = False
+
+
+def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
+    for number, line in enumerate(_lines(stream), 1):
+        if not line.strip():
+            continue
+        name = f"{stream.name} line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name} is not JSON ({error}): mend or remove it") from None
+        if not isinstance(record, dict):
+            raise UserError(f'{name} is not an object like {{"text": "..."}}: mend or remove it')
+        chosen = choose(name, column, list(record))
+        if text := text_of(record[chosen], name, chosen):
+            yield name, text
+
+
+def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
+    def read(stream: Stream, column: str | None) -> Iterator[Row]:
+        csv.field_size_limit(LONGEST)
+        reader = csv.reader(_lines(stream), delimiter=separator, strict=True)
+        chosen = ""
+        index = -1
+        try:
+            for row in reader:
+                name = f"{stream.name} line {reader.line_num}"
+                if index < 0:
+                    chosen = choose(stream.name, column, row)
+                    index = row.index(chosen)
+                elif row:
+                    if len(row) <= index:
+                        raise UserError(f'{name} has {len(row)} fields, too few for the column "{chosen}": mend it')
+                    if row[index]:
+                        yield name, row[index]
+        except csv.Error as error:
+            raise UserError(f"{stream.name} line {reader.line_num} is broken ({error}): mend or remove it") from None
+
+    return read
+
+
+def _parquet(stream: Stream, column: str | None) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{stream.name}: Parquet needs pyarrow: pip install 'waveletgpt[hub]'") from None
+    if not stream.file.seekable():
+        raise UserError(f"{stream.name} is Parquet inside an archive: unpack it first")
+    number = 0
+    try:
+        file = parquet.ParquetFile(stream.file)
+        chosen = choose(stream.name, column, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=1024, columns=[chosen]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                name = f"{stream.name} row {number}"
+                if text := text_of(value, name, chosen):
+                    yield name, text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{stream.name} cannot be read, it is broken or truncated ({reason}): get it again") from error
+
+
+_READERS: dict[str, Callable[[Stream, str | None], Iterator[Row]]] = {
+    "jsonl": _json_lines,
+    "ndjson": _json_lines,
+    "csv": _separated(","),
+    "tsv": _separated("\t"),
+    "parquet": _parquet,
+}

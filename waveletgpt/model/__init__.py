@@ -1,0 +1,1 @@
+"""The models: configuration, blocks, mixers and what they remember while decoding; what they cost."""

@@ -1,0 +1,480 @@
+"""Run folders -> how much sooner each arm learned: the numbers in summary.json, and curves.csv. No torch, no plots.
+
+An *arm* is one setting of the model; it is trained once per *seed*. The *baseline* is one of the arms.
+
+    target                  the final held-out loss of the baseline with the same seed
+    same-performance step   the first step at which an arm's held-out loss is at or below that target, linearly
+                            interpolated between evaluations
+    step speed-up           the baseline's steps / mean same-performance step over the seeds
+    time speed-up           the same ratio in training seconds, each run charged its own seconds per step
+                            (evaluation, saving and sampling excluded)
+
+A mean over seeds exists only where every seed has the number: a seed that never reaches the target makes the arm's
+mean and its speed-ups null, because the mean of the others would flatter the arm. With one seed a standard deviation
+is unknown, hence null, not 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from waveletgpt.errors import UserError
+from waveletgpt.report.wording import headline, markdown_table, summary_table
+from waveletgpt.runs.folder import RunFolder, write_atomically, write_json
+
+__all__ = [
+    "LOSS", "Measure", "Record", "assemble", "check_comparable", "compared", "curves_csv", "flatten", "headline",
+    "interpolate", "markdown_table", "mean", "read_records", "same_performance_step", "settings_of", "spread",
+    "summarize", "summarize_records", "summary_table", "write_summary",
+]  # fmt: skip
+
+SCHEMA = 1
+
+# Recipe keys that may differ between the seeds of one arm: where and how a run was made, not what was trained.
+_INCIDENTAL = {
+    "seed", "data", "device", "training.threads", "training.workers", "training.keep_checkpoints", "source.cache_dir",
+    "source.data_dir",
+}  # fmt: skip
+
+# Two-sided 95 % points of Student's t by degrees of freedom; beyond the table 2.0 is close enough.
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def same_performance_step(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """First step at which the loss is at or below `target`, linearly interpolated between evaluations.
+
+    Args:
+        curve: (step, loss in nats) in order of step. Losses that are not finite count as not measured.
+        target: the loss to reach, in nats.
+
+    Returns:
+        The step, not rounded, or None where the curve never gets there (or `target` is not finite).
+    """
+    if not math.isfinite(target):
+        return None
+    before: tuple[float, float] | None = None
+    for step, loss in curve:
+        if not math.isfinite(loss):
+            continue
+        if loss <= target:
+            if before is None:
+                return float(step)
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (step - before[0])
+        before = (step, loss)
+    return None
+
+
+def interpolate(curve: Sequence[tuple[float, float]], x: float) -> float | None:
+    """Value of a piecewise linear curve at `x`; None outside it."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return curve[0][1] if curve and x == curve[0][0] else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder read once. `usable`: finished with a finite loss, so that its numbers count."""
+
+    arm: str
+    seed: int
+    path: Path
+    info: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def curve(self) -> list[tuple[float, float, float]]:
+        """(step, training seconds, held-out loss) for every evaluation."""
+        return [(row["step"], row["seconds"], _float(row["nll"])) for row in self.metrics if "nll" in row]
+
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        return [(step, loss) for step, _, loss in self.curve]
+
+    @property
+    def final_nll(self) -> float:
+        """The reported final loss; the last evaluation where the result is not written. NaN where there is neither."""
+        value = (self.info.get("result") or {}).get("final_nll")
+        return _float(value) if value is not None else (self.losses[-1][1] if self.losses else math.nan)
+
+    @property
+    def steps(self) -> int:
+        return int((self.info.get("result") or {}).get("steps") or (self.curve[-1][0] if self.curve else 0))
+
+    @property
+    def seconds(self) -> float:
+        value = (self.info.get("result") or {}).get("seconds")
+        return _float(value) if value is not None else (self.curve[-1][1] if self.curve else math.nan)
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        rows = [row for row in self.metrics if row.get("step") and row.get("tokens")]
+        return rows[-1]["tokens"] / rows[-1]["step"] if rows else None
+
+    @property
+    def was_disturbed(self) -> bool:
+        """Whether the mean speed is over 15 % below the median one."""
+        result = self.info.get("result") or {}
+        tokens, seconds, median = (_float(result.get(key)) for key in ("tokens", "seconds", "tokens_per_second"))
+        return seconds > 0 and tokens / seconds < 0.85 * median
+
+    @property
+    def usable(self) -> bool:
+        return self.info.get("status") == "finished" and bool(self.curve) and math.isfinite(self.final_nll)
+
+
+def read_records(runs: Iterable[RunFolder]) -> list[Record]:
+    """Read run folders, grouped by arm in the order given, seeds ascending.
+
+    Runs that share an arm's name but not its recipe, or not even the seed, are different arms: each then gets its
+    folder's name too.
+
+    Raises:
+        UserError: if a folder cannot be read, is named twice, or the runs cannot be compared (see `check_comparable`).
+    """
+    records: list[Record] = []
+    for run in runs:
+        info = run.info
+        if any(record.path.resolve() == run.path.resolve() for record in records):
+            raise UserError(f"run folder {run.path} is named twice")
+        records.append(Record(str(info.get("arm") or run.path.name), int(info.get("seed") or 0), run.path, info,
+                              run.metrics()))  # fmt: skip
+    by_arm: dict[str, list[Record]] = {}
+    for record in records:
+        by_arm.setdefault(record.arm, []).append(record)
+    grouped: list[Record] = []
+    for name, group in by_arm.items():
+        same_recipe = all(settings_of(r.info) == settings_of(group[0].info) for r in group)
+        if same_recipe and len({r.seed for r in group}) == len(group):
+            grouped += sorted(group, key=lambda r: r.seed)
+        else:
+            unique = len({r.path.name for r in group}) == len(group)
+            grouped += [
+                Record(f"{name} ({r.path.name if unique else r.path})", r.seed, r.path, r.info, r.metrics)
+                for r in group
+            ]
+    check_comparable(grouped)
+    return grouped
+
+
+def check_comparable(records: Sequence[Record]) -> None:
+    """Losses can be compared only on the same held-out windows of the same data.
+
+    Raises:
+        UserError: naming the two runs and what differs.
+    """
+    for record in records[1:]:
+        for what, read in (("data", data_of), ("evaluation windows", windows_of)):
+            ours, theirs = read(records[0].info), read(record.info)
+            if ours != theirs:
+                raise UserError(
+                    f"{records[0].path} and {record.path} cannot be compared: their {what} differ ({ours} and {theirs})"
+                )
+
+
+def data_of(info: dict[str, Any]) -> str:
+    """What tells a run's data from other data; not its name, for one folder can be called in several ways."""
+    data = info.get("data") or {}
+    return f"fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
+
+
+def windows_of(info: dict[str, Any]) -> str:
+    """What of a run's recipe and model decides on which held-out windows it is measured."""
+    windows = {
+        key: value
+        for key, value in flatten(info.get("recipe") or {}).items()
+        if key.split(".")[-1] in ("eval_windows", "eval_split")
+    }
+    windows["context"] = (info.get("model") or {}).get("n_positions")
+    return ", ".join(f"{key} {value}" for key, value in windows.items())
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_head": 4}} -> {"model.n_head": 4}."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            flat.update(flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def settings_of(info: dict[str, Any]) -> dict[str, Any]:
+    """The flattened recipe without what does not change the training: seed, folders, flags.
+
+    Nor what is not set: a run of an earlier version lacks settings that came later.
+    """
+    recipe = flatten(info.get("recipe") or {})
+    return {key: value for key, value in recipe.items() if key not in _INCIDENTAL and value is not None}
+
+
+def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
+    """Numbers of all arms against the baseline: the content of summary.json.
+
+    Only finished runs with a finite loss count, and of an arm only the seeds that the baseline has too (all of its
+    own where there is no baseline); `notes` says what was left out, and what else a reader should know.
+
+    Args:
+        runs: run folders in the order in which the arms are to appear.
+        baseline: name of the arm to compare with, or None for numbers without a comparison.
+
+    Raises:
+        UserError: if there is no run, no arm is called `baseline`, or the runs cannot be compared.
+    """
+    return summarize_records(read_records(runs), baseline)
+
+
+def summarize_records(records: Sequence[Record], baseline: str | None) -> dict[str, Any]:
+    """`summarize` for runs that are read already."""
+    return assemble(records, baseline, _arm_numbers, _against, early=True)
+
+
+def assemble(
+    records: Sequence[Record],
+    baseline: str | None,
+    numbers: Callable[[dict[str, Any], Sequence[Record]], dict[str, Any]],
+    against: Callable[[Sequence[Record], dict[int, Record]], dict[str, Any]],
+    *,
+    early: bool,
+) -> dict[str, Any]:
+    """The frame of every summary: which runs count, what is said of each arm and of it against the baseline, notes.
+
+    Args:
+        numbers: of an arm's run.json and its runs that count; against: of those runs and the baseline's by seed.
+        early: whether to warn where the baseline had its final loss long before its end.
+    """
+    if not records:
+        raise UserError("there is no run to summarize")
+    arms: dict[str, list[Record]] = {}
+    for record in records:
+        arms.setdefault(record.arm, []).append(record)
+    notes: list[str] = []
+    if baseline is not None and baseline not in arms:
+        namesakes = [name for name in arms if name.startswith(f"{baseline} (")]
+        if not namesakes:
+            raise UserError(f"no run of the baseline arm {baseline!r}; the arms are {', '.join(arms)}")
+        notes.append(f"Several different runs are called `{baseline}`; the baseline is `{namesakes[0]}`.")
+        baseline = namesakes[0]
+    base = {r.seed: r for r in arms[baseline] if r.usable} if baseline is not None else {}
+    if baseline is not None and not base:
+        notes.append(f"No run of the baseline `{baseline}` has finished, so nothing can be compared with it yet.")
+    first = (arms[baseline] if baseline is not None else records)[0]
+    summary: dict[str, Any] = {
+        "schema": SCHEMA,
+        "baseline": baseline,
+        "steps": max((r.steps for r in base.values()), default=first.steps),
+        "data": first.info.get("data") or {},
+        "recipe": first.info.get("recipe") or {},
+        "environment": first.info.get("environment") or {},
+        "arms": {},
+    }
+    for name, group in arms.items():
+        notes += _left_out(name, group, base if name != baseline else {})
+        counted = [r for r in group if r.usable and (not base or r.seed in base)]
+        entry = numbers(group[0].info, counted)
+        if baseline is not None and name != baseline:
+            entry |= against(counted, base)
+        summary["arms"][name] = entry
+    summary["notes"] = notes + _warnings(arms, baseline, base if early else {}, len(base))
+    return summary
+
+
+def _arm_numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, Any]:
+    model = info.get("model") or {}
+    results = [r.info.get("result") or {} for r in counted]
+    return {
+        "parameters": model.get("parameters"),
+        "extra_parameters": model.get("extra_parameters"),
+        "flops_per_token": model.get("flops_per_token"),
+        "mixing_flops_per_token": model.get("mixing_flops_per_token"),
+        "tokens_per_second": mean([result.get("tokens_per_second") for result in results]),
+        "seconds": mean([r.seconds for r in counted]),
+        "steps": max((r.steps for r in counted), default=None),
+        "seeds": [r.seed for r in counted],
+        "final_nll": spread([r.final_nll for r in counted]),
+        "bits_per_byte": mean([_bits_per_byte(r) for r in counted]),
+    }
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What arms are compared by; of runs that are usable.
+
+    `curve` is (step, value) in order of step, lower is better; `target` what the others have to reach, of a run of the
+    baseline; `final` the value that is reported.
+    """
+
+    curve: Callable[[Record], Sequence[tuple[float, float]]]
+    target: Callable[[Record], float]
+    final: Callable[[Record], float]
+
+
+LOSS = Measure(lambda r: r.losses, lambda r: r.losses[-1][1], lambda r: r.final_nll)
+
+
+def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measure) -> dict[str, Any]:
+    """How an arm's runs stand against the baseline's of the same seed.
+
+    Returns:
+        same_performance_step (mean, per_seed, reached), same_performance_seconds, step_speedup, time_speedup, and the
+        difference in the final value (mean, std, per_seed, ci95).
+    """
+    reached = [same_performance_step(measure.curve(r), measure.target(base[r.seed])) if base else None for r in counted]
+    mean_step = mean(reached)
+    baseline_steps = mean([float(base[r.seed].steps) for r in counted if base])
+    baseline_seconds = mean([base[r.seed].seconds for r in counted if base])
+    own_seconds = mean(
+        [
+            None if step is None or not r.steps else r.seconds / r.steps * step
+            for r, step in zip(counted, reached, strict=True)
+        ]
+    )
+    differences = [measure.final(r) - measure.final(base[r.seed]) for r in counted if base]
+    difference = spread(differences)
+    n = len(differences)
+    std = difference["std"]
+    difference["ci95"] = None if std is None else _T95.get(n - 1, 2.0) * std / math.sqrt(n)
+    return {
+        "same_performance_step": {
+            "mean": mean_step,
+            "per_seed": reached,
+            "reached": sum(step is not None for step in reached),
+        },
+        "same_performance_seconds": own_seconds,
+        "step_speedup": _ratio(baseline_steps, mean_step),
+        "time_speedup": _ratio(baseline_seconds, own_seconds),
+        "difference": difference,
+    }
+
+
+def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, Any]:
+    """The part of an arm's numbers that compares its loss, seed by seed, with the baseline's."""
+    numbers = compared(counted, base, LOSS)
+    return {("final_nll_difference" if key == "difference" else key): value for key, value in numbers.items()}
+
+
+def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> list[str]:
+    notes = []
+    for record in group:
+        status, why = record.info.get("status"), record.info.get("error")
+        tail = f": {why}" if why else "."
+        if status != "finished":
+            at = f" at step {record.curve[-1][0]}" if record.curve else ""
+            stands = {"failed": f"failed{at}", "interrupted": f"was interrupted{at}"}.get(
+                str(status), f"is not finished{at and f' (it is{at})'}"
+            )
+            notes.append(f"`{name}` seed {record.seed} {stands}, so it does not count{tail}")
+        elif not record.usable:
+            notes.append(f"`{name}` seed {record.seed} has no finite held-out loss, so it does not count{tail}")
+        elif base and record.seed not in base:
+            notes.append(f"`{name}` seed {record.seed} does not count: the baseline has no finished run of this seed.")
+    missing = sorted(set(base) - {record.seed for record in group})
+    if missing:
+        notes.append(f"`{name}` has no run of seed {', '.join(map(str, missing))}.")
+    return notes
+
+
+def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[int, Record], seeds: int) -> list[str]:
+    """What a reader has to know before believing the speed-ups."""
+    notes = []
+    if seeds == 1 and len(arms) > 1:
+        notes.append("One seed only: nothing here says how much of a difference is chance.")
+    early = [s for r in base.values() if (s := same_performance_step(r.losses, r.losses[-1][1])) and s < 0.95 * r.steps]
+    if early and len(arms) > 1:
+        step, steps = statistics.fmean(early), max(r.steps for r in base.values())
+        notes.append(
+            f"The baseline `{baseline}` had its own final loss first at step {step:.0f} of {steps} and then gained "
+            f"nothing: counted to there, the speed-ups would be {100 * (1 - step / steps):.0f} % smaller."
+        )
+    everyone = [r for group in arms.values() for r in group if r.usable]
+    # A batch of another size makes a step something else; the ratio of steps then says little.
+    sizes = {r.arm: r.tokens_per_step for r in everyone if r.tokens_per_step}
+    if len({round(size) for size in sizes.values()}) > 1:
+        text = ", ".join(f"`{arm}` {size:.0f}" for arm, size in sizes.items())
+        notes.append(f"A step does not have the same number of tokens in all arms ({text}).")
+    lengths = {r.arm: r.steps for r in everyone}
+    if len(set(lengths.values())) > 1:
+        notes.append(f"The arms trained for different steps ({', '.join(f'`{a}` {n}' for a, n in lengths.items())}).")
+    for key in ("cpu", "gpu", "threads", "torch"):
+        values = {str((r.info.get("environment") or {}).get(key)) for r in everyone}
+        if len(values) > 1:
+            notes.append(f"The runs differ in {key} ({', '.join(sorted(values))}): do not compare their seconds.")
+    # The median over the logging intervals is what the machine can do; a mean far below it shared it with other work.
+    busy = dict.fromkeys(r.arm for r in everyone if r.was_disturbed)
+    if busy:
+        names = ", ".join(f"`{arm}`" for arm in busy)
+        notes.append(f"The machine was busy with other things at times ({names}): believe the steps, not the seconds.")
+    return notes
+
+
+def _bits_per_byte(record: Record) -> float | None:
+    value = (record.info.get("result") or {}).get("bits_per_byte")
+    if value is not None:
+        return _float(value)
+    per_token = ((record.info.get("data") or {}).get("bytes_per_token") or {}).get("validation")
+    return record.final_nll / math.log(2) / per_token if per_token else None
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, or None where there is no value or one is missing."""
+    present = [float(v) for v in values if v is not None and math.isfinite(v)]
+    return statistics.fmean(present) if present and len(present) == len(values) else None
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value) and the values themselves."""
+    std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    return {"mean": mean(values), "std": std, "per_seed": [v if math.isfinite(v) else None for v in values]}
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+CSV_HEADER = ("arm", "seed", "step", "tokens", "seconds", "split", "loss")
+
+
+def curves_csv(runs: Iterable[RunFolder] | Sequence[Record], scores: Sequence[str] = ()) -> str:
+    """All curves as CSV: arm, seed, step, tokens, training seconds, split (train or validation), loss in nats.
+
+    `scores` are more columns: what evaluations measured besides the loss, by name.
+    """
+    items = list(runs)
+    records = [r for r in items if isinstance(r, Record)] or read_records(r for r in items if isinstance(r, RunFolder))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*CSV_HEADER, *scores])
+    for record in records:
+        for row in record.metrics:
+            for split, key in (("train", "loss"), ("validation", "nll")):
+                if key in row:
+                    common = [record.arm, record.seed, row["step"], row.get("tokens"), row.get("seconds"), split]
+                    writer.writerow([*common, row[key], *(row.get(score) for score in scores)])
+    return out.getvalue()
+
+
+def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
+    """Write summary.json and curves.csv into `out`, each atomically, and return the summary.
+
+    Raises:
+        UserError: see `summarize`.
+    """
+    records = read_records(runs)
+    summary = summarize_records(records, baseline)
+    write_json(Path(out) / "summary.json", summary)
+    write_atomically(Path(out) / "curves.csv", curves_csv(records))
+    return summary

@@ -1,0 +1,1 @@
+"""Run folders, and what is asked of a trained model: see `folder.py`."""

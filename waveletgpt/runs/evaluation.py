@@ -1,0 +1,277 @@
+"""What the commands `evaluate`, `generate` and `info` do with a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
+
+from waveletgpt.data import MODALITIES, DataSettings, TokenStore, prepare
+from waveletgpt.data.modalities.text import TextModality
+from waveletgpt.data.windows import FixedWindows
+from waveletgpt.errors import UserError, suggest
+from waveletgpt.model.configuration import WaveletGPTConfig
+from waveletgpt.model.cost import describe
+from waveletgpt.model.modeling import (
+    WaveletGPTForCausalLM,
+    WaveletGPTForSequenceClassification,
+    WaveletGPTPreTrainedModel,
+)
+from waveletgpt.runs.folder import RunFolder
+from waveletgpt.runs.sampling import counting, generate_tokens
+from waveletgpt.training.recipe import CLASSIFIER_PRESETS, PRESETS, Recipe
+from waveletgpt.training.trainer import choose_device
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    run: RunFolder, device: str = "auto", kind: type[WaveletGPTPreTrainedModel] = WaveletGPTForCausalLM
+) -> Any:
+    """The run's newest model, of class `kind`, on the device, in evaluation mode.
+
+    Raises:
+        UserError: no checkpoint yet, broken weights, a device that is not there.
+    """
+    from safetensors import SafetensorError
+
+    transformers_logging.disable_progress_bar()
+    path = run.model_path()
+    use_cpu = choose_device(Recipe(device=device)).get("use_cpu", False)
+    place = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
+    try:
+        model: Any = kind.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        whole = [str(folder) for _, folder in run.checkpoints() if folder != path]
+        mend = f"use {whole[-1]} with transformers, or " if whole else ""
+        raise UserError(
+            f"the model in {path} cannot be loaded: {str(error).splitlines()[0]}; {mend}train it again"
+        ) from None
+    return model.to(place).eval()
+
+
+def load_store(run: RunFolder) -> TokenStore:
+    """The token store the run was trained on, prepared anew if it is gone.
+
+    Raises:
+        UserError: the data is gone too, or is not what it was.
+    """
+    data = run.info["data"]
+    try:
+        store = TokenStore.open(data["store"])
+    except UserError:
+        recipe = run.info["recipe"]
+        store = prepare(recipe["data"], recipe["modality"], DataSettings(**recipe["source"]))
+    if store.fingerprint != data["fingerprint"]:
+        raise UserError(
+            f"{data['name']} has changed since {run.path} was trained on it "
+            f"({data['fingerprint'][:12]} then, {store.fingerprint[:12]} now)"
+        )
+    return store
+
+
+@torch.inference_mode()
+def evaluate_run(
+    folder: str | Path,
+    split: str = "validation",
+    windows: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    context: int | None = None,
+) -> dict[str, Any]:
+    """Mean loss of a run's model over windows of one context each, or of `context` tokens.
+
+    Returns:
+        nll (nats per token), perplexity, bits_per_byte (None where tokens have no bytes), tokens, split, windows,
+        context.
+
+    Raises:
+        UserError: no run, unknown split, a split shorter than one window, a context beyond learned positions.
+    """
+    run = RunFolder.open(folder)
+    if split not in ("train", "validation", "test"):
+        raise UserError(f'--split: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
+    if batch_size < 1 or (windows is not None and windows < 1):
+        raise UserError(f"--batch-size {batch_size} and --windows {windows} must be at least 1")
+    model, store = load_model(run, device), load_store(run)
+    trained, positions = model.config.n_positions, model.config.position_embedding
+    context = trained if context is None else context
+    if context < 1 or (context > trained and positions == "learned"):
+        most = f"1 ... {trained}, as many as it has positions for" if positions == "learned" else "1 or more"
+        raise UserError(f"--context is {context}: give {most}")
+    tokens = store.split(split)
+    if len(tokens) < context + 1:
+        raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
+    data = FixedWindows(tokens, context, windows, store.meta.get("record"))
+    total = 0.0
+    for batch in DataLoader(data, batch_size=batch_size):
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        total += float(model(**batch, use_cache=False).loss) * len(batch["input_ids"])
+    nll = total / len(data)
+    size = store.bytes_per_token(split)
+    return {
+        "split": split,
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "bits_per_byte": nll / math.log(2) / size if size else None,
+        "windows": len(data),
+        "tokens": len(data) * context,
+        "context": context,
+    }
+
+
+def generate_from_run(
+    folder: str | Path,
+    prompt: str | None,
+    *,
+    device: str = "auto",
+    out: str | Path | None = None,
+    write: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Continue `prompt` (a text, or for other modalities a file; None begins anew); settings: `generate_tokens`.
+
+    A text of one sample is also given to `write` as it comes, prompt included; all else shows a bar on a terminal.
+
+    Returns:
+        Texts, prompt included; for sounds and pictures the paths of the files written in `out` (default: the run
+        folder's `generated`).
+
+    Raises:
+        UserError: no run, a prompt that gives no tokens, settings out of range.
+    """
+    from transformers import AutoTokenizer
+
+    run = RunFolder.open(folder)
+    model = load_model(run, device)
+    tokenizer = AutoTokenizer.from_pretrained(run.model_path())
+    modality = MODALITIES[run.info["data"]["modality"]]
+    ids = [int(t) for t in modality.encode_prompt(prompt or "", tokenizer)]
+    if settings.get("tokens") is None:
+        settings["tokens"] = modality.new_tokens(ids, tokenizer)
+    settings["suppress_tokens"] = modality.suppress_tokens
+    is_text = isinstance(modality, TextModality)
+    shown = ids if prompt else []
+    with contextlib.ExitStack() as stack:
+        if write and is_text and settings.get("samples", 1) == 1:
+            end: Any = model.config.eos_token_id if settings.get("stop", True) else None
+            watch: Callable[[list[int]], None] = stack.enter_context(streaming(tokenizer, shown, end, write))
+        else:
+            watch = stack.enter_context(counting("generating", settings["tokens"]))
+        rows = generate_tokens(model, ids, watch=watch, **settings)
+    if is_text:
+        return [str(tokenizer.decode([*shown, *row])) for row in rows]
+    place = Path(out) if out else run.path / "generated"
+    place.mkdir(parents=True, exist_ok=True)
+    samples = [modality.write_sample([*ids, *row], tokenizer, place / str(i)) for i, row in enumerate(rows)]
+    for sample in samples:
+        if sample.repaired:
+            log.warning("%s: %s", sample.path, sample.repaired)
+    return [str(sample.path) if sample.text is None else sample.text for sample in samples]
+
+
+@contextlib.contextmanager
+def streaming(
+    tokenizer: Any, prompt: list[int], end: int | None, write: Callable[[str], None]
+) -> Iterator[Callable[[list[int]], None]]:
+    """Write the text of `prompt` and of the tokens that come, up to `end`, a whole character at a time.
+
+    Yields what to call with each token.
+    """
+    tokens = list(prompt)
+    written = 0
+
+    def show(held_back: str = "\ufffd") -> None:
+        nonlocal written
+        text = tokenizer.decode(tokens).rstrip(held_back)  # the first bytes of a character that is still to come
+        write(text[written:])
+        written = max(written, len(text))
+
+    def watch(new: list[int]) -> None:
+        if new[0] != end:
+            tokens.extend(new)
+            show()
+
+    show()
+    yield watch
+    show(held_back="")
+
+
+def print_samples(folder: str | Path, prompt: str | None, **settings: Any) -> None:
+    """Print what `generate_from_run` gives; on a terminal a text of one sample as it comes."""
+    streamed: list[str] = []
+
+    def write(text: str) -> None:
+        streamed.append(text)
+        print(text, end="", flush=True)
+
+    rows = generate_from_run(folder, prompt, write=write if sys.stdout.isatty() else None, **settings)
+    if streamed:
+        print()
+        return
+    for i, row in enumerate(rows):
+        if len(rows) > 1:
+            print(f"--- sample {i + 1}")
+        print(row, flush=True)
+
+
+def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
+    """Print what a preset's or a run's model has, and what mixing adds to it."""
+    known = {**PRESETS, **CLASSIFIER_PRESETS}
+    if what in known and not Path(what).is_dir():
+        settings = {**known[what], **recipe.changes()}
+        kind = WaveletGPTForSequenceClassification if what in CLASSIFIER_PRESETS else WaveletGPTForCausalLM
+        try:
+            config = WaveletGPTConfig(vocab_size=vocab_size, **settings)
+        except ValueError as error:
+            raise UserError(f"model settings: {error}") from None
+        with torch.device("meta"):
+            value = describe(kind(config))
+    elif Path(what).exists():
+        run = RunFolder.open(what)
+        value = run.info["model"]
+        config = WaveletGPTConfig.from_pretrained(run.model_path())
+        info = run.info
+        print(f"run {run.path}: {info['arm']}, seed {info['seed']}, {info['status']}, {info['command']}")
+    else:
+        raise UserError(f'"{what}" is neither a preset ({", ".join(known)}) nor a run folder{suggest(what, known)}')
+    windows = value["windows"]
+    counts = ", ".join(f"{w} x{windows.count(w)}" for w in dict.fromkeys(windows)) or "none"
+    state = value["state_bytes"]
+    rows = [
+        (
+            "architecture",
+            f"{config.architecture}, {config.n_layer} blocks, E={config.n_embd}, {config.n_head} heads, "
+            f"context {config.n_positions}, vocabulary {config.vocab_size}",
+        ),
+        (
+            "mixing",
+            f"{config.mixing}, {config.n_mixed if config.mixing != 'none' else 0} of {config.n_embd} coordinates",
+        ),
+        ("windows", counts),
+        (
+            "parameters",
+            f"{value['parameters']:,} (mixing: {value['extra_parameters']:,} = "
+            f"{value['extra_parameters'] / value['parameters']:.2%})",
+        ),
+        (
+            "training FLOPs/token",
+            f"{value['flops_per_token']:,} (mixing: {value['mixing_flops_per_token']:,} = "
+            f"{value['mixing_flops_per_token'] / value['flops_per_token']:.2%})",
+        ),
+        (
+            "decoding state",
+            f"{state['keys_values']:,} bytes keys and values, {state['mixing']:,} bytes mixing, per sequence "
+            "at the full context, float32",
+        ),
+    ]
+    for name, text in rows:
+        print(f"{name:>21}: {text}")

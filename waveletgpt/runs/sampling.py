@@ -1,0 +1,126 @@
+"""Generating from a trained model, the same way for reports and for the `generate` command."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from waveletgpt.data import MODALITIES
+from waveletgpt.data.progress import bar
+from waveletgpt.errors import UserError
+
+
+def generate_tokens(
+    model: Any,
+    prompt: list[int],
+    *,
+    tokens: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: bool = True,
+    suppress_tokens: Sequence[int] = (),
+    watch: Callable[[list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Continue `prompt`, with the cache: `samples` lists of up to `tokens` new token ids.
+
+    `temperature=0` is greedy. `stop`: end a sample at the end-of-text token. `suppress_tokens` never come. `watch` is
+    given the new token of every sample as soon as there is one. Where the context is full, generation goes on from its
+    last half.
+
+    Raises:
+        UserError: settings out of range, or an empty prompt.
+    """
+    if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or samples < 1 or tokens < 1 or not 0 <= seed < 2**63:
+        raise UserError(
+            f"temperature {temperature} must be >= 0, top-p {top_p} in (0, 1], top-k {top_k} >= 0, "
+            f"samples {samples} and tokens {tokens} >= 1, seed {seed} from 0 to 2^63 - 1"
+        )
+    if not prompt:
+        raise UserError("the prompt gives no token the model knows; give a longer one")
+    config, device, was_training = model.config, model.device, model.training
+    context, end = config.n_positions, config.eos_token_id
+    choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ids = torch.tensor([prompt] * samples, device=device)
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while ids.shape[1] < len(prompt) + tokens:
+            seen = ids if ids.shape[1] <= context else ids[:, -max(1, context // 2) :]
+            new = min(context + 1 - seen.shape[1], len(prompt) + tokens - ids.shape[1])  # the last one is not read
+            out = model.generate(
+                seen,
+                attention_mask=torch.ones_like(seen),
+                max_new_tokens=new,
+                eos_token_id=end if stop else None,
+                pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
+                suppress_tokens=list(suppress_tokens) or None,
+                streamer=_Watched(watch) if watch else None,
+                **(choice if temperature > 0 else {"do_sample": False}),
+            )
+            ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
+            if stop and end is not None and bool((ids[:, len(prompt) :] == end).any(dim=1).all()):
+                break
+    model.train(was_training)
+    rows = ids[:, len(prompt) :].tolist()
+    return [row[: row.index(end)] if stop and end in row else row for row in rows]
+
+
+class _Watched(BaseStreamer):
+    """transformers' way to hear of each token."""
+
+    def __init__(self, watch: Callable[[list[int]], None]):
+        self.watch = watch
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() == 1:  # the first one, of two dimensions, is what generation goes on from
+            self.watch(value.tolist())
+
+    def end(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def counting(description: str, total: int) -> Iterator[Callable[[Any], None]]:
+    """A bar over `total` tokens on standard error, where that is a terminal; yields what to call at each of them."""
+    with bar(description, total, sys.stderr.isatty(), "tokens") as advance:
+        done = itertools.count(1)
+        yield lambda _: advance(next(done))
+
+
+def sample_run(model: Any, store: Any, recipe: Any, folder: Path) -> list[dict[str, Any]]:
+    """The samples of a finished run: held-out excerpts continued, the same prompts for every arm.
+
+    Returns what samples.json holds: kind, prompt, text, and for sounds and pictures the file, relative to `folder`.
+    """
+    modality, tokenizer = MODALITIES[store.modality], store.load_tokenizer()
+    rows: list[dict[str, Any]] = []
+    for i, prompt in enumerate(modality.excerpts(store.split("validation"), recipe.training.samples, tokenizer)):
+        length = recipe.training.sample_tokens or modality.new_tokens(prompt, tokenizer)
+        with counting(f"sample {i + 1}", length) as advance:
+            new = generate_tokens(
+                model, prompt, tokens=length, temperature=0.8, seed=recipe.seed + i, stop=False,
+                suppress_tokens=modality.suppress_tokens, watch=advance,
+            )[0]  # fmt: skip
+        (folder / "samples").mkdir(exist_ok=True)
+        sample = modality.write_sample(prompt + new, tokenizer, folder / "samples" / str(i))
+        row = {"kind": sample.kind, "prompt": "", "text": sample.text or "", "file": f"samples/{sample.path.name}"}
+        if sample.text is not None:
+            given = tokenizer.decode(prompt)
+            # A character may be cut between prompt and continuation.
+            whole = sample.text.startswith(given)
+            row.update(prompt=given, text=sample.text.removeprefix(given) if whole else tokenizer.decode(new))
+        else:
+            row["prompt"] = f"the first {len(prompt)} tokens are held-out data"
+            row["prompt"] += f"; {sample.repaired}" if sample.repaired else ""
+        rows.append(row)
+    return rows

@@ -1,0 +1,442 @@
+"""A recipe: every setting of one training run. Its field docstrings are the command line's --help.
+
+Precedence: command line, then the YAML file of `--recipe` (which holds differences only), then the defaults here; a
+preset fills the model's sizes where none of these does. Imports no torch, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from waveletgpt.classify.settings import TaskSettings
+from waveletgpt.data.settings import DataSettings
+from waveletgpt.errors import UserError, suggest
+
+# Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
+# (docs/results.md, "Windows"); the paper's, up to the context, are those of `paper` and of the configuration.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Seconds on a CPU: tests and first tries.
+    "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "max_window": 4},
+    # Minutes on a CPU: 1.2 M parameters.
+    "small": {"n_layer": 6, "n_embd": 128, "n_head": 4, "n_positions": 256, "max_window": 4},
+    # The paper's decoder: 2.0 M parameters.
+    "paper": {"n_layer": 10, "n_embd": 128, "n_head": 8, "n_positions": 512},
+    # GPT-2 small: 124 M parameters with its own vocabulary.
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "max_window": 4},
+}
+
+_SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
+_LEARNED = {"position_embedding": "learned", "pooling": "mean"}
+
+# Classifiers; their length is that of the data's longest example, and their windows go up to it. `lra-small` and
+# `clips` are for laptops; the others have the parameters of the Long Range Arena's own Transformer, within 10 % (its
+# released configurations, github.com/google-research/long-range-arena), but four blocks where it has one: mixing works
+# between blocks.
+CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
+    "lra-small": {"n_layer": 4, "n_embd": 64, "n_head": 4, "pooling": "mean"},
+    "lra-listops": {"n_layer": 4, "n_embd": 512, "n_head": 8, "n_inner": 1024, **_SINUSOIDAL},
+    "lra-text": {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_inner": 1024, **_SINUSOIDAL},
+    "lra-retrieval": {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_inner": 440, **_SINUSOIDAL},
+    "lra-image": {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_inner": 160, **_LEARNED},
+    "lra-pathfinder": {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_inner": 32, **_SINUSOIDAL},
+    "lra-pathx": {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_inner": 32, **_LEARNED},
+    # An audio transformer on the waveform: frames of 25 ms at 16 kHz, 2048 -> 64 (arXiv 2105.00335).
+    "clips": {"n_layer": 6, "n_embd": 64, "n_head": 8, "frame_size": 400, "frame_hidden": 2048, "pooling": "mean"},
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What differs from the preset; fields are those of `WaveletGPTConfig`."""
+
+    n_layer: int | None = None
+    """Decoder blocks."""
+    n_embd: int | None = None
+    """Embedding width."""
+    n_head: int | None = None
+    """Attention heads."""
+    n_kv_head: int | None = None
+    """Key/value heads (grouped queries); default: n_head."""
+    n_inner: int | None = None
+    """Feed-forward width; default 4 n_embd (gpt2) or 8/3 n_embd (llama)."""
+    n_positions: int | None = None
+    """Context length in tokens."""
+    norm_position: str | None = None
+    """"pre" or "post"."""
+    position_embedding: str | None = None
+    """"learned", "sinusoidal", "rope" or "none"."""
+    dropout: float | None = None
+    """Dropout of embeddings, attention and residuals."""
+    initializer_range: float | None = None
+    """Standard deviation of the initial weights (1 / sqrt(n_embd); from a width of 768 on 0.02, GPT-2's)."""
+    mix_fraction: float | None = None
+    """Share of the coordinates that are mixed (0.5)."""
+    min_window: int | None = None
+    """Shortest window in tokens (2)."""
+    max_window: int | None = None
+    """Longest window in tokens, a power of two (4; preset paper: the context)."""
+    mix_allocation: str | None = None
+    """How coordinates are dealt to windows: "uniform" or "geometric"."""
+    mix_edge: str | None = None
+    """Before the sequence: "zero" or "partial"."""
+    mix_sharing: str | None = None
+    """Learned kernels: one per "coordinate" or per "level"."""
+    mix_wavelet: str | None = None
+    """Mixing "wavelet": "haar" or "db2" ... "db8" (db2)."""
+    mix_band: str | None = None
+    """Mixing "wavelet": coefficients of "approximation", "detail", or "both" (approximation)."""
+    mix_placement: str | None = None
+    """"block" (its output) or "input" (of attention and feed-forward)."""
+    mix_layers: str | None = None
+    """"all", "inner" (all but the last block) or indices such as "0,2,4"."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Optimiser, schedule, evaluation, checkpoints."""
+
+    schedule: str = "cosine"
+    """After the warm-up: "cosine" to lr/10, "linear" to 0, "constant", or "plateau" (lr/10 when the held-out loss has
+    not fallen for 3 evaluations, the paper's)."""
+    warmup_steps: int | None = None
+    """Linear warm-up; default: 5 % of the steps, at most 1000."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    kernel_lr_scale: float | None = None
+    """Learning rate of learned kernels in multiples of lr (1); long ones, which start at 1/window, may want less."""
+    accumulation: int = 1
+    """Batches added up before each step."""
+    precision: str = "fp32"
+    """"fp32" or "bf16" (autocast; weights stay fp32)."""
+    attention: str = "sdpa"
+    """Attention code: "sdpa", "eager" (the faster on CPUs in bf16, at short contexts), "flash_attention_2",
+    "flex_attention"."""
+    compile: bool = False
+    """torch.compile the model."""
+    fsdp: bool = False
+    """Shard the model over several GPUs (FSDP 2); without, each holds a copy (DDP)."""
+    eval_every: int | None = None
+    """Steps between evaluations; default: a 40th of the run."""
+    eval_windows: int = 128
+    """Held-out windows of one context each that every evaluation reads."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: int | None = None
+    """Steps between checkpoints; default: a 10th of the run."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    threads: int | None = None
+    """CPU threads of torch; default: its own choice."""
+    workers: int = 0
+    """Processes that read batches."""
+    samples: int = 3
+    """Samples generated at the end."""
+    sample_tokens: int | None = None
+    """Tokens of each sample; default: what suits the modality, 200 for text."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run but the data's name and the output folder."""
+
+    modality: str | None = None
+    """How files become tokens: text8, chars, bytes, bpe, audio, acoustic, images, music, listops; default: the data
+    set's own, else what the names of the files tell."""
+    preset: str = "small"
+    """Sizes of the model: tiny, small, paper, gpt2."""
+    architecture: str = "gpt2"
+    """Blocks: gpt2 (learned positions, LayerNorm, GELU) or llama (RoPE, RMSNorm, SwiGLU)."""
+    mixing: str = "fixed"
+    """What mixes the hidden states over time: none, fixed, learnable, wavelet, ema, conv, shift."""
+    max_steps: int = 1200
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Sequences per batch and process."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Initial weights, order of the batches, samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    source: DataSettings = field(default_factory=DataSettings)
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Sizes of the model by name."""
+        return PRESETS
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, self.presets())
+        # Names as in configuration.py, which imports transformers: too slow for --help.
+        check_choice("architecture", self.architecture, ("gpt2", "llama"))
+        check_choice("mixing", self.mixing, ("none", "fixed", "learnable", "wavelet", "ema", "conv", "shift"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        check_choice("training.schedule", self.training.schedule, ("cosine", "linear", "constant", "plateau"))
+        check_choice("training.precision", self.training.precision, ("fp32", "bf16"))
+        kinds = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+        check_choice("training.attention", self.training.attention, kinds)
+        training = self.training
+        positive = {
+            "max_steps": self.max_steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "training.accumulation": training.accumulation,
+            "training.clip": training.clip,
+            "training.kernel_lr_scale": training.kernel_lr_scale,
+            "training.eval_every": training.eval_every,
+            "training.eval_windows": training.eval_windows,
+            "training.log_every": training.log_every,
+            "training.save_every": training.save_every,
+            "training.keep_checkpoints": training.keep_checkpoints,
+            "training.threads": training.threads,
+            "training.sample_tokens": training.sample_tokens,
+        }
+        for name, value in positive.items():
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be greater than 0, got {value}")
+        check_range("model.dropout", self.model.dropout or 0.0, 0, 1)
+        check_range("training.warmup_steps", self.warmup_steps, 0)
+        check_range("training.weight_decay", training.weight_decay, 0)
+        check_range("training.workers", training.workers, 0)
+        check_range("training.samples", training.samples, 0)
+        check_range("training.beta2", training.beta2, 0, 0.999999)
+        check_range("seed", self.seed, 0, 2**31)  # NumPy takes up to 2^32, and every further seed is one more
+
+    # Defaults that depend on the length of the run.
+
+    @property
+    def eval_every(self) -> int:
+        return self.training.eval_every or max(1, self.max_steps // 40)
+
+    @property
+    def save_every(self) -> int:
+        return self.training.save_every or max(1, self.max_steps // 10)
+
+    @property
+    def warmup_steps(self) -> int:
+        given = self.training.warmup_steps
+        return given if given is not None else min(1000, self.max_steps // 20)
+
+    def model_settings(self) -> dict[str, Any]:
+        """Keyword arguments of `WaveletGPTConfig`: the preset, then what was set here."""
+        settings = {**self.presets()[self.preset], **self.changes()}
+        # GPT-2's 0.02 makes the signals of narrow models smaller with every layer, and they start learning late.
+        initial = {"initializer_range": settings["n_embd"] ** -0.5} if settings["n_embd"] < 768 else {}
+        return {**initial, **settings}
+
+    def changes(self) -> dict[str, Any]:
+        """Keyword arguments of `WaveletGPTConfig` that were set here."""
+        given = {k: v for k, v in dataclasses.asdict(self.model).items() if v is not None}
+        dropout = given.pop("dropout", None)
+        if dropout is not None:
+            given.update(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+        layers = given.get("mix_layers")
+        if isinstance(layers, str) and layers not in ("all", "inner"):
+            try:
+                given["mix_layers"] = [int(part) for part in layers.split(",")]
+            except ValueError:
+                raise UserError(f'model.mix_layers={layers!r} is not "all", "inner" or indices such as 0,2') from None
+        return {"architecture": self.architecture, "mixing": self.mixing, **given}
+
+    def override(self, changes: dict[str, Any], where: str) -> Recipe:
+        """A copy with `changes`, nested as in a recipe file; a bare model setting (`n_layer`) also goes.
+
+        Raises:
+            UserError: unknown name (with a suggestion) or a value of the wrong type; `where` names the source.
+        """
+        nested: dict[str, Any] = {}
+        groups = self.groups()
+        for name, value in changes.items():
+            name = name.replace("-", "_")
+            group, _, rest = name.partition(".")
+            if rest:
+                nested.setdefault(group, {})
+                nested[group] = {**nested[group], rest: value}
+            elif name in groups and isinstance(value, dict):
+                nested[name] = {**nested.get(name, {}), **value}
+            elif name in _fields(type(self)) and name not in groups:
+                nested[name] = value
+            elif name in groups:
+                if value is not None:  # nothing but comments
+                    raise UserError(f"{where}: {name} holds settings, one a line below it, not {value!r}")
+            else:
+                home = next((g for g, kind in groups.items() if name in _fields(kind)), None)
+                if home is None:
+                    raise self._unknown(name, where)
+                nested[home] = {**nested.get(home, {}), name: value}
+        arguments: dict[str, Any] = {}
+        for name, value in nested.items():
+            if name in groups:
+                kind, current = groups[name], getattr(self, name)
+                for key in value:
+                    if key.replace("-", "_") not in _fields(kind):
+                        raise self._unknown(f"{name}.{key}", where)
+                typed = {
+                    key.replace("-", "_"): _typed(kind, key.replace("-", "_"), item, f"{where}: {name}.{key}")
+                    for key, item in value.items()
+                }
+                arguments[name] = dataclasses.replace(current, **typed)
+            elif name in _fields(type(self)):
+                arguments[name] = _typed(type(self), name, value, f"{where}: {name}")
+            else:
+                raise self._unknown(name, where)
+        return dataclasses.replace(self, **arguments)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as run.json records it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        """Settings that are groups of settings: name and class."""
+        hints = typing.get_type_hints(cls)
+        return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+    def _unknown(self, name: str, where: str) -> UserError:
+        names = [*_fields(type(self)), *(f"{g}.{n}" for g, kind in self.groups().items() for n in _fields(kind))]
+        return UserError(f'{where}: no setting "{name}"{suggest(name, names)}')
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], where: str = "run.json") -> Recipe:
+        """The inverse of `as_dict`."""
+        return cls().override({k: v for k, v in value.items() if v is not None}, where)
+
+
+@dataclass(frozen=True)
+class ClassifierSettings(ModelSettings):
+    """What differs from the preset in a classifier."""
+
+    causal: bool | None = None
+    """Whether attention and mixing see the past only (True), or both directions."""
+    pooling: str | None = None
+    """One vector from all tokens: "mean", "last" or "attention"."""
+    frame_size: int | None = None
+    """Samples of a recording that become one token."""
+    frame_hidden: int | None = None
+    """Width of the dense layer that reads the samples of a frame."""
+
+
+@dataclass(frozen=True)
+class ClassifierTraining(TrainingSettings):
+    """Optimiser, schedule, evaluation, checkpoints, augmentation."""
+
+    eval_windows: int = 500
+    """Held-out examples that the evaluations on the way read; the one at the end reads all."""
+    samples: int = 6
+    """Examples of the test split that the report shows, with what the model says of them."""
+    gain: float = 0.0
+    """Augmentation of recordings: loudness changed at random by up to so many dB; 0 for none."""
+    crop: float = 0.0
+    """Augmentation of recordings: shifted at random by up to this share of their length; 0 for none."""
+    mixup: float = 0.0
+    """Augmentation of recordings: mixed in pairs with Beta(a, a) weights, arXiv 1710.09412; 0 for none."""
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(Recipe):
+    """All settings of a classifier's run but the task's name and the output folder."""
+
+    modality: str | None = None
+    """What examples are: a task and a folder of recordings have their own; leave it out."""
+    preset: str = "lra-small"
+    """Sizes of the model: lra-small, lra-listops, lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx,
+    clips."""
+    max_steps: int = 2000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Examples per batch and process."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    model: ClassifierSettings = field(default_factory=ClassifierSettings)
+    training: ClassifierTraining = field(default_factory=ClassifierTraining)
+    source: TaskSettings = field(default_factory=TaskSettings)  # type: ignore[assignment]
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return CLASSIFIER_PRESETS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("training.gain", self.training.gain, 0, 60)  # a thousandfold
+        check_range("training.crop", self.training.crop, 0, 1)
+        check_range("training.mixup", self.training.mixup, 0, 100)
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    return {f.name: f for f in dataclasses.fields(kind)}
+
+
+def _typed(kind: type, name: str, value: Any, where: str) -> Any:
+    """`value` in the field's type; strings (from an arm such as `none:lr=1e-3`) are parsed."""
+    hint = typing.get_type_hints(kind)[name]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and str not in options):
+        if type(None) in options:
+            return None
+        raise UserError(f"{where} needs a value")
+    wanted = next(option for option in options if option is not type(None))
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif wanted is str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    elif not isinstance(value, bool | list | dict):
+        try:
+            number = float(value)
+            if wanted is float:
+                return number
+            if number == int(number):
+                return int(number)
+        except (ValueError, TypeError, OverflowError):
+            pass
+    raise UserError(f"{where}={value!r} is not {'an integer' if wanted is int else 'a ' + wanted.__name__}")
+
+
+def check_choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
+    """Raises UserError, with a suggestion, unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f'{name}: no "{value}"; use one of {", ".join(choices)}{suggest(value, choices)}')
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raises UserError unless `value` is from `least` to `most`."""
+    if not least <= value <= most:
+        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UserError(f"{name} must be {bounds}, got {value}")
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML recipe: differences from the defaults, with `data` and `compare` (arms, seeds) as extras.
+
+    Raises:
+        UserError: unreadable, no YAML, or no mapping of settings.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text file"
+        raise UserError(f"cannot read the recipe {path}: {reason}") from None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{path} must hold settings as `name: value` lines, such as `max_steps: 1200`")
+    return value

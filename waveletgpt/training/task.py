@@ -1,0 +1,169 @@
+"""What a run learns: a task gives the trainer its model, its batches and its measures; the trainer knows no task.
+
+`LanguageModeling` predicts the next token of a token store, `classification.Classification` the class of an example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import set_seed
+
+from waveletgpt.data import TokenStore
+from waveletgpt.data.windows import FixedWindows, RandomWindows
+from waveletgpt.errors import UserError
+from waveletgpt.model.configuration import WaveletGPTConfig
+from waveletgpt.model.modeling import WaveletGPTForCausalLM
+from waveletgpt.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from waveletgpt.runs.folder import RunFolder
+
+
+class Task(Protocol):
+    """One kind of learning. `recipe` is the run's, `model` what `build_model` made of it."""
+
+    name: str
+    """As run.json has it."""
+    measures: tuple[str, ...]
+    """What `measure` gives, besides the loss, for metrics.jsonl."""
+    fingerprint: str
+    """Of the data: content and settings."""
+
+    def build_model(self, recipe: Recipe) -> PreTrainedModel:
+        """A freshly initialised model; the same seed gives the same weights to all arms, where they share them.
+
+        Raises UserError for settings that contradict each other or do not fit the data.
+        """
+
+    def describe(self, data: str) -> dict[str, Any]:
+        """The `data` part of run.json; `data` is what the user called it."""
+
+    def probe(self, model: Any) -> list[int]:
+        """Held-out tokens to picture embeddings with; empty where inputs are not tokens."""
+
+    def sequence_tokens(self, model: Any) -> int:
+        """Tokens that one training example counts as."""
+
+    def train_data(self, recipe: Recipe, model: Any, count: int) -> Any:
+        """`count` training examples, of which the i-th depends on the seed and i alone."""
+
+    def eval_data(self, recipe: Recipe, model: Any) -> Any:
+        """The held-out examples of every evaluation, the same for all arms."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `TrainingArguments`."""
+
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        """A batch."""
+
+    @property
+    def measure(self) -> Callable[[Any], dict[str, float]] | None:
+        """`EvalPrediction` -> `measures`; None where the loss is all."""
+
+    def tokenizer(self) -> Any:
+        """Saved with the model; None where there is none."""
+
+    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+        """Write what the trained model makes into the run folder; more entries for its `result`."""
+
+
+def initialised(kind: type[PreTrainedModel], recipe: Recipe, **settings: Any) -> PreTrainedModel:
+    """A model of class `kind` with the recipe's settings and `settings`, seeded.
+
+    Raises:
+        UserError: settings that contradict each other.
+    """
+    try:
+        config = WaveletGPTConfig(**{**settings, **recipe.model_settings()})
+    except ValueError as error:
+        raise UserError(f"model settings: {error}") from None
+    set_seed(recipe.seed)
+    config._attn_implementation = recipe.training.attention
+    try:
+        return kind(config)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"model settings, training.attention={recipe.training.attention}: {error}") from None
+
+
+class LanguageModeling:
+    """Predict the next token of a token store."""
+
+    name = "language modeling"
+    measures: tuple[str, ...] = ()
+    measure = None
+
+    def __init__(self, store: TokenStore):
+        self.store = store
+        self.fingerprint = store.fingerprint
+        self.record = store.meta.get("record")
+
+    def build_model(self, recipe: Recipe) -> PreTrainedModel:
+        special = getattr(self.tokenizer(), "eos_token_id", None)
+        model = initialised(
+            WaveletGPTForCausalLM,
+            recipe,
+            vocab_size=self.store.vocab_size,
+            bos_token_id=special,
+            eos_token_id=special,
+            pad_token_id=special,
+        )
+        context = model.config.n_positions
+        for split in ("train", "validation"):
+            have = len(self.store.split(split))
+            if have < context + 1:
+                raise UserError(
+                    f"the {split} split has {have} tokens, a window needs {context + 1}; "
+                    "give more data, or a shorter --model.n-positions"
+                )
+        return model
+
+    def describe(self, data: str) -> dict[str, Any]:
+        store = self.store
+        return {
+            "name": data,
+            "modality": store.modality,
+            "fingerprint": store.fingerprint,
+            "store": str(store.path),
+            "vocab_size": store.vocab_size,
+            "bytes_per_token": {split: store.bytes_per_token(split) for split in ("train", "validation", "test")},
+            "splits": store.meta.get("splits"),
+            "source": store.meta.get("source"),
+        }
+
+    def probe(self, model: Any) -> list[int]:
+        return [int(t) for t in self.store.split("validation")[: model.config.n_positions]]
+
+    def sequence_tokens(self, model: Any) -> int:
+        return model.config.n_positions
+
+    def train_data(self, recipe: Recipe, model: Any, count: int) -> RandomWindows:
+        return RandomWindows(self.store.split("train"), model.config.n_positions, count, recipe.seed, self.record)
+
+    def eval_data(self, recipe: Recipe, model: Any) -> FixedWindows:
+        held_out, windows = self.store.split("validation"), recipe.training.eval_windows
+        return FixedWindows(held_out, model.config.n_positions, windows, self.record)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"label_names": ["shift_labels"], "prediction_loss_only": True}
+
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        # Windows are of one length: the collator that goes with a tokenizer would only look for padding.
+        return default_data_collator(rows)
+
+    def tokenizer(self) -> Any:
+        return self.store.load_tokenizer()
+
+    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+        from waveletgpt.runs.folder import write_json
+        from waveletgpt.runs.sampling import sample_run
+
+        # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
+        model = WaveletGPTForCausalLM.from_pretrained(run.path).to(device)  # type: ignore[arg-type]
+        write_json(run.path / "samples.json", sample_run(model, self.store, recipe, run.path))
+        nll = next(row["nll"] for row in reversed(run.metrics()) if "nll" in row)
+        size = self.store.bytes_per_token("validation")
+        return {"bits_per_byte": nll / math.log(2) / size if size else None}
