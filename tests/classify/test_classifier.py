@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.test_mixing import make_mixer, oracle
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.model.test_mixing import make_mixer, oracle
 from tests.tiny import PAD, tiny_config, tiny_model, tokens
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM, WaveletGPTForSequenceClassification
 from waveletgpt.model import cost

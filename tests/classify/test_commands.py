@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from tests.helpers import waveletgpt
 from PIL import Image
+
+from tests.helpers import waveletgpt
 
 TINY = [
     *("--max-steps", "4", "--batch-size", "4", "--model.n-layer", "1", "--model.n-embd", "16", "--model.n-head", "2"),

@@ -440,7 +440,7 @@ def test_the_table_is_light() -> None:
     # The package itself may register its models on import; `waveletgpt --help` doesn't, and neither does this.
     stub = f"import types, sys; m = types.ModuleType('waveletgpt'); m.__path__ = [{str(package)!r}]; "
     code = (
-        "sys.modules['waveletgpt'] = m; from waveletgpt.data.long_range_arena import TASKS; "
+        "sys.modules['waveletgpt'] = m; from waveletgpt.classify.long_range_arena import TASKS; "
         "assert len(TASKS) == 6; heavy = {'torch', 'PIL', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", stub + code], check=True)

@@ -74,7 +74,7 @@ def _cpu() -> str:
 
 def _revision() -> str | None:
     """Commit of the checkout this package runs from, with "+changes" if it has any; None outside a checkout."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
 
