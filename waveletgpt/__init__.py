@@ -1,12 +1,22 @@
 """WaveletGPT: GPT-style models whose hidden states carry multi-scale structure (arXiv 2409.12924).
 
-`import waveletgpt` registers the models with transformers, so that its Auto classes load saved runs.
+`import waveletgpt` registers the models with transformers, so that its Auto classes load saved runs; it imports neither
+torch nor transformers until they are used.
 """
 
 import importlib
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from waveletgpt import _registration
+
+if TYPE_CHECKING:
+    from waveletgpt.model.configuration import WaveletGPTConfig
+    from waveletgpt.model.modeling import (
+        WaveletGPTForCausalLM,
+        WaveletGPTForSequenceClassification,
+        WaveletGPTModel,
+    )
+    from waveletgpt.ops import ema_mix, wavelet_mix
 
 __version__ = "0.1.0"
 
@@ -35,12 +45,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _runs_as_command() -> bool:
-    """Whether this process is `waveletgpt ...` or `python -m waveletgpt ...`."""
-    return "waveletgpt" in {Path(word).stem for word in sys.orig_argv[:4]}
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-# Registering imports torch, which takes seconds; the command line does so only once a command needs a model, so that
-# its --help is instant.
-if not _runs_as_command():
-    importlib.import_module(".model.modeling", __name__)
+_registration.install()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import waveletgpt, write_text
-from waveletgpt.cli import main as cli
+from waveletgpt import cli
 
 SMALL = [
     *("--preset", "tiny", "--max-steps", "6", "--batch-size", "4", "--device", "cpu", "--model.n-positions", "16"),

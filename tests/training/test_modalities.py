@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.helpers import write_text
-from waveletgpt.cli import main as cli
+from waveletgpt import cli
 from waveletgpt.data import MODALITIES, NAMED
 
 TINY = [

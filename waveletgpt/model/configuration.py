@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 ARCHITECTURES = ("gpt2", "llama")
 MIXINGS = ("none", "fixed", "learnable", "wavelet", "ema", "conv", "shift")
@@ -280,5 +280,7 @@ class WaveletGPTConfig(PreTrainedConfig):
         # A mean's running sums are one more.
         return (2 if self.mix_placement == "input" else 1) * (2 if self.mixing == "fixed" else 1)
 
+
+AutoConfig.register("waveletgpt", WaveletGPTConfig, exist_ok=True)
 
 __all__ = ["WaveletGPTConfig"]

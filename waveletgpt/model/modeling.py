@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -621,7 +620,6 @@ class WaveletGPTForSequenceClassification(WaveletGPTPreTrainedModel):
         return x.flatten(0, 1)
 
 
-AutoConfig.register("waveletgpt", WaveletGPTConfig, exist_ok=True)
 AutoModel.register(WaveletGPTConfig, WaveletGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(WaveletGPTConfig, WaveletGPTForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(WaveletGPTConfig, WaveletGPTForSequenceClassification, exist_ok=True)

@@ -1,42 +1,64 @@
-"""Run folders -> summary.json, curves.csv and report.html, and what they say in a terminal."""
+"""Run folders -> summary.json, curves.csv and report.html, and what they say in a terminal.
+
+What is summarised and shown depends on what the runs learned. Each kind of learning is one line of `KINDS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from waveletgpt.classify.scores import CLASSIFICATION, score_headline, score_table, write_scores
-from waveletgpt.report.page import write_report
-from waveletgpt.report.summary import write_summary
-from waveletgpt.report.wording import headline, summary_table
 from waveletgpt.runs.folder import RunFolder
 
-__all__ = ["in_words", "write_report", "write_results"]
+__all__ = ["KINDS", "Kind", "in_words", "write_results"]
+
+Runs = Sequence[RunFolder]
 
 
-def write_results(out: Path, runs: Sequence[RunFolder], baseline: str | None) -> dict[str, Any]:
-    """Write summary.json, curves.csv and report.html into `out`, of language models or of classifiers.
+@dataclass(frozen=True)
+class Kind:
+    """How runs of one task are reported."""
+
+    write_summary: Callable[[Path, Runs, str | None], dict[str, Any]]
+    """Writes summary.json and curves.csv into a folder, of runs and the baseline's arm; returns the summary."""
+    write_report: Callable[[Path, Runs, str | None], Any]
+    """Writes report.html likewise."""
+    table: Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]
+    """Summary -> header and rows of the table of arms."""
+    headline: Callable[[dict[str, Any]], str]
+    """Summary -> the result in a sentence."""
+
+
+KINDS = {
+    "language modeling": "waveletgpt.report.language_modeling",
+    "classification": "waveletgpt.classify.reporting",
+}
+"""Task, as run.json names it -> the module whose `KIND` reports it; imported when there is such a run."""
+
+
+def write_results(out: Path, runs: Runs, baseline: str | None) -> dict[str, Any]:
+    """Write summary.json, curves.csv and report.html into `out`.
 
     Returns the summary. Raises UserError if there is no run, or the runs cannot be compared.
     """
-    if _classified(run.info for run in runs):
-        from waveletgpt.classify.page import write_score_report
-
-        summary = write_scores(out, runs, baseline)
-        write_score_report(out, runs, baseline)
-    else:
-        summary = write_summary(out, runs, baseline)
-        write_report(out, runs, baseline)
+    kind = _kind(run.info for run in runs)
+    summary = kind.write_summary(out, runs, baseline)
+    kind.write_report(out, runs, baseline)
     return summary
 
 
 def in_words(summary: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """Header and rows of the table of arms, and the result in a sentence."""
-    if _classified([summary]):
-        return *score_table(summary), score_headline(summary)
-    return *summary_table(summary), headline(summary)
+    kind = _kind([summary])
+    return *kind.table(summary), kind.headline(summary)
 
 
-def _classified(infos: Iterable[dict[str, Any]]) -> bool:
-    return any(info.get("task") == CLASSIFICATION for info in infos)
+def _kind(infos: Iterable[dict[str, Any]]) -> Kind:
+    """That of the first run which says something other than the default; `Kind.write_summary` refuses a mixture."""
+    names = [info.get("task") for info in infos]
+    name = next((name for name in names if name in KINDS and name != "language modeling"), "language modeling")
+    kind: Kind = importlib.import_module(KINDS[name]).KIND
+    return kind
