@@ -25,6 +25,7 @@ from waveletgpt.report.summary import (
     summary_table,
     write_summary,
 )
+from waveletgpt.report.wording import gap_table
 from waveletgpt.runs.folder import RunFolder
 
 CURVES = st.lists(st.floats(0.5, 5.0), min_size=1, max_size=12).map(
@@ -288,3 +289,24 @@ def test_a_disturbed_machine_is_told(tmp_path: Path) -> None:
         run.update_info(result=result)
     notes = " ".join(summarize(runs, "none")["notes"])
     assert "busy with other things at times (`fixed`)" in notes
+
+
+def test_the_gap_is_followed_to_the_end(tmp_path: Path) -> None:
+    """Worked out by hand: 0.4 ahead at a quarter, 0.3 at half (between two evaluations), 0.1 at the end."""
+    base = make_run(tmp_path / "a", "none", curve=[(0, 4.0), (100, 3.0), (400, 2.0)])
+    arm = make_run(tmp_path / "b", "fixed", curve=[(0, 4.0), (100, 2.6), (300, 2.1333333), (400, 1.9)])
+    gap = summarize([base, arm], "none")["arms"]["fixed"]["gap"]
+    assert gap["quarter"] == pytest.approx(0.4)
+    assert gap["half"] == pytest.approx(2.0 + 2 / 3 - (2.6 + 2.1333333) / 2)
+    assert gap["end"] == pytest.approx(0.1)
+    header, [row] = gap_table(summarize([base, arm], "none"))
+    assert row == ["fixed", "+0.400", "+0.300", "+0.100", "25%"]
+    assert len(header) == len(row)
+
+
+def test_no_gap_beyond_the_end_of_an_arm(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "a", "none", curve=[(0, 4.0), (400, 2.0)])
+    arm = make_run(tmp_path / "b", "fixed", curve=[(0, 4.0), (200, 2.5)])
+    summary = summarize([base, arm], "none")
+    assert summary["arms"]["fixed"]["gap"] == {"quarter": pytest.approx(0.25), "half": pytest.approx(0.5), "end": None}
+    assert gap_table(summary)[1] == []

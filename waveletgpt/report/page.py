@@ -30,6 +30,7 @@ from waveletgpt.report.wording import (
     TABLE_HEADER,
     arm_sentence,
     duration,
+    gap_table,
     headline,
     headline_arm,
     plural,
@@ -176,7 +177,22 @@ def _added_share(arm: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def _curves(records: Sequence[Record], summary: dict[str, Any], styles: dict[str, int]) -> str:
-    return loss_figures(records, summary, styles) + difference_figure(records, summary, styles)
+    return loss_figures(records, summary, styles) + difference_figure(records, summary, styles) + _gaps(summary, styles)
+
+
+def _gaps(summary: dict[str, Any], styles: dict[str, int]) -> str:
+    """What is left of each arm's lead as training goes on; nothing where there is no comparison."""
+    header, rows = gap_table(summary)
+    if not rows:
+        return ""
+    cells = [
+        [f"{swatch(styles[row[0]])}{escape(row[0])}", *(cell.replace("-", "−") for cell in row[1:])] for row in rows
+    ]
+    return (
+        '<p class="small">How far each arm is below the baseline at the same step, in nats per token, mean over seeds. '
+        "A lead that shrinks is a head start that the baseline makes up for.</p>"
+        + table(header, cells, "arms", "Lead over the baseline as training goes on")
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str, label: str) -> str:

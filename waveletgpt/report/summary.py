@@ -359,8 +359,26 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
 
 def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, Any]:
     """The part of an arm's numbers that compares its loss, seed by seed, with the baseline's."""
-    numbers = compared(counted, base, LOSS)
+    numbers = compared(counted, base, LOSS) | {"gap": _gap(counted, base)}
     return {("final_nll_difference" if key == "difference" else key): value for key, value in numbers.items()}
+
+
+GAP_AT = {"quarter": 0.25, "half": 0.5, "end": 1.0}
+"""Shares of the baseline's steps at which `gap` looks."""
+
+
+def _gap(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, float | None]:
+    """How much lower an arm's loss is than the baseline's at the same step, in nats, as training goes on.
+
+    Mean over the seeds that have both, linear between evaluations; None where an arm ended before. A lead that shrinks
+    from `quarter` to `end` is a head start; one that stays is more than that.
+    """
+    gaps: dict[str, float | None] = {}
+    for name, share in GAP_AT.items():
+        pairs = [(r.losses, base[r.seed].losses, share * base[r.seed].steps) for r in counted if base]
+        both = [(interpolate(theirs, step), interpolate(ours, step)) for ours, theirs, step in pairs]
+        gaps[name] = mean([None if None in (a, b) else a - b for a, b in both])  # type: ignore[operator]
+    return gaps
 
 
 def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> list[str]:

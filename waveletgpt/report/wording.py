@@ -151,6 +151,17 @@ def summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return list(TABLE_HEADER), rows
 
 
+def gap_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): how far each arm is below the baseline, in nats, as training goes on; no rows without any."""
+    rows = []
+    for name, arm in summary["arms"].items():
+        gap = arm.get("gap") or {}
+        if all(gap.get(when) is not None for when in ("quarter", "half", "end")):
+            left = f"{gap['end'] / gap['quarter']:.0%}" if gap["quarter"] > 0 else "–"
+            rows.append([name, *(f"{gap[when]:+.3f}" for when in ("quarter", "half", "end")), left])
+    return ["arm", "ahead at a quarter of the steps", "at half", "at the end", "left of the first"], rows
+
+
 def markdown_table(summary: dict[str, Any]) -> str:
     """`summary_table` as Markdown, without columns that say nothing."""
     header, rows = summary_table(summary)
