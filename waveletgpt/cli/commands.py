@@ -77,6 +77,11 @@ class Compare:
     """Arms, the baseline first: none, fixed, learnable, ema, conv, shift, each with :name=value,... if need be."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
+    sweep: tuple[str, ...] = ()
+    """Settings to try with every arm, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3. An arm gets those with the lowest
+    validation loss; one rate for all misjudges arms."""
+    sweep_steps: int | None = None
+    """Steps of a trial of --sweep (default: as many as of a run, and the best trial is a run)."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -84,7 +89,28 @@ class Compare:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
-        train_arms(self, lambda: prepare_store(self.data, self.settings), self.data, self.out)
+        if not self.sweep:
+            if self.sweep_steps is not None:
+                raise UserError("--sweep-steps has no effect without --sweep")
+            train_arms(self, lambda: prepare_store(self.data, self.settings), self.data, self.out)
+            return
+        from waveletgpt.training.compare import plan
+        from waveletgpt.training.sweep import parse_grid, sweep
+
+        recipe, grid = plain(self.settings), parse_grid(self.sweep)
+        plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume)
+        store = prepare_store(self.data, self.settings)
+        best = sweep(
+            recipe,
+            store,
+            self.out,
+            data=self.data,
+            arms=self.arms,
+            grid=grid,
+            steps=self.sweep_steps,
+            resume=self.resume,
+        )
+        train_arms(dataclasses.replace(self, arms=tuple(best), resume=True), lambda: store, self.data, self.out)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from waveletgpt.report.figures import (
     loss_figures,
     schedule_figure,
 )
-from waveletgpt.report.summary import Record, flatten, read_records, settings_of, summarize_records
+from waveletgpt.report.summary import Record, flatten, read_records, read_sweep, settings_of, summarize_records
 from waveletgpt.report.wording import (
     TABLE_HEADER,
     arm_sentence,
@@ -57,7 +57,7 @@ def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = No
     names = list(dict.fromkeys(record.arm for record in records))
     if baseline is None and len(names) > 1 and "none" in names:
         baseline = "none"
-    summary = summarize_records(records, baseline)
+    summary = summarize_records(records, baseline) | read_sweep(out)
     path = Path(out) / "report.html"
     write_atomically(path, render(records, summary))
     return path
@@ -71,6 +71,7 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     sections = [
         ("curves", "Learning curves", _curves(records, summary, styles)),
         ("arms", "The arms in numbers", _arms(summary, styles)),
+        ("sweep", "Settings tried", _sweep(summary)),
         ("mixing", "What is mixed", schedule_figure(records, styles) + pictures["mixing"]),
         ("kernels", "Kernels", pictures["kernels"]),
         ("samples", "Samples", _samples(records, styles)),
@@ -193,6 +194,30 @@ def _gaps(summary: dict[str, Any], styles: dict[str, int]) -> str:
         "A lead that shrinks is a head start that the baseline makes up for.</p>"
         + table(header, cells, "arms", "Lead over the baseline as training goes on")
     )
+
+
+def _sweep(summary: dict[str, Any]) -> str:
+    """Which settings each arm was tried with, and whether its best lies where the grid ends; or nothing."""
+    found = summary.get("sweep")
+    if not found:
+        return ""
+    rows, warnings = [], []
+    for arm, entry in found["arms"].items():
+        for trial in entry["trials"]:
+            best = trial["settings"] == entry["best"]
+            loss = "diverged" if trial["loss"] is None else f"{trial['loss']:.4f}"
+            values = ", ".join(f"{name} {value}" for name, value in trial["settings"].items())
+            rows.append([escape(arm) if best else "", escape(values), f"<strong>{loss}</strong>" if best else loss])
+        if entry["edges"]:
+            names = ", ".join(entry["edges"])
+            warnings.append(
+                f"`{arm}`: its best {names} is the last one tried on that side; a wider sweep may be better."
+            )
+    text = (
+        f"Each arm was tried with every setting below for {found['steps']} steps with seed {found['seed']}, and goes "
+        "on with the one of the lowest loss on the validation split."
+    )
+    return f"<p>{text}</p>" + notes(warnings) + table(["arm", "settings", "loss"], rows, "arms", "Settings tried")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str, label: str) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -485,6 +486,22 @@ def curves_csv(runs: Iterable[RunFolder] | Sequence[Record], scores: Sequence[st
     return out.getvalue()
 
 
+SWEEP_FILE = "sweep.json"
+
+
+def sweep_folder(out: str | Path) -> Path:
+    """Where the trials of a sweep for a comparison in `out` lie, and the record of what was chosen."""
+    return Path(out).with_name(Path(out).name + "-sweep")
+
+
+def read_sweep(out: str | Path) -> dict[str, Any]:
+    """{"sweep": {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}}}, or {} without one."""
+    try:
+        return {"sweep": json.loads((sweep_folder(out) / SWEEP_FILE).read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        return {}
+
+
 def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
     """Write summary.json and curves.csv into `out`, each atomically, and return the summary.
 
@@ -492,7 +509,7 @@ def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) ->
         UserError: see `summarize`.
     """
     records = read_records(runs)
-    summary = summarize_records(records, baseline)
+    summary = summarize_records(records, baseline) | read_sweep(out)
     write_json(Path(out) / "summary.json", summary)
     write_atomically(Path(out) / "curves.csv", curves_csv(records))
     return summary

@@ -1,0 +1,111 @@
+"""Sweeps: every arm gets its own best, trials are not trained twice, and the report says where a grid ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import make_store, tiny_recipe, waveletgpt, write_text
+from waveletgpt.errors import UserError
+from waveletgpt.report.summary import sweep_folder
+from waveletgpt.runs.folder import RunFolder, find_runs
+from waveletgpt.training.compare import compare
+from waveletgpt.training.sweep import choose, parse_grid, sweep, variants
+
+GRID = {"lr": ["1e-5", "3e-3", "1e-2"]}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two arms and two seeds, each arm at its best of three rates."""
+    folder = tmp_path_factory.mktemp("sweep")
+    store, recipe = make_store(folder), tiny_recipe()
+    arms = sweep(recipe, store, folder / "out", data="words.txt", arms=["none", "fixed"], grid=GRID)
+    compare(recipe, store, folder / "out", data="words.txt", arms=arms, seeds=2, resume=True)
+    return folder / "out"
+
+
+def test_each_arm_has_the_best_of_its_trials(out: Path) -> None:
+    trials = {run.info["arm"]: run.info["result"]["final_nll"] for run in find_runs(sweep_folder(out))}
+    assert len(trials) == 6
+    chosen = list(json.loads((out / "summary.json").read_text())["arms"])
+    for arm in chosen:
+        rivals = {name: loss for name, loss in trials.items() if name.split(":")[0] == arm.split(":")[0]}
+        assert trials[arm] == min(rivals.values())
+    assert [arm.split(":")[0] for arm in chosen] == ["none", "fixed"]
+
+
+def test_a_whole_trial_is_the_first_run(out: Path) -> None:
+    for run in find_runs(out):
+        trial = RunFolder(sweep_folder(out) / run.path.name)
+        if run.info["seed"] == 0:
+            assert (run.path / "model.safetensors").read_bytes() == (trial.path / "model.safetensors").read_bytes()
+            assert run.info["environment"]["date"] == trial.info["environment"]["date"]
+        else:
+            assert not trial.exists()
+
+
+def test_the_report_shows_what_was_tried(out: Path) -> None:
+    page = (out / "report.html").read_text()
+    assert "Settings tried" in page
+    assert all(f"lr {value}" in page for value in GRID["lr"])
+    sweep = json.loads((out / "summary.json").read_text())["sweep"]
+    assert sweep["grid"] == GRID
+    for arm, entry in sweep["arms"].items():
+        at_the_edge = entry["best"]["lr"] in ("1e-5", "1e-2")
+        assert (entry["edges"] == ["lr"]) is at_the_edge
+        assert (f"{arm}</code>: its best lr" in page) is at_the_edge
+
+
+def test_shortened_trials_are_no_runs(tmp_path: Path) -> None:
+    store, recipe = make_store(tmp_path), tiny_recipe()
+    grid = {"lr": ["1e-3", "3e-3"]}
+    arms = sweep(recipe, store, tmp_path / "out", data="words.txt", arms=["none"], grid=grid, steps=3)
+    assert not (tmp_path / "out").exists()
+    assert all(run.info["recipe"]["max_steps"] == 3 for run in find_runs(sweep_folder(tmp_path / "out")))
+    assert arms[0] in ("none:lr=1e-3", "none:lr=3e-3")
+
+
+@given(st.dictionaries(st.sampled_from([f"{k}e-3" for k in range(1, 9)]), st.floats(0.1, 9), min_size=2))
+def test_the_choice_is_the_lowest_loss_and_tells_of_edges(losses: dict[str, float]) -> None:
+    found = choose({(value,): loss for value, loss in losses.items()}, {"lr": list(losses)})
+    value = found["best"]["lr"]
+    assert losses[value] == min(losses.values())
+    assert bool(found["edges"]) == (float(value) in (min(map(float, losses)), max(map(float, losses))))
+
+
+def test_diverged_trials_are_never_chosen() -> None:
+    assert choose({("1",): None, ("2",): 3.0, ("3",): float("nan")}, {"lr": ["1", "2", "3"]})["best"] == {"lr": "2"}
+    with pytest.raises(UserError, match="diverged"):
+        choose({("1",): None, ("2",): None}, {"lr": ["1", "2"]})
+
+
+def test_settings_of_an_arm_stay_and_combine() -> None:
+    grid = parse_grid(["lr=1e-3,2e-3", "weight_decay=0,0.1"])
+    found = variants("fixed:max_window=4", grid)
+    assert len(found) == 4
+    assert found["2e-3", "0"] == "fixed:max_window=4,lr=2e-3,weight_decay=0"
+    with pytest.raises(UserError, match="sets lr itself"):
+        variants("fixed:lr=1e-3", grid)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "lr=1e-3"], "two or more values"),
+        (["--sweep", "lr=1e-3,1e-3"], "given twice"),
+        (["--sweep", "rate=1e-3,2e-3"], 'no setting "rate"'),
+        (["--sweep", "lr=1e-3,high"], "lr"),
+        (["--sweep-steps", "3"], "without --sweep"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path: Path, words: list[str], message: str) -> None:
+    text = write_text(tmp_path / "words.txt", 2000)
+    found = waveletgpt("compare", text, "--preset", "tiny", "--max-steps", "2", "--out", tmp_path / "out", *words)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
