@@ -22,7 +22,8 @@ from transformers.cache_utils import LinearAttentionLayer
 from tests.tiny import PAD, tiny_config, tiny_model, tokens
 from waveletgpt import WaveletGPTForCausalLM
 from waveletgpt.model.configuration import WAVELETS, window_schedule
-from waveletgpt.model.mixing import MIXERS, Clock, Layout, LearnableMean, Mixer
+from waveletgpt.model.decoding import Clock, Layout
+from waveletgpt.model.mixing import MIXERS, LearnableMean, Mixer
 from waveletgpt.ops import cpp
 
 PEERS = ["ema", "conv", "shift"]

@@ -428,7 +428,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(settings: dict, tmp_path: Pat
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors",
-        "configuration.py", "mixing.py", "modeling.py", "ops.py",
+        "configuration.py", "decoding.py", "mixing.py", "modeling.py", "reference.py",
     }  # fmt: skip
     logits = model(ids).logits
     for loader in (WaveletGPTForCausalLM, AutoModelForCausalLM):
@@ -473,7 +473,14 @@ def test_what_is_uploaded_includes_the_code(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="a/b"))
     monkeypatch.setattr(WaveletGPTForCausalLM, "_upload_modified_files", upload)
     tiny_model().save_pretrained(tmp_path, push_to_hub=True)
-    assert uploaded >= {"model.safetensors", "modeling.py", "configuration.py", "mixing.py", "ops.py"}
+    assert uploaded >= {
+        "model.safetensors",
+        "modeling.py",
+        "configuration.py",
+        "mixing.py",
+        "decoding.py",
+        "reference.py",
+    }
 
 
 def test_vocabulary_grows_and_stays_tied() -> None:

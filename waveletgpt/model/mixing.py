@@ -8,7 +8,6 @@ decoding remembers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 from math import comb
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from .configuration import WaveletGPTConfig
+from .decoding import Clock, Layout, check_state
 
 try:
     from waveletgpt.ops import cpp, ema_mix, wavelet_mix
@@ -107,7 +107,12 @@ class Mixer(nn.Module):
 
     def go_on(self, x: torch.Tensor, cache: Any, state_idx: int, clock: Clock | None) -> torch.Tensor:
         """`mix`, after the tokens in the cache, which takes these in too."""
-        state = cache.conv_states[state_idx].transpose(1, 2) if cache.has_previous_state[state_idx] else None
+        state = None
+        if cache.has_previous_state[state_idx]:
+            check_state(cache.conv_states[state_idx], x.shape[0], self.n_mixed)
+            state = cache.conv_states[state_idx].transpose(1, 2)
+        elif (old := cache.conv_states[state_idx]) is not None and old.shape[0] != x.shape[0]:
+            cache.is_conv_states_initialized[state_idx] = False  # left over from a batch of another size
         y = self.mix(x, state)
         cache.update_conv_state(self.remember(x, y).transpose(1, 2), state_idx=state_idx, conv_kernel_size=1)
         return y
@@ -123,61 +128,6 @@ class Mixer(nn.Module):
     def extra_repr(self) -> str:
         windows = f", windows={min(self.windows)}...{max(self.windows)}" if self.windows else ""
         return f"n_mixed={self.n_mixed}{windows}, edge={self.edge!r}"
-
-
-class Layout:
-    """Where decoding keeps the last w inputs of each coordinate, w its window: in a row of R = sum of w slots.
-
-    Input number t goes to slot -t mod w of the coordinate's own: from there on, and around, they are as old as taps.
-    """
-
-    def __init__(self, windows: Sequence[int], device: torch.device):
-        self.size, self.longest = sum(windows), max(windows)
-        self.window = torch.tensor(windows, device=device)
-        self.rate = 1 / self.window
-        self.start = self.window.cumsum(0) - self.window
-        # Of each slot: its coordinate, that one's first, and which of them it is.
-        coordinates = torch.arange(len(windows), device=device)
-        self.owner = coordinates.repeat_interleave(self.window, output_size=self.size)
-        self.base = self.start[self.owner]
-        self.place = torch.arange(self.size, device=device) - self.base
-
-
-class Clock:
-    """Which inputs are in the slots: those of the `past` tokens before a forward pass, and of the `tokens` in it.
-
-    One serves all mixers.
-    """
-
-    def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int, batch: int):
-        self.layout, self.batch = layout, batch
-        # Copies: a cache changes a `past` that is a tensor during the pass.
-        self.first, self.last = past + 0, past + tokens - 1
-        self._ages: torch.Tensor | None = None
-        self._slots: torch.Tensor | None = None
-
-    def slots(self) -> torch.Tensor:
-        """(B, C) the slot of each coordinate's last input."""
-        if self._slots is None:
-            self._slots = (self.layout.start + -self.last % self.layout.window).expand(self.batch, -1)
-        return self._slots
-
-    def ages(self) -> torch.Tensor:
-        """(R,) how many tokens before the last one the input in each slot came."""
-        if self._ages is None:
-            self._ages = (self.last + self.layout.place) % self.layout.window[self.layout.owner]
-        return self._ages
-
-    def pack(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs up to the last one, (B, any, C), to the row of them (B, R)."""
-        inputs = nn.functional.pad(inputs, (0, 0, max(0, self.layout.longest - inputs.shape[1]), 0))
-        rows = inputs.shape[1] - 1 - self.ages()
-        return inputs.flatten(1).index_select(1, rows * inputs.shape[2] + self.layout.owner)
-
-    def unpack(self, row: torch.Tensor) -> torch.Tensor:
-        """The row (B, R) before this pass to inputs (B, S, C), S the longest window; those too old are arbitrary."""
-        numbers = self.first - torch.arange(self.layout.longest, 0, -1, device=row.device)
-        return row[:, self.layout.start + -numbers[:, None] % self.layout.window]
 
 
 class Windowed(Mixer):
@@ -211,7 +161,10 @@ class Windowed(Mixer):
             return None
         states = [cache.conv_states[state_idx + i] for i in range(self.n_states)]
         # (B, C, S) where the cache recorded the past.
-        return self.compiled_step(hidden, states, now) if states[0].ndim == 2 else None
+        if states[0].ndim != 2:
+            return None
+        check_state(states[0], hidden.shape[0], clock.layout.size)  # type: ignore[union-attr]
+        return self.compiled_step(hidden, states, now)
 
     def pack(self, inputs: torch.Tensor, clock: Clock) -> list[torch.Tensor]:
         """The states, `n_states` of them, that inputs (B, any, C) up to the last one leave behind."""
@@ -228,6 +181,10 @@ class Windowed(Mixer):
             states = [cache.conv_states[i] for i in indices]
             # (B, C, S) where the cache recorded the past.
             packed = states[0].ndim == 2
+            check_state(states[0], x.shape[0], *((clock.layout.size,) if packed else (self.n_mixed, None)))
+            if packed:
+                for extra in states[1:]:
+                    check_state(extra, x.shape[0], self.n_mixed)
             if packed and x.shape[1] == 1 and not cache.record_past and not torch.is_grad_enabled():
                 return self.step(x.squeeze(1), states, clock).unsqueeze(1)
             state = clock.unpack(states[0]) if packed else states[0].transpose(1, 2)

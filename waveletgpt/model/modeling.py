@@ -36,7 +36,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import WaveletGPTConfig
-from .mixing import Clock, Kernels, Layout, Mixer, Mixers
+from .decoding import Clock, Layout, follow
+from .mixing import Kernels, Mixer, Mixers
 
 
 def _norm(config: WaveletGPTConfig) -> nn.Module:
@@ -233,17 +234,31 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         cache: Cache | None,
         position_ids: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
+        batch: int,
         **kwargs: Any,
     ) -> None:
         """ValueError for caches without mixing states, for packed documents, and for serving engines."""
         if cache is not None:
             # An offloaded cache moves the states away together with keys and values, before they are used.
             layers = cache.layers
-            if cache.offloading or not all(layers and hasattr(layers[i], "conv_states") for i in self.mixing_layers):
+            have = [hasattr(layers[i], "conv_states") for i in self.mixing_layers if i < len(layers)]
+            if cache.offloading or not layers or not all(have):
                 raise ValueError(
                     f"this {type(cache).__name__} keeps no mixing states at hand; "
-                    "make it with DynamicCache(config=model.config)"
+                    "make it with DynamicCache(config=model.config). (PEFT's prefix tuning makes such a cache and "
+                    "cannot train a model with mixing: use LoRA or prompt tuning)"
                 )
+            keys = getattr(layers[0], "keys", None) if layers else None
+            shape = (batch, self.config.n_kv_head, self.config.head_dim)
+            if len(layers) != self.config.n_layer or (
+                keys is not None and keys.numel() and (*keys.shape[:2], keys.shape[-1]) != shape
+            ):
+                raise ValueError(
+                    f"this cache is of {len(layers)} layers and holds "
+                    f"{'nothing' if keys is None else f'keys of shape {tuple(keys.shape)}'}: the model has "
+                    f"{self.config.n_layer} layers and needs {shape[:2]} x tokens x {shape[2]}; start with a new cache"
+                )
+            follow([layers[i] for i in self.mixing_layers])
         attention = self.config._attn_implementation or ""
         if attention.startswith(("paged", "sglang", "vllm")):
             raise ValueError(f"attention {attention!r} has its own cache, which keeps no mixing states; use generate()")
@@ -321,7 +336,9 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
             # Only positions that were given can mean packing; looking for it in others would cost a synchronisation.
             masks = create_masks(self.config, hidden, attention_mask, past_key_values, position_ids)
         if self.config.mixing != "none":
-            self._refuse_what_mixing_gets_wrong(past_key_values, position_ids, masks["linear_attention"], **kwargs)
+            self._refuse_what_mixing_gets_wrong(
+                past_key_values, position_ids, masks["linear_attention"], hidden.shape[0], **kwargs
+            )
         positions = self._positions(hidden, attention_mask, position_ids, past)
         hidden = self._embed(hidden, positions, past + hidden.shape[1])
         rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None

@@ -137,6 +137,11 @@ def step_mean(hidden: Tensor, windows: Windows, row: Tensor, sums: Tensor, now: 
 
     `row` (B, R) and `sums` (B, C), float64, take it in: see `Layout` and `FixedMean` in mixing.py.
     """
+    _check_step(hidden, row, _slots(windows))
+    if sums.shape != (len(hidden), len(windows)) or sums.dtype != torch.float64 or not sums.is_contiguous():
+        raise ValueError(
+            f"sums is a {tuple(sums.shape)} {sums.dtype} tensor: give a dense {(len(hidden), len(windows))}"
+        )
     y = torch.empty_like(hidden)
     _step("mean")(_token(hidden, y, len(windows), row, now), _sizes(windows, torch.int64).data_ptr(), sums.data_ptr())
     return y
@@ -146,10 +151,27 @@ def step_filter(
     hidden: Tensor, groups: tuple[tuple[int, int], ...], taps: Sequence[Tensor], row: Tensor, now: int
 ) -> Tensor:
     """The same with `taps` (n, w) or (w,) for each group of n neighbours with the window w; `groups` are (w, n)."""
+    _check_step(hidden, row, sum(w * n for w, n in groups))
+    if any(h.numel() != (w if h.ndim == 1 else w * n) for (w, n), h in zip(groups, taps, strict=True)):
+        raise ValueError(f"taps have shapes {[tuple(h.shape) for h in taps]}: the windows (w, n) are {groups}")
     y = torch.empty_like(hidden)
     described = _describe(groups, tuple(h.data_ptr() for h in taps), taps[0].ndim == 1)
     _step("filter")(_token(hidden, y, sum(n for _, n in groups), row, now), described, len(groups))
     return y
+
+
+def _check_step(hidden: Tensor, row: Tensor, slots: int) -> None:
+    """The kernels believe shapes, so a state of another batch or model must not reach them."""
+    if hidden.ndim != 3 or hidden.shape[1] != 1 or row.shape != (len(hidden), slots):
+        raise ValueError(
+            f"hidden states of a token and the row of inputs have shapes {tuple(hidden.shape)} and {tuple(row.shape)}: "
+            f"give (B, 1, E) and (B, {slots})"
+        )
+
+
+@lru_cache(maxsize=64)
+def _slots(windows: Windows) -> int:
+    return sum(windows)
 
 
 @lru_cache(maxsize=256)

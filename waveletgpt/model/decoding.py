@@ -1,0 +1,146 @@
+"""What cached decoding remembers for the mixers, and where: states that follow the cache of keys and values.
+
+A layer of the cache holds, beside keys and values, the inputs that its mixers still need. As long as nothing is to be
+taken back they lie in slots (see `Layout`); when the cache records its past, all of them lie in order.
+
+Shapes: B batch, C mixed coordinates, S inputs that came before, R slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+
+
+def check_state(state: torch.Tensor, *shape: int | None) -> None:
+    """Refuse a state that is not of this shape, which native code would read beyond its end; None is any size, and so
+    is what follows.
+
+    Raises:
+        ValueError: the cache was filled by another model or for another batch.
+    """
+    pairs = zip(state.shape, shape, strict=False)
+    if state.ndim < len(shape) or any(want is not None and have != want for have, want in pairs):
+        wanted = " x ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"this cache holds mixing states of shape {tuple(state.shape)}, this batch and model need {wanted}: it was "
+            "filled for another batch or by another model; start with a new one"
+        )
+
+
+class MixingCacheLayer(LinearAttentionAndFullAttentionLayer):
+    """A layer of a dynamic cache whose mixing states follow what is done to keys and values.
+
+    The library's own layer forgets them when rows are repeated or selected, and cuts off what it did not record.
+    """
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._each_state(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._each_state(
+            lambda state: state[indices.to(state.device) if isinstance(indices, torch.Tensor) else indices]
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; a negative number, as in transformers.
+
+        Raises:
+            ValueError: the inputs before them were not recorded, so that mixing could not go on from there.
+        """
+        removed, tokens = abs(tokens_to_remove), self.get_seq_length()
+        if tokens_to_remove > 0 or removed > tokens:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give a negative number of at most {tokens} tokens to take back"
+            )
+        if not self.record_past:
+            if removed == 0:
+                return
+            raise ValueError(
+                "mixing states cannot take tokens back that were not recorded: call activate_past_recording() on the "
+                "cache before the first token"
+            )
+        if self.has_previous_state[0]:
+            state: Any = self.conv_states[0]
+            needed: Any = self.conv_kernel_size[0]
+            recorded = state.shape[-1]
+            if recorded - removed < min(needed, tokens - removed):
+                raise ValueError(
+                    f"crop({tokens_to_remove}): the inputs of the last {recorded} tokens are recorded, of which mixing "
+                    f"needs {min(needed, tokens - removed)}; take back at most "
+                    f"{max(0, recorded - min(needed, tokens))} tokens, or start with a new cache"
+                )
+        super().crop(tokens_to_remove)
+
+    def _each_state(self, change: Any) -> None:
+        for i, state in self.conv_states.items():
+            if state is not None and self.has_previous_state[i]:
+                self.conv_states[i] = change(state)
+
+
+def follow(layers: Sequence[Any]) -> None:
+    """Make the states in these layers of a cache follow what is done to it. Layers of other kinds are left alone."""
+    for layer in layers:
+        if type(layer) is LinearAttentionAndFullAttentionLayer:
+            layer.__class__ = MixingCacheLayer
+
+
+class Layout:
+    """Where decoding keeps the last w inputs of each coordinate, w its window: in a row of R = sum of w slots.
+
+    Input number t goes to slot -t mod w of the coordinate's own: from there on, and around, they are as old as taps.
+    """
+
+    def __init__(self, windows: Sequence[int], device: torch.device):
+        self.size, self.longest = sum(windows), max(windows)
+        self.window = torch.tensor(windows, device=device)
+        self.rate = 1 / self.window
+        self.start = self.window.cumsum(0) - self.window
+        # Of each slot: its coordinate, that one's first, and which of them it is.
+        coordinates = torch.arange(len(windows), device=device)
+        self.owner = coordinates.repeat_interleave(self.window, output_size=self.size)
+        self.base = self.start[self.owner]
+        self.place = torch.arange(self.size, device=device) - self.base
+
+
+class Clock:
+    """Which inputs are in the slots: those of the `past` tokens before a forward pass, and of the `tokens` in it.
+
+    One serves all mixers.
+    """
+
+    def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int, batch: int):
+        self.layout, self.batch = layout, batch
+        # Copies: a cache changes a `past` that is a tensor during the pass.
+        self.first, self.last = past + 0, past + tokens - 1
+        self._ages: torch.Tensor | None = None
+        self._slots: torch.Tensor | None = None
+
+    def slots(self) -> torch.Tensor:
+        """(B, C) the slot of each coordinate's last input."""
+        if self._slots is None:
+            self._slots = (self.layout.start + -self.last % self.layout.window).expand(self.batch, -1)
+        return self._slots
+
+    def ages(self) -> torch.Tensor:
+        """(R,) how many tokens before the last one the input in each slot came."""
+        if self._ages is None:
+            self._ages = (self.last + self.layout.place) % self.layout.window[self.layout.owner]
+        return self._ages
+
+    def pack(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs up to the last one, (B, any, C), to the row of them (B, R)."""
+        inputs = nn.functional.pad(inputs, (0, 0, max(0, self.layout.longest - inputs.shape[1]), 0))
+        rows = inputs.shape[1] - 1 - self.ages()
+        return inputs.flatten(1).index_select(1, rows * inputs.shape[2] + self.layout.owner)
+
+    def unpack(self, row: torch.Tensor) -> torch.Tensor:
+        """The row (B, R) before this pass to inputs (B, S, C), S the longest window; those too old are arbitrary."""
+        numbers = self.first - torch.arange(self.layout.longest, 0, -1, device=row.device)
+        return row[:, self.layout.start + -numbers[:, None] % self.layout.window]
