@@ -5,13 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from waveletgpt.classify.examples import ExampleStore
-from waveletgpt.classify.long_range_arena import prepare_task
-from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data import DataSettings
 
 WORDS = [
@@ -44,14 +40,3 @@ def folder(tmp_path: Path, prose: Callable[[int, int], str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(prose(60, index), encoding="utf-8")
     return root
-
-
-@pytest.fixture
-def prepare(tmp_path: Path) -> Callable[..., ExampleStore]:
-    """prepare(task, data, **settings) in a cache of the test's own."""
-
-    def make(task: str, data: Path | str | None = None, cache: str = "cache", **changes: Any) -> ExampleStore:
-        chosen = TaskSettings(cache_dir=str(tmp_path / cache), **changes)
-        return prepare_task(task, None if data is None else str(data), chosen, progress=False)
-
-    return make

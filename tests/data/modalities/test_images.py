@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, NamedSet, TokenStore, prepare
 from waveletgpt.data.modalities.images import BEGIN, IMAGES, PIXEL_LIMIT, Shape, Unusable, load, save_grid
@@ -314,3 +314,42 @@ def test_without_pillow(pictures: Path, settings: DataSettings, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match=r"pip install 'waveletgpt\[images\]'"):
         store_of(pictures, settings)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_deep_pictures_are_scaled_by_the_bits_they_use(bits: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 2**bits - 1, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "a.tif")
+    for name in ("a.png", "a.tif"):
+        found = np.frombuffer(load((tmp_path / name).read_bytes(), Shape(16, 1)), np.uint8)
+        assert abs(found.astype(int) - np.arange(256)).max() <= 1
+
+
+def test_floating_point_pixels_from_0_to_1(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for scale, usable in ((1.0, True), (300.0, False)):
+        Image.fromarray(ramp * np.float32(scale)).save(tmp_path / "a.tif")
+        if usable:
+            found = np.frombuffer(load((tmp_path / "a.tif").read_bytes(), Shape(16, 1)), np.uint8)
+            np.testing.assert_array_equal(found, np.arange(256))
+        else:
+            with pytest.raises(Unusable, match="no known range"):
+                load((tmp_path / "a.tif").read_bytes(), Shape(16, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_one_bad_number_in_exif_costs_no_picture(orientation: int) -> None:
+    """A resolution of 1 / 0 beside the orientation: the picture is turned as Pillow turns it without the bad entry."""
+    picture = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    good, bad = io.BytesIO(), io.BytesIO()
+    picture.save(good, "png", exif=exif)
+    exif[0x011A] = TiffImagePlugin.IFDRational(12345, 77)
+    raw = exif.tobytes()
+    number = next(struct.pack(order, 12345, 77) for order in ("<II", ">II") if struct.pack(order, 12345, 77) in raw)
+    picture.save(bad, "png", exif=raw.replace(number, number[:4] + bytes(4)))
+    assert load(bad.getvalue(), Shape(4, 1)) == load(good.getvalue(), Shape(4, 1))
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(good.getvalue())))
+    assert load(good.getvalue(), Shape(4, 1)) == turned.tobytes()

@@ -8,6 +8,7 @@ import os
 import random
 import stat
 import sys
+import tempfile
 import time
 import tracemalloc
 import zipfile
@@ -494,3 +495,20 @@ def test_without_symusic(pieces: Path, settings: DataSettings, monkeypatch: pyte
     with pytest.raises(UserError, match=r"pip install 'waveletgpt\[music\]'"):
         music(pieces, settings)
     assert MODALITIES["music"] is MUSIC
+
+
+@given(before=st.binary(max_size=9), after=st.binary(max_size=9))
+def test_midi_inside_riff_is_read(before: bytes, after: bytes) -> None:
+    """With other chunks around, of odd length too."""
+    notes = np.array([(0.0, 0.5, 60, 80), (0.5, 1.25, 64, 90)], NOTES)
+    with tempfile.TemporaryDirectory() as folder:
+        write_midi(notes, Path(folder) / "a.mid")
+        midi = (Path(folder) / "a.mid").read_bytes()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return name + len(content).to_bytes(4, "little") + content + b"\0" * (len(content) % 2)
+
+    inside = b"RMID" + chunk(b"LIST", before) + chunk(b"data", midi) + chunk(b"DISP", after)
+    np.testing.assert_array_equal(read_midi(b"RIFF" + len(inside).to_bytes(4, "little") + inside), read_midi(midi))
+    with pytest.raises(Unusable, match="without MIDI data"):
+        read_midi(b"RIFF" + (4).to_bytes(4, "little") + b"RMID" + chunk(b"LIST", before))

@@ -82,10 +82,10 @@ _Found = list[tuple[float, bytes]] | Unusable
 def load(data: bytes, shape: Shape) -> bytes:
     """The values of a picture file, (size, size, channels) uint8 in raster order: centre square, resized.
 
-    Turned as its EXIF says, transparency on white, 16 bits cut to 8, of an animation the first frame; a picture that
-    has the size already keeps its pixels. Raises Unusable.
+    Turned as its EXIF says, transparency on white, deep pixels scaled to 8 bits (see `_eight_bits`), of an animation
+    the first frame; a picture that has the size already keeps its pixels. Raises Unusable.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         Image.init()
@@ -95,7 +95,7 @@ def load(data: bytes, shape: Shape) -> bytes:
             raise Unusable(f"{picture.width} x {picture.height} pixels, the limit is {PIXEL_LIMIT:,}")
         picture.draft(None, (2 * shape.size, 2 * shape.size))  # large JPEGs are decoded at a fraction of their size
         picture.load()
-        return _square(ImageOps.exif_transpose(picture), shape)
+        return _square(_turned(picture), shape)
     except Unusable:
         raise
     except UnidentifiedImageError:
@@ -109,14 +109,45 @@ def _hint(data: bytes) -> str:
     return "; CIFAR's Python version is never unpickled, get the binary version" if data[:2] == b"\x80\x02" else ""
 
 
+def _turned(picture: Image) -> Image:
+    """The picture turned as its EXIF orientation says; as it is where that cannot be read.
+
+    Pillow's own `exif_transpose` also writes the other entries anew, and fails at a number in any of them that is none.
+    """
+    from PIL import Image
+
+    ways = Image.Transpose
+    turns = (None, None, ways.FLIP_LEFT_RIGHT, ways.ROTATE_180, ways.FLIP_TOP_BOTTOM,
+             ways.TRANSPOSE, ways.ROTATE_270, ways.TRANSVERSE, ways.ROTATE_90)  # fmt: skip
+    try:
+        orientation = int(picture.getexif().get(0x0112, 1))
+        turn = turns[orientation] if 0 < orientation < len(turns) else None
+    except Exception:  # what is damaged raises nearly anything
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _eight_bits(deep: np.ndarray) -> np.ndarray:
+    """Integer pixels of more than 8 bits to uint8, by the range that they use: 10, 12, 14, 16, ... bits.
+
+    Cameras and scanners put 10 or 12 bits into files of 16, whose upper 8 bits would be black. A picture whose
+    brightest pixel needs b bits is taken to have the next even number of them. Negative pixels are 0.
+    """
+    deep = np.maximum(deep.astype(np.int64), 0)
+    bits = max(8, int(deep.max(initial=0)).bit_length())
+    return (deep >> (bits + bits % 2 - 8)).astype(np.uint8)
+
+
 def _square(picture: Image, shape: Shape) -> bytes:
     from PIL import Image, ImageOps
 
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-        deep = np.clip(np.asarray(picture).astype(np.int64), 0, 0xFFFF) >> 8
-        picture = Image.fromarray(deep.astype(np.uint8))
+        picture = Image.fromarray(_eight_bits(np.asarray(picture)))
     if picture.mode == "F":
-        raise Unusable("floating-point pixels have no known range")
+        values = np.asarray(picture)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise Unusable("floating-point pixels outside 0 ... 1 have no known range")
+        picture = Image.fromarray(np.rint(255 * values).astype(np.uint8))
     if picture.has_transparency_data:
         colours = picture.convert("RGBA")
         picture = Image.new("RGBA", picture.size, "white")

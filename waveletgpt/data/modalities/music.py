@@ -85,6 +85,7 @@ def read_midi(data: bytes) -> np.ndarray:
     Of notes that start together on one key the loudest counts, and a key that is struck while it sounds ends the note
     before. Raises Unusable if it is broken, too long, or has no notes.
     """
+    data = _unwrapped(data)
     if not data.startswith(b"MThd"):
         raise Unusable("not a MIDI file")
     try:
@@ -107,6 +108,19 @@ def read_midi(data: bytes) -> np.ndarray:
     if notes["end"].max() > HOURS * 3600:
         raise Unusable(f"longer than {HOURS} hours")
     return _one_sound_a_key(notes)
+
+
+def _unwrapped(data: bytes) -> bytes:
+    """The MIDI file inside a RIFF file of type RMID (.rmi, and often .mid); any other data as it is."""
+    if data[:4] != b"RIFF" or data[8:12] != b"RMID":
+        return data
+    place = 12
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name == b"data":
+            return data[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2  # chunks begin at even places
+    raise Unusable("broken (a RIFF file without MIDI data)")
 
 
 class _Clock:
@@ -266,7 +280,7 @@ class MusicModality:
 
     name = "music"
     description = "MIDI files as keys, velocities and 10 ms of real time, the events of the Music Transformer (388 + 1)"
-    suffixes = frozenset((".mid", ".midi", ".kar"))
+    suffixes = frozenset((".mid", ".midi", ".kar", ".rmi"))
     suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:

@@ -1,0 +1,24 @@
+"""Shared by the tests of classifiers: tasks prepared in a cache of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from waveletgpt.classify.examples import ExampleStore
+from waveletgpt.classify.long_range_arena import prepare_task
+from waveletgpt.classify.settings import TaskSettings
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[..., ExampleStore]:
+    """prepare(task, data, **settings) in a cache of the test's own."""
+
+    def make(task: str, data: Path | str | None = None, cache: str = "cache", **changes: Any) -> ExampleStore:
+        chosen = TaskSettings(cache_dir=str(tmp_path / cache), **changes)
+        return prepare_task(task, None if data is None else str(data), chosen, progress=False)
+
+    return make
