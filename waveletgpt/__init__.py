@@ -15,6 +15,7 @@ _EXPORTS = {
     "WaveletGPTForCausalLM": "model.modeling",
     "WaveletGPTForSequenceClassification": "model.modeling",
     "WaveletGPTModel": "model.modeling",
+    "WaveletMixing": "integrations.module",
     "ema_mix": "ops",
     "wavelet_mix": "ops",
 }
@@ -23,6 +24,7 @@ __all__ = [
     "WaveletGPTForCausalLM",
     "WaveletGPTForSequenceClassification",
     "WaveletGPTModel",
+    "WaveletMixing",
     "__version__",
     "ema_mix",
     "wavelet_mix",
