@@ -16,6 +16,7 @@ _EXPORTS = {
     "WaveletGPTForSequenceClassification": "model.modeling",
     "WaveletGPTModel": "model.modeling",
     "WaveletMixing": "integrations.module",
+    "add_mixing": "integrations.huggingface",
     "ema_mix": "ops",
     "wavelet_mix": "ops",
 }
@@ -26,6 +27,7 @@ __all__ = [
     "WaveletGPTModel",
     "WaveletMixing",
     "__version__",
+    "add_mixing",
     "ema_mix",
     "wavelet_mix",
 ]
@@ -46,3 +48,4 @@ def _runs_as_command() -> bool:
 # its --help is instant.
 if not _runs_as_command():
     importlib.import_module(".model.modeling", __name__)
+    importlib.import_module(".integrations.huggingface", __name__)

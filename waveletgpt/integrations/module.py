@@ -44,6 +44,8 @@ class WaveletMixing(nn.Module):
         ValueError: windows or fraction that cannot be.
     """
 
+    window: Tensor
+
     def __init__(
         self,
         n_embd: int,
