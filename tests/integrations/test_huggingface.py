@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from accelerate import cpu_offload
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaForCausalLM
 
 from tests.integrations.tiny_models import MIXINGS, REFUSED, SETTINGS, VOCAB, close, mixed, stock, tokens
 from waveletgpt import add_mixing
@@ -291,6 +292,36 @@ def test_compiled(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_decoding(name: str) -> None:
+    """A static cache, the forward pass one graph, rows padded on the left."""
+    torch._dynamo.reset()
+    model, (x, mask) = mixed(name), padded()
+    expected = generate(model, x, mask=mask)
+    compiling = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiling._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiling}
+    assert torch.equal(generate(model, x, mask=mask, **static), expected)
+
+
+@torch.no_grad()
+def test_offloaded_parameters_are_used() -> None:
+    """Accelerate brings in what a module owns only when that module itself is called."""
+    model, x = mixed("llama", "learnable"), tokens(2, 9)
+    expected = model(x).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(mixer.deviation.device.type == "meta" for mixer in mixers(model))
+    close(model(x).logits, expected)
+
+
+@torch.no_grad()
+def test_a_mixed_config_makes_a_mixed_model() -> None:
+    config = mixed("llama", "learnable").config
+    made = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    assert [type(mixer) for mixer in mixers(made)] == [WaveletMixing] * 3
+    assert made.config.wavelet_mixing == config.wavelet_mixing
+
+
 @each_full
 @pytest.mark.parametrize("mixing", ["delta", "gate"])
 @torch.no_grad()
@@ -347,6 +378,33 @@ def test_loads_without_the_package_or_not_at_all(tmp_path: Path) -> None:
     close(again(x).logits, model(x).logits, 1e-5)
 
 
+def test_the_checkpoint_s_own_code_beside_the_package(tmp_path: Path) -> None:
+    """Its classes are others, but what they make is mixed, and known to be."""
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import waveletgpt
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model.model.layers[0].wavelet_mixing).__module__.split(".")[0])
+x, expected = torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    print((model(x).logits - expected).abs().max().item() < 1e-5)
+try:
+    waveletgpt.add_mixing(model)
+except ValueError as error:
+    print("refused")
+"""
+    model, x = mixed("llama", "learnable", dtype=torch.float32), tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.save((x, model(x).logits), tmp_path / "expected.pt")
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
+    module, *rest = done.stdout.split()
+    assert module in ("transformers_modules", "waveletgpt"), done.stderr[-2000:]
+    assert rest == ["True", "refused"], done.stderr[-2000:]
+
+
 def test_a_class_named_outright_says_that_keys_are_left_over(tmp_path: Path) -> None:
     mixed("llama", dtype=torch.float32).save_pretrained(tmp_path)
     _, report = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -380,6 +438,8 @@ def test_stock_weights_into_the_mixed_class(tmp_path: Path) -> None:
     made = add_mixing(stock("llama", dtype=torch.float32), mixing="learnable")
     model, report = type(made).from_pretrained(tmp_path, config=made.config, output_loading_info=True)
     assert len(report["missing_keys"]) == 6
+    with pytest.raises(UserError, match="WaveletLlamaForCausalLM needs a config that says how to mix"):
+        type(made).from_pretrained(tmp_path)
     for mixer in mixers(model):
         assert bool((mixer.deviation == 0).all())
         assert mixer.window.tolist() == [2, 4]

@@ -87,7 +87,7 @@ def add_mixing(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} has a PEFT adapter already: add mixing first, then the adapter")
     config = model.config
-    if isinstance(model, MixedCausalLM):
+    if getattr(config, "wavelet_mixing", None) is not None:  # also of the class that a checkpoint's code made
         raise UserError(f"{name} has mixing already: make the model anew for other settings")
     if config.model_type == "waveletgpt":
         raise UserError(f"{name} mixes by itself: give WaveletGPTConfig(mixing=...) instead")
@@ -119,7 +119,7 @@ def add_mixing(
     scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
     settings = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
     _install(model, settings)
-    config.__class__ = mixed_config(type(config))
+    config.__class__ = _known_to_auto_classes(mixed_config(type(config)))
     config.wavelet_mixing = settings
     # What these name is the model without mixing: others would take it for this one (an adapter's base, a reference).
     config._name_or_path = model.name_or_path = ""
@@ -419,6 +419,8 @@ class MixedCausalLM:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if getattr(config, "wavelet_mixing", None) is None:
+            raise UserError(f"{type(self).__name__} needs a config that says how to mix: use add_mixing on the model")
         _install(self, config.wavelet_mixing)
 
     def _prepare_cache_for_generation(
@@ -534,9 +536,7 @@ class WaveletMixedConfig(PreTrainedConfig):
         if base not in CONFIG_MAPPING:
             raise UserError(f"base_model_type is {base!r}: this version of transformers has no such model")
         kind: Any = CONFIG_MAPPING[base]
-        made = mixed_config(kind)
-        AutoModelForCausalLM.register(made, _model_of(made), exist_ok=True)
-        return made.from_dict(config_dict, **kwargs)
+        return _known_to_auto_classes(mixed_config(kind)).from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -564,6 +564,11 @@ class WaveletMixedForCausalLM:
 
 def _model_of(config_class: Any) -> Any:
     return mixed_root(MODEL_FOR_CAUSAL_LM_MAPPING[config_class._wavelet_base])
+
+
+def _known_to_auto_classes(config_class: Any) -> Any:
+    AutoModelForCausalLM.register(config_class, _model_of(config_class), exist_ok=True)
+    return config_class
 
 
 AutoConfig.register(ON_DISK, WaveletMixedConfig, exist_ok=True)
