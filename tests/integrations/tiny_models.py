@@ -45,9 +45,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_oss": BASE | EXPERTS | {"head_dim": 8, "sliding_window": 6, "num_hidden_layers": 4},
     "opt": {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
     | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "gemma": BASE | {"head_dim": 8},
+    "glm4": BASE | {"head_dim": 8},
+    "granite": BASE,
+    "cohere2": BASE,
+    "olmo3": BASE,
+    "qwen2_moe": BASE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "lfm2": BASE | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8},
+    "falcon_h1": BASE
+    | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+    | {"mamba_d_state": 8, "mamba_chunk_size": 8},
+    "qwen3_next": BASE
+    | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"shared_expert_intermediate_size": 16},
 }
 EAGER = {"gemma2", "gpt_oss"}  # their attention has no other way; in float64 its masks make NaN
+RECURRENT = {"falcon_h1", "qwen3_next"}  # they compute in float32
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "gptj": GPT2 | {"rotary_dim": 4},
@@ -60,7 +75,7 @@ def stock(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     """In evaluation mode; float64, if not given and if the architecture can."""
     config = AutoConfig.for_model(name, **{**SPECIAL, **(SETTINGS | REFUSED)[name]})
     if dtype is None:
-        dtype = torch.float32 if name in EAGER else torch.float64
+        dtype = torch.float32 if name in EAGER | RECURRENT else torch.float64
     if hasattr(config, "num_experts_per_tok") and dtype == torch.float64:
         config._experts_implementation = "eager"  # grouped products of matrices have no float64
     torch.manual_seed(seed)

@@ -182,7 +182,10 @@ def _find_layers(model: Any) -> tuple[Any, str]:
 
 def _hands_on_keywords(owner: Any, name: str) -> bool:
     """Whether the owner's forward pass calls its layers, in a loop over them, with the **kwargs that it got."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(owner).forward)))
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(owner).forward)))
+    except (OSError, TypeError):  # replaced by something that has none
+        return False
     for loop in ast.walk(ast.parse(source)):
         if isinstance(loop, ast.For) and f"self.{name}" in ast.unparse(loop.iter):
             targets = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
@@ -263,6 +266,11 @@ class MixedLayer:
             reach = reach.to(hidden.device)
         state, cache = None, _cache_among(args, kwargs)
         if cache is not None and mixer.past:
+            if self.wavelet_layer_idx >= len(cache.layers):
+                raise UserError(
+                    f"the cache, a {type(cache).__name__}, keeps nothing for block {self.wavelet_layer_idx}, so that "
+                    "mixing states have no place in it: use this model with use_cache=False"
+                )
             if not _mixes(cache.layers[self.wavelet_layer_idx]):  # it was made in this forward pass
                 upgrade_cache(cache, empty=True)
             state = cache.layers[self.wavelet_layer_idx].mix_update(hidden, mixer, reach)
