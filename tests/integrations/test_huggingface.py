@@ -194,6 +194,10 @@ def test_static_cache(name: str) -> None:
     model, x = mixed(name), tokens(2, 7)
     assert torch.equal(generate(model, x, cache_implementation="static"), generate(model, x))
     check_padded(model, cache_implementation="static")
+    # Chunks that end in padding, which only the mask can tell from a document's first token.
+    x, mask = padded()
+    chunks = generate(model, x, mask=mask, cache_implementation="static", prefill_chunk_size=4)
+    assert torch.equal(chunks, generate(model, x, mask=mask))
 
 
 @each_full
