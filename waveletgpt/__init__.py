@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from waveletgpt import _registration
 
 if TYPE_CHECKING:
+    from waveletgpt.integrations.huggingface import add_mixing
+    from waveletgpt.integrations.module import WaveletMixing
     from waveletgpt.model.configuration import WaveletGPTConfig
     from waveletgpt.model.modeling import (
         WaveletGPTForCausalLM,
@@ -25,6 +27,8 @@ _EXPORTS = {
     "WaveletGPTForCausalLM": "model.modeling",
     "WaveletGPTForSequenceClassification": "model.modeling",
     "WaveletGPTModel": "model.modeling",
+    "WaveletMixing": "integrations.module",
+    "add_mixing": "integrations.huggingface",
     "ema_mix": "ops",
     "wavelet_mix": "ops",
 }
@@ -33,7 +37,9 @@ __all__ = [
     "WaveletGPTForCausalLM",
     "WaveletGPTForSequenceClassification",
     "WaveletGPTModel",
+    "WaveletMixing",
     "__version__",
+    "add_mixing",
     "ema_mix",
     "wavelet_mix",
 ]

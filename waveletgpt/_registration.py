@@ -16,10 +16,10 @@ from types import ModuleType
 
 _AUTO = "transformers.models.auto"
 _REGISTERS = {
-    f"{_AUTO}.configuration_auto": "waveletgpt.model.configuration",
-    f"{_AUTO}.modeling_auto": "waveletgpt.model.modeling",
+    f"{_AUTO}.configuration_auto": ("waveletgpt.model.configuration",),
+    f"{_AUTO}.modeling_auto": ("waveletgpt.model.modeling", "waveletgpt.integrations.huggingface"),
 }
-"""Module of transformers -> ours that registers what belongs there when it is imported."""
+"""Module of transformers -> ours that register what belongs there when they are imported."""
 
 
 class _ThenRegister(Loader):
@@ -33,7 +33,8 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(_REGISTERS[module.__name__])
+        for ours in _REGISTERS[module.__name__]:
+            importlib.import_module(ours)
 
 
 class _Watch(MetaPathFinder):
@@ -54,6 +55,7 @@ def install() -> None:
     """Register now with what has been imported, later with the rest. Calling it again changes nothing."""
     if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
-    for theirs, ours in _REGISTERS.items():
+    for theirs, modules in _REGISTERS.items():
         if theirs in sys.modules:
-            importlib.import_module(ours)
+            for ours in modules:
+                importlib.import_module(ours)

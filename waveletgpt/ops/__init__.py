@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from waveletgpt.ops import autograd, cpp, fast, reference, triton
+from waveletgpt.ops.reference import reach_of
 
-__all__ = ["available_backends", "ema_mix", "unavailable_backends", "wavelet_mix"]
+__all__ = ["available_backends", "ema_mix", "reach_of", "unavailable_backends", "wavelet_mix"]
 
 autograd.KERNELS.update(triton=triton, cpp=cpp, torch=fast)
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}
@@ -36,19 +37,22 @@ def wavelet_mix(
     *,
     edge: str = "zero",
     state: Tensor | None = None,
+    reach: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     chosen = _choose(backend, x)
     if chosen == "reference":
-        return reference.wavelet_mix(x, windows, kernels, edge=edge, state=state)
-    return autograd.wavelet_mix(x, windows, kernels, edge, state, chosen)
+        return reference.wavelet_mix(x, windows, kernels, edge=edge, state=state, reach=reach)
+    return autograd.wavelet_mix(x, windows, kernels, edge, state, chosen, reach)
 
 
-def ema_mix(x: Tensor, decay: Tensor, *, state: Tensor | None = None, backend: str = "auto") -> Tensor:
+def ema_mix(
+    x: Tensor, decay: Tensor, *, state: Tensor | None = None, reach: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     chosen = _choose(backend, x)
     if chosen == "reference":
-        return reference.ema_mix(x, decay, state=state)
-    return autograd.ema_mix(x, decay, state, chosen)
+        return reference.ema_mix(x, decay, state=state, reach=reach)
+    return autograd.ema_mix(x, decay, state, chosen, reach)
 
 
 def _choose(backend: str, x: Tensor) -> str:

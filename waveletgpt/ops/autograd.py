@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, C mixed coordinates, S tokens of state, n coordinates
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from waveletgpt.ops import reference
 from waveletgpt.ops.reference import check_ema, check_mix, group_kernels, group_windows
 
 Windows = tuple[int, ...]
@@ -56,9 +57,10 @@ def wavelet_mix(
     edge: str,
     state: Tensor | None,
     backend: str,
+    reach: Tensor | None = None,
 ) -> Tensor:
-    """`reference.wavelet_mix` by the kernels of one of `KERNELS`."""
-    check_mix(x, edge, state)
+    """`reference.wavelet_mix` by the kernels of one of `KERNELS`; with `reach`, all by the same plain torch."""
+    check_mix(x, edge, state, reach)
     windows, groups = _grouped(windows, x.shape[2], kernels is None)
     signal, past = x, 0
     if state is not None:
@@ -67,22 +69,31 @@ def wavelet_mix(
         past = signal.shape[1] - x.shape[1]
     if edge == "partial":
         signal = signal.to(torch.promote_types(x.dtype, torch.float32))
-    if kernels is None:
+    taps = None
+    if kernels is not None:
+        taps = torch.cat([kernel.reshape(-1) for kernel in group_kernels(kernels, groups, x.device)])
+        taps = taps.to(torch.promote_types(signal.dtype, torch.float32))
+    if reach is not None:
+        y = _within(signal, windows, taps, _reach_with_past(reach, past))[:, past:]
+    elif taps is None:
         y = _mean(signal, windows, False, past, backend)
     else:
-        taps = torch.cat([kernel.reshape(-1) for kernel in group_kernels(kernels, groups)])
-        taps = taps.to(torch.promote_types(signal.dtype, torch.float32))
         y = _Filter.apply(signal, windows, taps, past, backend)
     if edge == "partial":
         seen = x.shape[1] if state is None else x.shape[1] + state.shape[1]
-        count = torch.arange(seen - x.shape[1] + 1, seen + 1, device=x.device, dtype=y.dtype).unsqueeze(1)
+        count = torch.arange(seen - x.shape[1] + 1, seen + 1, device=x.device, dtype=y.dtype)
+        if reach is not None:
+            count = torch.minimum(count, reach.clamp(min=0) + 1)
+        count = count.unsqueeze(-1)
         width = torch.tensor(windows, device=x.device, dtype=y.dtype)
         y = y * (width / torch.minimum(width, count))
     return y.to(x.dtype)
 
 
-def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str) -> Tensor:
-    """`reference.ema_mix` by the kernels of one of `KERNELS`."""
+def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str, reach: Tensor | None = None) -> Tensor:
+    """`reference.ema_mix` by the kernels of one of `KERNELS`; with `reach` it is the reference."""
+    if reach is not None:
+        return reference.ema_mix(x, decay, state=state, reach=reach)
     check_ema(x, decay, state)
     a = decay.to(torch.promote_types(x.dtype, torch.float32))
     if state is not None and x.shape[1] == 1:  # decoding, where every call is felt
@@ -93,6 +104,100 @@ def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str) -> Ten
     else:
         y = _DecayedSum.apply(torch.cat((state.to(u.dtype).unsqueeze(1), u), dim=1), a, False, backend)[:, 1:]
     return y.to(x.dtype)
+
+
+def _reach_with_past(reach: Tensor, past: int) -> Tensor:
+    """The reach of the `past` tokens before, too: they belong to the first one's document as far as it reaches."""
+    if not past:
+        return reach
+    ago = torch.arange(past, 0, -1, device=reach.device, dtype=reach.dtype)
+    return torch.cat([reach[:, :1] - ago, reach], dim=1)
+
+
+def _within(x: Tensor, windows: Windows, taps: Tensor | None, reach: Tensor) -> Tensor:
+    """`Kernels.mean` or `.filter` of documents that lie one after the other, each by itself."""
+    layout = Sorted(windows)
+    signal = layout.sort(x).to(torch.promote_types(x.dtype, torch.float32))
+    spans = tuple(value for group in layout.groups for value in group)
+    if taps is None:
+        y = _MeanWithin.apply(signal, reach, spans, False)
+    else:
+        y = _FilterWithin.apply(signal, reach, spans, taps)
+    return layout.restore(y).to(x.dtype)
+
+
+def _levels(spans: Windows, tokens: int) -> Iterator[tuple[int, int]]:
+    """The steps of the cascade, (how far back, the first of the sorted coordinates that take part)."""
+    shift = 1
+    for window, start in zip(spans[::3], spans[1::3], strict=True):
+        while shift < min(window, tokens):
+            yield shift, start
+            shift *= 2
+
+
+class _MeanWithin(torch.autograd.Function):
+    """A trous with one mask a level: s_k(t) = s_{k-1}(t) + [reach(t) >= 2^(k-1)] s_{k-1}(t - 2^(k-1)).
+
+    The gradient is its transpose. Only `reach` is saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reach: Tensor, spans: Windows, transposed: bool) -> Tensor:
+        ctx.save_for_backward(reach)
+        ctx.spans, ctx.transposed = spans, transposed
+        scales = [1 / w for w, i, j in zip(spans[::3], spans[1::3], spans[2::3], strict=True) for _ in range(i, j)]
+        s = x * torch.tensor(scales, dtype=x.dtype, device=x.device)
+        levels = list(_levels(spans, x.shape[1]))
+        for shift, first in reversed(levels) if transposed else levels:
+            inside = (reach[:, shift:] >= shift).unsqueeze(2)
+            late, early = s[:, shift:, first:], s[:, :-shift, first:]
+            # `where`, not a product: a NaN of another document stays there. It is a copy, so in place is safe.
+            if transposed:
+                early += torch.where(inside, late, 0)
+            else:
+                late += torch.where(inside, early, 0)
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (reach,) = ctx.saved_tensors
+        return _MeanWithin.apply(grad, reach, ctx.spans, not ctx.transposed), None, None, None
+
+
+class _FilterWithin(torch.autograd.Function):
+    """Tap j counts where reach >= j. One pass over the tokens a tap: meant for kernels of tens of taps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reach: Tensor, spans: Windows, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, reach, taps)
+        ctx.spans = spans
+        y = torch.zeros_like(x)
+        for j, start, end, of in _taps_within(spans, x.shape[1]):
+            inside = (reach[:, j:] >= j).unsqueeze(2)
+            y[:, j:, start:end] += torch.where(inside, x[:, : x.shape[1] - j, start:end], 0) * taps[of]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, reach, taps = ctx.saved_tensors
+        grad_x, grad_taps = torch.zeros_like(x), torch.zeros_like(taps)
+        for j, start, end, of in _taps_within(ctx.spans, x.shape[1]):
+            inside = (reach[:, j:] >= j).unsqueeze(2)
+            late = torch.where(inside, grad[:, j:, start:end], 0)
+            early = torch.where(inside, x[:, : x.shape[1] - j, start:end], 0)
+            grad_x[:, : x.shape[1] - j, start:end] += late * taps[of]
+            grad_taps[of] = (late * early).sum((0, 1))
+        return grad_x, None, None, grad_taps
+
+
+def _taps_within(spans: Windows, tokens: int) -> Iterator[tuple[int, int, int, slice]]:
+    """Each tap of each group, (j, first coordinate, the one after the last, where it lies in the tensor of all)."""
+    offset = 0
+    for window, start, end in zip(spans[::3], spans[1::3], spans[2::3], strict=True):
+        for j in range(min(window, tokens)):
+            yield j, start, end, slice(offset + j, offset + (end - start) * window, window)
+        offset += (end - start) * window
 
 
 def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:

@@ -24,6 +24,7 @@ def wavelet_mix(
     *,
     edge: str = "zero",
     state: Tensor | None = None,
+    reach: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Filter each coordinate along time with its own causal window: y[b,t,c] = sum_{j < w_c} h_c[j] x[b,t-j,c].
@@ -37,13 +38,16 @@ def wavelet_mix(
     - `edge`: "zero" takes what came before the first input as 0. "partial" multiplies the result by w / min(w, seen),
       where `seen` counts the inputs up to this one, the state included: for the mean, the mean of what there is.
     - `state` (B, S, C): the inputs that came before `x`, oldest first, any S >= 0; the result is that of the whole.
+    - `reach` (B or 1, T), integers: how many tokens before each one it may look at, those of its own document (see
+      `reach_of`); they may lie in the state. Tap j counts where reach >= j, and `seen` is at most reach + 1. Within a
+      document it must grow by 1 a token. More than there is means all there is; less than 0 is taken as 0.
 
     Raises ValueError for anything else. Source: Verma, "WaveletGPT", arXiv 2409.12924.
     """
     check_backend(backend, ("reference",))
-    check_mix(x, edge, state)
+    check_mix(x, edge, state, reach)
     groups = group_windows(windows, x.shape[2], dyadic=kernels is None)
-    grouped = [None] * len(groups) if kernels is None else group_kernels(kernels, groups)
+    grouped = [None] * len(groups) if kernels is None else group_kernels(kernels, groups, x.device)
     signal = x.to(torch.promote_types(x.dtype, torch.float32))
     if state is not None:
         signal = torch.cat((state.to(signal.dtype), signal), dim=1)
@@ -55,38 +59,109 @@ def wavelet_mix(
         taps = kernel.to(signal.dtype).flip(1).unsqueeze(1)
         needed = tokens + window - 1
         inputs = F.pad(signal, (0, 0, max(needed - seen, 0), 0))[:, -needed:, coordinates]
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.conv1d(inputs.transpose(1, 2), taps, groups=len(coordinates)).transpose(1, 2)
+        if reach is None:
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.conv1d(inputs.transpose(1, 2), taps, groups=len(coordinates)).transpose(1, 2)
+        else:
+            y = inputs[:, window - 1 :] * taps[:, 0, window - 1]
+            for j in range(1, window):
+                earlier = inputs[:, window - 1 - j : needed - j] * taps[:, 0, window - 1 - j]
+                y = y + torch.where((reach >= j).unsqueeze(2), earlier, 0)
         if edge == "partial":
             count = torch.arange(seen - tokens + 1, seen + 1, device=x.device).clamp(max=window)
-            y = y * (window / count.to(y.dtype)).unsqueeze(1)
+            if reach is not None:
+                count = torch.minimum(count, reach.clamp(min=0) + 1)
+            y = y * (window / count.to(y.dtype)).unsqueeze(-1)
         mixed.append(y)
         order += coordinates
     places = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat(mixed, dim=2)[..., places].to(x.dtype)
 
 
-def ema_mix(x: Tensor, decay: Tensor, *, state: Tensor | None = None, backend: str = "auto") -> Tensor:
+def ema_mix(
+    x: Tensor, decay: Tensor, *, state: Tensor | None = None, reach: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Average each coordinate along time with exponentially falling weights: y_t = a y_{t-1} + (1 - a) x_t.
 
     Shapes: `x` (B, T, C), any floating dtype and T >= 1, to (B, T, C) of the same dtype; sums in float32 or wider.
 
     - `decay` a (C,): 0 <= a < 1, per token.
     - `state` (B, C): the y before the first token; None for 0.
+    - `reach` (B or 1, T), as for `wavelet_mix`: where it is 0 (or less) a document begins, and y_{t-1} counts as 0.
+      This goes token by token in every backend.
 
     Raises ValueError for anything else; the values of `decay` are looked at on a CPU only and not while compiling,
     where it would wait for the device. Source: the EMA ablation of Verma, "WaveletGPT", arXiv 2409.12924.
     """
     check_backend(backend, ("reference",))
-    check_ema(x, decay, state)
+    check_ema(x, decay, state, reach)
     signal = x.to(torch.promote_types(x.dtype, torch.float32))
     a = decay.to(signal.dtype)
     y = torch.zeros_like(signal[:, 0]) if state is None else state.to(signal.dtype)
     steps = []
-    for value in signal.unbind(1):
+    for t, value in enumerate(signal.unbind(1)):
+        if reach is not None:
+            y = torch.where((reach[:, t] >= 1).unsqueeze(1), y, 0)
         y = a * y + (1 - a) * value
         steps.append(y)
     return torch.stack(steps, dim=1).to(x.dtype)
+
+
+UNLIMITED = 1 << 30  # a reach beyond any sequence: the document began before what is here
+
+
+def reach_of(
+    tokens: int,
+    positions: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor | None:
+    """How many tokens before each one belong to its document, (B or 1, T), from any of the ways to say where they end.
+
+    - `positions` (B, T): a document begins where they are 0 or do not grow by 1.
+    - `seq_idx` (B, T): a document begins where the number changes.
+    - `cu_seqlens` (documents + 1,): where each begins, and the length of all; for a batch of one row.
+    - `mask` (B, T or more, the last T of it): 0 is padding, which looks at nothing and gets -1, so that a state made of
+      it is empty; other values may number documents.
+
+    Several are taken together. A document that began before the first token gets about `UNLIMITED`, so that it goes
+    on with what is in the state; without a state that is the same as all there is. None if nothing was given. No
+    value is looked at on the host.
+
+    Raises:
+        ValueError: a shape that doesn't fit `tokens`.
+    """
+    begins: list[Tensor] = []
+    for name, ids in (("positions", positions), ("seq_idx", seq_idx)):
+        if ids is not None and (ids.dim() != 2 or ids.shape[1] != tokens):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}: give (batch, {tokens})")
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape[1] < tokens:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: give (batch, {tokens}), 0 for padding")
+        mask = mask[:, mask.shape[1] - tokens :]
+        begins.append(_changes(mask) | (mask == 0))
+    if seq_idx is not None:
+        begins.append(_changes(seq_idx))
+    if positions is not None:
+        begins.append(torch.cat([positions[:, :1] == 0, positions[:, 1:] - positions[:, :-1] != 1], 1))
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1:
+            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: give (documents + 1,)")
+        first = torch.zeros(1, tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+        begins.append(first.index_fill(1, cu_seqlens.long(), True)[:, :tokens])
+    if not begins:
+        return None
+    start = begins[0]
+    for other in begins[1:]:
+        start = start | other
+    t = torch.arange(tokens, device=start.device)
+    reach = t - torch.where(start, t, -UNLIMITED).cummax(1).values
+    return reach if mask is None else torch.where(mask == 0, -1, reach)
+
+
+def _changes(ids: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], 1)
 
 
 def group_windows(windows: Sequence[int], coordinates: int, *, dyadic: bool) -> dict[int, list[int]]:
@@ -107,12 +182,15 @@ def group_windows(windows: Sequence[int], coordinates: int, *, dyadic: bool) -> 
     return {window: groups[window] for window in sorted(groups)}
 
 
-def group_kernels(kernels: Iterable[Tensor], groups: dict[int, list[int]]) -> list[Tensor]:
-    """One tensor (n, w) for each group, from any of the forms that `wavelet_mix` takes."""
+def group_kernels(kernels: Iterable[Tensor], groups: dict[int, list[int]], device: torch.device) -> list[Tensor]:
+    """One tensor (n, w) for each group, from any of the forms that `wavelet_mix` takes; all on `device`, that of x."""
     given = list(kernels)
     for i, kernel in enumerate(given):
         if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
             raise ValueError(f"kernels[{i}] is {describe(kernel)}: give floating-point tensors")
+        if kernel.device != device:
+            # Offloading leaves parameters on `meta` if their module is never called: wrong numbers, not an error.
+            raise ValueError(f"kernels[{i}] is on {kernel.device}: give it on {device}, as x")
     coordinates = sum(map(len, groups.values()))
     if len(given) == coordinates and all(kernel.dim() == 1 for kernel in given):
         for window, members in groups.items():
@@ -131,8 +209,9 @@ def group_kernels(kernels: Iterable[Tensor], groups: dict[int, list[int]]) -> li
     return [kernel if kernel.dim() == 2 else kernel.expand(len(members), -1) for kernel, members in pairs]
 
 
-def check_mix(x: Tensor, edge: str, state: Tensor | None) -> None:
+def check_mix(x: Tensor, edge: str, state: Tensor | None, reach: Tensor | None = None) -> None:
     check_x(x)
+    check_reach(x, reach)
     if edge not in EDGES:
         raise ValueError(f"edge is {edge!r}: use one of {EDGES}")
     if state is not None:
@@ -141,8 +220,18 @@ def check_mix(x: Tensor, edge: str, state: Tensor | None) -> None:
             raise ValueError(f"state has shape {tuple(state.shape)}: give ({x.shape[0]}, any, {x.shape[2]}), as x")
 
 
-def check_ema(x: Tensor, decay: Tensor, state: Tensor | None) -> None:
+def check_reach(x: Tensor, reach: Tensor | None) -> None:
+    if reach is None:
+        return
+    if not isinstance(reach, Tensor) or reach.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"reach is {describe(reach)}: give a tensor of int32 or int64")
+    if reach.shape not in (x.shape[:2], (1, x.shape[1])):
+        raise ValueError(f"reach has shape {tuple(reach.shape)}: give {tuple(x.shape[:2])}, a number for each token")
+
+
+def check_ema(x: Tensor, decay: Tensor, state: Tensor | None, reach: Tensor | None = None) -> None:
     check_x(x)
+    check_reach(x, reach)
     check_floating("decay", decay)
     if decay.shape != x.shape[2:]:
         raise ValueError(f"decay has shape {tuple(decay.shape)}: give ({x.shape[2]},), one for each coordinate of x")

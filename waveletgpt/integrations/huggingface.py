@@ -1,0 +1,582 @@
+"""`add_mixing`: the mixer after the decoder blocks of a causal language model of transformers.
+
+Classes are made at run time, subclasses of the model's own, and assigned to `__class__`, so that parameters keep their
+names and the library its ways:
+
+- a decoder layer does as before and then mixes, inside gradient checkpointing;
+- a cache layer also keeps the mixer's last inputs, beside keys and values;
+- the model hands its padding mask on past `generate`'s own masks, and saves and loads;
+- its configuration has another `model_type` on disk, so that nothing loads the model without mixing, unnoticed.
+
+One hook, before the forward pass of the module that owns the layers, makes of padding and documents how far back each
+token may look (`reach`), and hands it to the layers as a keyword argument: recomputation then sees its own.
+
+This file and `module.py` travel in checkpoints, with the operator's definition, and import nothing else.
+
+Shapes: B batch, T tokens, E embedding, C mixed coordinates, S inputs that came before.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .module import WaveletMixing
+
+try:
+    from waveletgpt.errors import UserError
+    from waveletgpt.ops import reach_of
+except ImportError:
+    # A checkpoint brings the operator's definition and nothing else.
+    from .reference import reach_of  # type: ignore[import-not-found, no-redef]
+
+    UserError = ValueError  # type: ignore[assignment, misc]
+
+MIXINGS: dict[str, str | None] = {"fixed": None, "learnable": "learnable", "delta": "delta", "gate": "gate"}
+ON_DISK = "wavelet_mixed"
+REACH = "wavelet_reach"  # the layers' keyword argument: a tuple of one, so that None can be told from nothing
+PADDING = "wavelet_padding"  # the model's: its 2-D mask, beside one that is made already
+CACHES = ("past_key_values", "layer_past", "past_key_value")  # a layer's names for the cache
+
+
+def add_mixing(
+    model: PreTrainedModel,
+    mixing: str = "fixed",
+    max_window: int = 4,
+    min_window: int = 2,
+    mix_fraction: float = 0.5,
+    layers: str | Iterable[int] = "all",
+    pretrained: str | None = None,
+) -> PreTrainedModel:
+    """Mix after the decoder blocks of a causal language model of transformers, in place.
+
+    Args:
+        model: one whose blocks get keyword arguments, such as Llama, Qwen or GPT-2; not inside PEFT or DDP yet.
+        mixing: "fixed" (means) or "learnable" (weights that start as means) for models trained from scratch; "delta"
+            or "gate", which at first leave the model as it is, for trained ones. See `WaveletMixing`.
+        max_window, min_window: powers of two, in tokens; the windows are all of those between.
+        mix_fraction: the part of the coordinates that is mixed.
+        layers: "all", or the numbers of the blocks, from 0.
+        pretrained: "replace" to put "fixed" or "learnable" into a model whose weights were loaded, which do not know
+            it: the model must be trained again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: a model, or settings, that this can't do; nothing was changed then.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        raise UserError(f"model is a {name}: add mixing to the transformers model itself, before PEFT or DDP wraps it")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} has a PEFT adapter already: add mixing first, then the adapter")
+    config = model.config
+    if getattr(config, "wavelet_mixing", None) is not None:  # also of the class that a checkpoint's code made
+        raise UserError(f"{name} has mixing already: make the model anew for other settings")
+    if config.model_type == "waveletgpt":
+        raise UserError(f"{name} mixes by itself: give WaveletGPTConfig(mixing=...) instead")
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise UserError(f"{name} is an encoder-decoder or composite model: mixing can be added to decoder-only ones")
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
+        raise UserError(f"{name} is not what AutoModelForCausalLM makes of its config: give a causal language model")
+    if mixing not in MIXINGS:
+        raise UserError(f"mixing={mixing!r} is unknown; use one of {tuple(MIXINGS)}")
+    if pretrained not in (None, "replace"):
+        raise UserError(f'pretrained={pretrained!r} is unknown; leave it out, or give "replace"')
+    if mixing in ("fixed", "learnable") and pretrained is None and _is_loaded(model):
+        raise UserError(
+            f'{name} has trained weights, which mixing="{mixing}" ruins at first: give mixing="delta" or "gate", '
+            'or pretrained="replace" to train it again'
+        )
+    number = config.num_hidden_layers
+    chosen = None if layers == "all" else layers
+    if chosen is not None:
+        whole = not isinstance(chosen, str) and [i for i in chosen if isinstance(i, int) and 0 <= i < number]
+        if not whole or whole != list(chosen):  # type: ignore[arg-type]
+            raise UserError(f'layers={layers!r}: give "all" or numbers of blocks from 0 to {number - 1}')
+        chosen = sorted(set(whole))
+    for key, window in (("min_window", min_window), ("max_window", max_window)):
+        if not isinstance(window, int) or window < 1 or window & (window - 1):
+            raise UserError(f"{key}={window} is not a power of two (1, 2, 4, ...)")
+    if max_window < min_window:
+        raise UserError(f"max_window={max_window} is smaller than min_window={min_window}")
+    scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
+    settings = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
+    _install(model, settings)
+    config.__class__ = _known_to_auto_classes(mixed_config(type(config)))
+    config.wavelet_mixing = settings
+    # What these name is the model without mixing: others would take it for this one (an adapter's base, a reference).
+    config._name_or_path = model.name_or_path = ""
+    model.__class__ = mixed_root(type(model))
+    return model
+
+
+def _is_loaded(model: nn.Module) -> bool:
+    """Whether from_pretrained filled in the weights: it marks them. A config's name stays when weights are random."""
+    return any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
+
+
+def _install(model: Any, settings: dict[str, Any]) -> None:
+    """Give the decoder layers their mixers."""
+    owner, name = _find_layers(model)
+    if not _hands_on_keywords(owner, name):
+        raise UserError(
+            f"{type(model).__name__} gives its decoder layers no keyword arguments, so that they cannot be told of "
+            "padding and documents: mixing can't be added to it"
+        )
+    layers, width = getattr(owner, name), model.config.hidden_size
+    try:
+        mixers = [
+            WaveletMixing(width, settings["windows"], MIXINGS[settings["mixing"]], settings["mix_fraction"])
+            if settings["layers"] is None or i in settings["layers"]
+            else None
+            for i in range(len(layers))
+        ]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for i, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
+        if mixer is not None:
+            device = next(layer.parameters()).device
+            mixer.to(dtype=model.dtype) if device.type == "meta" else mixer.to(device, model.dtype)
+            mixer.train(layer.training)
+        kind: Any = type(layer)
+        layer.__class__ = mixed_layer(kind)
+        layer.wavelet_layer_idx = i
+        layer.wavelet_mixing = mixer
+    owner._wavelet_arguments = tuple(inspect.signature(type(owner).forward).parameters)[1:]
+    owner.register_forward_pre_hook(_tell_layers, with_kwargs=True)
+
+
+def _find_layers(model: Any) -> tuple[Any, str]:
+    """The module whose forward pass runs the decoder layers, and its name for the list of them."""
+    found = [
+        (module, name)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList)
+        and len(child) == model.config.num_hidden_layers
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in child)
+    ]
+    if len(found) != 1:
+        names = ", ".join(f"{type(module).__name__}.{name}" for module, name in found) or "none"
+        raise UserError(f"{type(model).__name__}: which modules are its decoder layers can't be told (found: {names})")
+    return found[0]
+
+
+def _hands_on_keywords(owner: Any, name: str) -> bool:
+    """Whether the owner's forward pass calls its layers, in a loop over them, with the **kwargs that it got."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(owner).forward)))
+    except (OSError, TypeError):  # replaced by something that has none
+        return False
+    for loop in ast.walk(ast.parse(source)):
+        if isinstance(loop, ast.For) and f"self.{name}" in ast.unparse(loop.iter):
+            targets = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
+            for call in ast.walk(loop):
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in targets:
+                    return any(keyword.arg is None for keyword in call.keywords)
+    return False
+
+
+# The module that owns the layers.
+
+
+def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: how far back each token may look, of all that says so."""
+    given = {**dict(zip(owner._wavelet_arguments, args, strict=False)), **kwargs}
+    inputs = given.get("input_ids")
+    if inputs is None:
+        inputs = given["inputs_embeds"]
+    tokens = inputs.shape[1]
+    attention = owner.config._attn_implementation or ""
+    if attention.startswith(("paged", "vllm", "sglang")):
+        raise UserError(f"attention {attention!r} has a cache of its own, which keeps no mixing states: use generate()")
+    cache = given.get("past_key_values")
+    if cache is not None:
+        upgrade_cache(cache)
+    kwargs = dict(kwargs)
+    mask = given.get("attention_mask")
+    if PADDING in kwargs:
+        mask = kwargs.pop(PADDING)
+    elif isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
+        if tokens > 1:
+            raise UserError(
+                "attention_mask is made for attention already and doesn't say which tokens are padding: give the 2-D "
+                f"one, or {PADDING}=(B, T) beside it (None for no padding)"
+            )
+        mask = None  # decoding goes on with a real token
+    bounds: dict[str, Tensor] = {}
+    cu_seqlens = given.get("cu_seq_lens_q")
+    if cu_seqlens is not None and inputs.shape[0] == 1:
+        bounds["cu_seqlens"] = cu_seqlens
+    elif given.get("seq_idx") is not None:
+        bounds["seq_idx"] = given["seq_idx"]
+    elif mask is None and tokens > 1 and getattr(given.get("position_ids"), "ndim", 0) == 2:
+        # As attention does it: positions tell documents apart where no mask says otherwise.
+        bounds["positions"] = given["position_ids"]
+    if mask is not None:
+        if mask.shape[1] < tokens:
+            raise UserError(f"attention_mask has {mask.shape[1]} tokens: give at least the {tokens} of this call")
+        # Asking costs less than mixing with limits, but would break a graph in two.
+        if torch.compiler.is_compiling() or not bool((mask[:, -tokens:] == 1).all()):
+            bounds["mask"] = mask
+    kwargs[REACH] = (reach_of(tokens, **bounds),)  # type: ignore[arg-type]
+    return args, kwargs
+
+
+# Decoder layers.
+
+
+class MixedLayer:
+    """What a decoder layer does besides; mixed in before its class."""
+
+    wavelet_mixing: WaveletMixing | None
+    wavelet_layer_idx: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        told = kwargs.pop(REACH, None)
+        if told is None:
+            raise RuntimeError(
+                f"{type(self).__name__} was called without its model's forward pass: what is padding, and where "
+                "documents end, is unknown to its mixer (pipelines and engines that call layers themselves)"
+            )
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        mixer = self.wavelet_mixing
+        if mixer is None:
+            return out
+        hidden, reach = out[0] if isinstance(out, tuple) else out, told[0]
+        if reach is not None:
+            reach = reach.to(hidden.device)
+        state, cache = None, _cache_among(args, kwargs)
+        if cache is not None and mixer.past:
+            if self.wavelet_layer_idx >= len(cache.layers):
+                raise UserError(
+                    f"the cache, a {type(cache).__name__}, keeps nothing for block {self.wavelet_layer_idx}, so that "
+                    "mixing states have no place in it: use this model with use_cache=False"
+                )
+            if not _mixes(cache.layers[self.wavelet_layer_idx]):  # it was made in this forward pass
+                upgrade_cache(cache, empty=True)
+            state = cache.layers[self.wavelet_layer_idx].mix_update(hidden, mixer, reach)
+        hidden = mixer(hidden, state=state, reach=reach)
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, ("layer", self._wavelet_base), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _cache_among(args: tuple, kwargs: dict[str, Any]) -> Any:
+    named = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
+    return next((value for value in (*named, *args) if isinstance(value, Cache)), None)
+
+
+@lru_cache(None)
+def mixed_layer(base: type) -> type:
+    # The same name: FSDP's wrapping, device maps and `_no_split_modules` go by it.
+    fields = {"__module__": __name__, "__qualname__": base.__qualname__, "_wavelet_base": base}
+    return type(base.__name__, (MixedLayer, base), fields)
+
+
+# Cache layers.
+
+
+@lru_cache(None)
+def mixed_cache_layer(base: Any) -> type:
+    """A cache layer that also keeps the last inputs of the layer's mixer.
+
+    Made by inheriting once: Python can't assign a class with another base besides to `__class__` here, for cache
+    layers derive from ABC.
+    """
+
+    class Mixed(base):
+        # Inherited, it would put this class in transformers' table of all kinds of layers.
+        _layer_type = None
+        mixes = True
+        mix_state: Tensor | None = None  # (B, S, C), or all inputs since recording began
+        mix_past = 0
+        record_past = False
+
+        def mix_update(self, hidden: Tensor, mixer: WaveletMixing, reach: Tensor | None) -> Tensor:
+            """Take in hidden (B, T, E); gives the inputs (B, S, C) before them."""
+            x, old, past = hidden[..., : mixer.n_mixed], self.mix_state, mixer.past
+            self.mix_past = past
+            if old is None:
+                old = x.new_zeros(x.shape[0], past, mixer.n_mixed)
+            whole = torch.cat([old, x], dim=1)
+            before = whole[:, old.shape[1] - past : old.shape[1]]  # of the copy: `old` may be written to below
+            new = mixer.forget(whole, reach)
+            if self.record_past:
+                self.mix_state = new
+                return before
+            new = new[:, new.shape[1] - past :]
+            if not self.is_compileable:
+                self.mix_state = new.clone()  # or the view would keep all inputs
+            elif self.mix_state is not None and self.mix_state.shape == new.shape:
+                self.mix_state.copy_(new)  # a compiled graph knows the address
+            else:
+                self.mix_state = new.detach().clone()
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(self.mix_state)
+            return before
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            if self.mix_state is not None:
+                self.mix_state = self.mix_state.index_select(0, beam_idx.to(self.mix_state.device))
+
+        def reset(self) -> None:
+            super().reset()
+            if self.mix_state is not None and self.is_compileable:
+                self.mix_state.zero_()
+            else:
+                self.mix_state = None
+
+        def activate_past_recording(self) -> None:
+            parent = getattr(super(), "activate_past_recording", None)
+            if parent is not None:
+                parent()
+            self.record_past = True
+
+        def crop(self, tokens_to_remove: int) -> None:
+            if not hasattr(super(), "crop"):
+                raise UserError(f"{base.__name__} cannot take tokens back: use a DynamicCache")
+            state = self.mix_state
+            if state is None:
+                super().crop(tokens_to_remove)
+                return
+            back = -tokens_to_remove
+            if back < 0:
+                raise UserError(f"crop({tokens_to_remove}): with mixing, give how many tokens to remove, as -{-back}")
+            if back > state.shape[1] - self.mix_past:
+                raise UserError(
+                    f"mixing can't take back {back} tokens: call cache.activate_past_recording() before the forward "
+                    "pass that is to be undone"
+                )
+            super().crop(tokens_to_remove)
+            self.mix_state = state[:, : state.shape[1] - back]
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            if self.mix_state is not None:
+                self.mix_state = self.mix_state.repeat_interleave(repeats, 0)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            if self.mix_state is not None:
+                self.mix_state = self.mix_state[indices]
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _rebuild, ("cache", base), self.__dict__
+
+    Mixed.__name__ = Mixed.__qualname__ = f"Mixed{base.__name__}"
+    return Mixed
+
+
+def _mixes(layer: Any) -> bool:
+    return getattr(layer, "mixes", False)
+
+
+def upgrade_cache(cache: Any, *, empty: bool = False) -> None:
+    """Give every layer of a cache room for the mixer's inputs, in place.
+
+    Raises:
+        UserError: a cache of another kind, or one that holds tokens of a model without mixing (unless `empty` says
+            that it was empty before this forward pass).
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise UserError(f"past_key_values is a {type(cache).__name__}: mixing needs a DynamicCache or StaticCache")
+    kind = cache.layer_class_to_replicate
+    if kind is not None and not _mixes(kind):
+        cache.layer_class_to_replicate = mixed_cache_layer(kind)
+    if all(map(_mixes, cache.layers)):
+        return
+    if not empty and cache.get_seq_length() > 0:
+        raise UserError(
+            "past_key_values holds tokens but no mixing states: a model without mixing filled it (prefix tuning, or "
+            "a prompt's cache from before add_mixing); fill it with this model"
+        )
+    for layer in cache.layers:
+        if not _mixes(layer):
+            base: Any = type(layer)
+            layer.__class__ = mixed_cache_layer(base)
+
+
+# The model.
+
+
+class MixedCausalLM:
+    """What a causal language model does besides; mixed in before its class."""
+
+    _supports_attention_backend = False  # vLLM and SGLang would decode without the states
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if getattr(config, "wavelet_mixing", None) is None:
+            raise UserError(f"{type(self).__name__} needs a config that says how to mix: use add_mixing on the model")
+        _install(self, config.wavelet_mixing)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            upgrade_cache(cache)
+            if generation_config.is_assistant:  # its guesses will be taken back
+                cache.activate_past_recording()
+        return out
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, attention_mask=attention_mask, **kwargs
+        )
+        new = inputs.get("input_ids")
+        tokens = (inputs["inputs_embeds"] if new is None else new).shape[1]
+        prepared = inputs.get("attention_mask")
+        if tokens > 1 and (isinstance(prepared, dict) or (isinstance(prepared, Tensor) and prepared.ndim != 2)):
+            flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+            inputs[PADDING] = attention_mask[:, -tokens:].contiguous() if flat else None
+        return inputs
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]
+        # The stock model's _init_weights knows no mixers, which would keep whatever was in memory.
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, WaveletMixing):
+                values = (*module.parameters(), *module.buffers())
+                if not all(getattr(value, "_is_hf_initialized", False) for value in values):
+                    with torch.no_grad():
+                        module.reset_parameters(init)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, ("root", self._wavelet_base), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@lru_cache(None)
+def mixed_root(base: Any) -> Any:
+    # It keeps the library's `__module__`: conversions of checkpoints (experts) are for models of the library.
+    fields = {
+        "config_class": mixed_config(base.config_class),
+        "__module__": base.__module__,
+        "_wavelet_base": base,
+    }
+    return type(f"Wavelet{base.__name__}", (MixedCausalLM, base), fields)
+
+
+def _rebuild(kind: str, base: type) -> Any:
+    """An empty instance, for pickle and copy: they find no run-time class by its name."""
+    make = {"layer": mixed_layer, "cache": mixed_cache_layer, "root": mixed_root, "config": mixed_config}[kind]
+    made = make(base)
+    return made.__new__(made)
+
+
+# Saving and loading.
+
+
+class MixedConfig:
+    """What a configuration does besides: `model_type` is the base model's in memory (PEFT goes by it), not on disk."""
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        out = super().to_diff_dict()  # type: ignore[misc]
+        out["base_model_type"], out["model_type"] = out["model_type"], ON_DISK
+        return out
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers; the code goes along, so that `trust_remote_code=True` loads it without this package."""
+        self.auto_map = {
+            "AutoConfig": "huggingface.WaveletMixedConfig",
+            "AutoModelForCausalLM": "huggingface.WaveletMixedForCausalLM",
+        }
+        there = Path(save_directory)
+        there.mkdir(parents=True, exist_ok=True)
+        for source in _checkpoint_files():
+            if source.parent != there.resolve():
+                shutil.copyfile(source, there / source.name)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, ("config", self._wavelet_base), self.__dict__  # type: ignore[attr-defined]
+
+
+def _checkpoint_files() -> list[Path]:
+    """What a checkpoint carries: this file and those that it imports, in the package or in a checkpoint."""
+    here = Path(__file__).resolve().parent
+    definition = here.parent / "ops" / "reference.py" if (here / "__init__.py").exists() else here / "reference.py"
+    if not definition.exists():
+        definition = here / "reference.py"
+    return [here / "huggingface.py", here / "module.py", definition]
+
+
+@lru_cache(None)
+def mixed_config(base: Any) -> Any:
+    fields = {"__module__": __name__, "wavelet_mixing": None, "_wavelet_base": base}
+    return type(f"Wavelet{base.__name__}", (MixedConfig, base), fields)
+
+
+class WaveletMixedConfig(PreTrainedConfig):
+    """Makes, of a configuration on disk, one of a run-time class."""
+
+    model_type = ON_DISK
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        config_dict = dict(config_dict)
+        base = config_dict.pop("base_model_type", None)
+        config_dict.pop("model_type", None)
+        if base not in CONFIG_MAPPING:
+            raise UserError(f"base_model_type is {base!r}: this version of transformers has no such model")
+        kind: Any = CONFIG_MAPPING[base]
+        return _known_to_auto_classes(mixed_config(kind)).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        kwargs["_from_auto"] = True
+        config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(config_dict, **kwargs)
+
+
+class WaveletMixedForCausalLM:
+    """Makes the model of such a configuration: what `trust_remote_code` asks for."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: saving writes `auto_map` itself."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        config = WaveletMixedConfig.from_pretrained(path) if config is None else config
+        return _model_of(type(config)).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return _model_of(type(config))._from_config(config, **kwargs)
+
+
+def _model_of(config_class: Any) -> Any:
+    return mixed_root(MODEL_FOR_CAUSAL_LM_MAPPING[config_class._wavelet_base])
+
+
+def _known_to_auto_classes(config_class: Any) -> Any:
+    AutoModelForCausalLM.register(config_class, _model_of(config_class), exist_ok=True)
+    return config_class
+
+
+AutoConfig.register(ON_DISK, WaveletMixedConfig, exist_ok=True)

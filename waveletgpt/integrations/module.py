@@ -1,0 +1,143 @@
+"""`WaveletMixing`, the mixer as one module of torch, for any model and any training loop.
+
+It needs torch alone. This file also travels in checkpoints of models that have mixing added.
+
+Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S inputs that came before, n coordinates
+that share the window w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from waveletgpt.ops import wavelet_mix
+except ImportError:
+    # A checkpoint brings the operator's definition and nothing else.
+    from .reference import wavelet_mix  # type: ignore[import-not-found, no-redef]
+
+KERNELS = (None, "learnable", "delta", "gate")
+
+
+class WaveletMixing(nn.Module):
+    """Replaces the first C coordinates of hidden states by causal averages of themselves over time.
+
+    Args:
+        n_embd: E.
+        windows: powers of two, in tokens. They are spread evenly over the mixed coordinates, shortest first.
+        kernels: what a coordinate becomes. None: the mean over its window, no parameters. "learnable": a weighted sum
+            that starts at the mean. For models that are trained already, which these leave as they are at first:
+            "delta": a weighted sum that starts at the value itself; "gate": x + g (mean - x) with a trained g, at
+            first 0.
+        mix_fraction: C / E.
+
+    Trained weights are kept as what they differ from their start, in one vector: optimizers that treat matrices in a
+    way of their own leave it alone, and weight decay pulls to the start instead of to 0.
+
+    Raises:
+        ValueError: windows or fraction that cannot be.
+    """
+
+    window: Tensor
+
+    def __init__(
+        self,
+        n_embd: int,
+        windows: Sequence[int] = (2, 4),
+        kernels: str | None = None,
+        mix_fraction: float = 0.5,
+    ):
+        super().__init__()
+        scales = sorted({int(w) for w in windows})
+        if not scales or any(w < 1 or w & (w - 1) for w in scales):
+            raise ValueError(f"windows={list(windows)}: give powers of two, such as [2, 4, 8]")
+        if kernels not in KERNELS:
+            raise ValueError(f"kernels={kernels!r} is unknown; use one of {KERNELS}")
+        if not 0 < mix_fraction <= 1:
+            raise ValueError(f"mix_fraction={mix_fraction} must be more than 0 and at most 1")
+        self.n_mixed = round(mix_fraction * n_embd)
+        if self.n_mixed < len(scales):
+            what = f"{len(scales)} windows for {self.n_mixed} mixed coordinates"
+            raise ValueError(f"{what} (mix_fraction={mix_fraction} of n_embd={n_embd}): give fewer, or a wider model")
+        self.n_embd, self.kernels = n_embd, kernels
+        self.windows = tuple(scales[j * len(scales) // self.n_mixed] for j in range(self.n_mixed))
+        self.groups = tuple((window, len(list(members))) for window, members in groupby(self.windows))
+        self.past = scales[-1] - 1
+        """S, how many inputs back it looks."""
+        if kernels in ("learnable", "delta"):
+            self.deviation = nn.Parameter(torch.zeros(sum(self.windows)))
+        elif kernels == "gate":
+            self.gate = nn.Parameter(torch.zeros(self.n_mixed))
+        # Means have no parameters, so that a checkpoint would show nothing of them: this makes a program that doesn't
+        # know mixing say so.
+        self.register_buffer("window", torch.tensor(scales, dtype=torch.int32))
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        """Set parameters and buffer to their starting values through the functions of `init`."""
+        for parameter in self.parameters():
+            init.zeros_(parameter)
+        if self.window.device.type != "meta":
+            scales = torch.tensor([window for window, _ in self.groups], dtype=torch.int32)
+            with torch.no_grad():
+                self.window.copy_(scales)
+
+    def taps(self) -> list[Tensor] | None:
+        """(n, w) for each distinct window, ascending; tap j weighs the value j tokens ago. None: means."""
+        if self.kernels not in ("learnable", "delta"):
+            return None
+        taps = []
+        parts = self.deviation.split([window * n for window, n in self.groups])
+        for part, (window, n) in zip(parts, self.groups, strict=True):
+            part = part.view(n, window)
+            if self.kernels == "learnable":
+                taps.append(part + 1 / window)
+            else:
+                taps.append(part + F.pad(part.new_ones(1), (0, window - 1)))
+        return taps
+
+    def forward(self, x: Tensor, state: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
+        """Mix hidden states.
+
+        Args:
+            x: (B, T, E).
+            state: (B, S, C) what `remember` gave for the tokens before; None at the start.
+            reach: (B or 1, T) how many tokens before each one belong to its document, of `waveletgpt.ops.reach_of`.
+
+        Returns:
+            (B, T, E); the coordinates from C on are those of `x`.
+        """
+        if x.dim() != 3 or x.shape[2] != self.n_embd:
+            raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, tokens, {self.n_embd})")
+        mixed, rest = x.split([self.n_mixed, self.n_embd - self.n_mixed], dim=2)
+        y = wavelet_mix(mixed, self.windows, self.taps(), state=state, reach=reach)
+        if self.kernels == "gate":
+            y = mixed + self.gate.to(x.dtype) * (y - mixed)
+        return torch.cat([y, rest], dim=2)
+
+    def remember(self, x: Tensor, state: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
+        """(B, S, C) the inputs that tokens after `x` need, given those before it; S is always `past`.
+
+        Arguments as for `forward`. What the last token does not reach is 0.
+        """
+        mixed = x[..., : self.n_mixed]
+        if state is None:
+            state = mixed.new_zeros(x.shape[0], self.past, self.n_mixed)
+        return self.forget(torch.cat([state, mixed], dim=1), reach)[:, x.shape[1] + state.shape[1] - self.past :]
+
+    @staticmethod
+    def forget(inputs: Tensor, reach: Tensor | None) -> Tensor:
+        """`inputs` (B, any, C) up to the last token of `reach`; those beyond its reach are 0."""
+        if reach is None:
+            return inputs
+        ago = torch.arange(inputs.shape[1] - 1, -1, -1, device=inputs.device)
+        return torch.where((ago <= reach[:, -1:]).unsqueeze(2), inputs, 0)
+
+    def extra_repr(self) -> str:
+        windows = [window for window, _ in self.groups]
+        return f"n_embd={self.n_embd}, n_mixed={self.n_mixed}, windows={windows}, kernels={self.kernels!r}"
