@@ -73,6 +73,9 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
     if isinstance(source, Files) and source.folders:
         beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
         _say(progress, f"{data}: its folders {', '.join(source.folders)} are the splits{beside}")
+    if isinstance(source, Files) and source.split_files:
+        beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
+        _say(progress, f"{data}: the names of its files, {_some(list(source.split_files))}, say the splits{beside}")
     kind = MODALITIES[chosen]
     identity = {
         "format": FORMAT,

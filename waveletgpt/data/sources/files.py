@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import stat
 import time
 from collections import Counter
@@ -29,6 +30,10 @@ CHUNK = 1 << 20
 
 FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
 """Names of sub-folders that are splits."""
+
+
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|dataset_infos?)\b", re.IGNORECASE)
+"""Files about the data, which may lie beside it."""
 
 
 class TooLarge(Exception):
@@ -116,6 +121,12 @@ class Files:
         if self.folders:
             self.beside = [inside for inside, _ in self._paths if "/" not in inside]
             self._paths = [(inside, path) for inside, path in self._paths if "/" in inside]
+        self.split_files = self._split_files() if split_folders and not self.folders else {}
+        """Files whose names say which split they are, where all say so: path inside the folder -> split."""
+        if self.split_files:
+            self.beside = [inside for inside, _ in self._paths if inside not in self.split_files]
+            self._paths = [(inside, path) for inside, path in self._paths if inside in self.split_files]
+        self._inside = ""
         self.size = sum(path.stat().st_size for _, path in self._paths)
         if not self.size:
             raise UserError(f"{self.name} is empty: there is nothing to read in it")
@@ -147,13 +158,29 @@ class Files:
         splits = set(found.values())
         return found if len(found) == len(names) and "train" in splits and len(splits) > 1 else {}
 
+    def _split_files(self) -> dict[str, str]:
+        data = [inside for inside, _ in self._paths if not _ABOUT.match(inside.rpartition("/")[2])]
+        if not self.path.is_dir() or len({inside.rpartition("/")[0] for inside in data}) != 1:
+            return {}
+        found = {}
+        for inside in data:
+            words = re.split(r"[._\- ]", inside.rpartition("/")[2].lower())
+            named = {FOLDERS[word] for word in words if word in FOLDERS}
+            if len(named) != 1:
+                return {}
+            found[inside] = named.pop()
+        splits = set(found.values())
+        return found if "train" in splits and len(splits) > 1 else {}
+
     @property
     def own_splits(self) -> Set[str]:
         """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
-        return {*self.splits.values(), *self.folders.values()}
+        return {*self.splits.values(), *self.folders.values(), *self.split_files.values()}
 
     def _split(self, name: str) -> str | None:
-        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0])
+        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0]) or (
+            self.split_files.get(self._inside)
+        )
 
     def _wanted(self, name: str) -> bool:
         include, exclude = self.settings.include, self.settings.exclude
@@ -195,6 +222,7 @@ class Files:
         self._before = 0
         self.skipped = []
         for inside, path in self._paths:
+            self._inside = inside
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")

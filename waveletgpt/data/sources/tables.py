@@ -37,9 +37,35 @@ def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
                 "or leave the file out with --exclude"
             )
         return found
+    if column not in columns and column.isdecimal() and int(column) < len(columns):
+        return columns[int(column)]
     if column not in columns:
         raise UserError(f'{name} has no column "{column}" but {", ".join(columns)}{suggest(column, columns)}')
     return column
+
+
+def headerless(row: Sequence[str], column: str | None) -> bool:
+    """Whether a table's first row looks like data: a number, a sentence or a repeated field in it.
+
+    Names of columns are short words, each there once.
+    """
+    if any(name in row for name in GUESSES) or column in row:
+        return False
+    return len(set(row)) < len(row) or any(
+        len(name) > 60 or name.count(" ") > 3 or _is_number(name) for name in row
+    )
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(row: Sequence[str]) -> str:
+    return ", ".join(f'"{field[:20]}..."' if len(field) > 20 else f'"{field}"' for field in row[:3])
 
 
 def text_of(value: Any, name: str, column: str) -> str:
@@ -82,16 +108,32 @@ def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
 def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
     def read(stream: Stream, column: str | None) -> Iterator[Row]:
         csv.field_size_limit(LONGEST)
-        reader = csv.reader(_lines(stream), delimiter=separator, strict=True)
+        # What makes TSV is that nothing is quoted: a quote is a character.
+        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.reader(_lines(stream), delimiter=separator, strict=True, quoting=quoting)
         chosen = ""
         index = -1
         try:
             for row in reader:
                 name = f"{stream.name} line {reader.line_num}"
                 if index < 0:
-                    chosen = choose(stream.name, column, row)
-                    index = row.index(chosen)
-                elif row:
+                    if headerless(row, column):
+                        if column is None or not column.isdecimal():
+                            raise UserError(
+                                f"{stream.name} seems to have no header, its first row is {_shown(row)}: choose one of "
+                                f"its {len(row)} columns by position, --column 0 ... {len(row) - 1}, or add a header"
+                            )
+                        if int(column) >= len(row):
+                            raise UserError(f"{stream.name} has no column {column}: give 0 ... {len(row) - 1}")
+                        index, chosen = int(column), column
+                    elif column is not None and column not in row and column.isdecimal() and int(column) < len(row):
+                        index, chosen = int(column), column
+                        continue
+                    else:
+                        chosen = choose(stream.name, column, row)
+                        index = row.index(chosen)
+                        continue
+                if row:
                     if len(row) <= index:
                         raise UserError(f'{name} has {len(row)} fields, too few for the column "{chosen}": mend it')
                     if row[index]:
