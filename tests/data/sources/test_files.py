@@ -194,7 +194,8 @@ def test_what_looks_like_text() -> None:
     assert looks_like_text("a few wrong bytes, as in caf\xe9".encode("latin-1"))
     assert looks_like_text("東".encode() * 30_000)  # cut within a character
     assert not looks_like_text(b"a\0b")
-    assert not looks_like_text("Привет, мир!".encode("cp1251") * 10)
+    assert not looks_like_text(bytes(range(1, 32)) * 10)
+    assert looks_like_text("Привет, мир!".encode("cp1251") * 10)
     assert not looks_like_text(random.Random(0).randbytes(1000).replace(b"\0", b"\1"))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
+import json
 import lzma
 import tarfile
 import zipfile
@@ -185,3 +187,66 @@ def test_unknown_characters_of_a_prompt_are_named(tmp_path: Path) -> None:
     assert isinstance(modality, TextModality)
     assert modality.unknown("aXbX<|endoftext|>é", tokenizer) == ["X", "é"]
     assert modality.unknown("abc", tokenizer) == []
+
+
+PROSE = "Im Winter liegt der Schnee bis in den April, die Straße wird geräumt; zwölf Euro für Bücher über Hügel.\n" * 5
+CHARACTERS = st.text(st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs", "Cc"]), min_size=1)
+ENCODINGS = st.sampled_from([
+    ("utf-8", b""), ("utf-8", codecs.BOM_UTF8), ("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE),
+    ("utf-32-le", codecs.BOM_UTF32_LE), ("utf-32-be", codecs.BOM_UTF32_BE),
+])  # fmt: skip
+
+
+@given(text=CHARACTERS, encoding=ENCODINGS, form=st.sampled_from(["txt", "jsonl", "json", "csv", "tsv"]))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_unicode_is_read_by_its_mark(
+    text: str, encoding: tuple[str, bytes], form: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name, mark = encoding
+    if form in ("jsonl", "json"):
+        content = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        form = form if name == "utf-8" else "jsonl"
+    elif form == "csv":
+        content = 'id,text\n1,"' + text.replace('"', '""') + '"\n'
+    else:
+        content = f"id\ttext\n1\t{text}\n" if form == "tsv" else text
+    path = tmp_path_factory.mktemp("x") / f"x.{form}"
+    path.write_bytes(mark + content.encode(name))
+    assert texts(path) == [text.encode()]
+
+
+@given(data=st.binary(min_size=1, max_size=60).map(lambda data: bytes(b | 0x40 for b in data)))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_no_byte_is_replaced_without_a_word(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("x") / "x.txt"
+    path.write_bytes(b"text " + data + b" and more of it, and more")
+    content = path.read_bytes()
+    if content == content.decode("utf-8", "ignore").encode():
+        assert texts(path) == [content]
+    else:
+        with pytest.raises(UserError, match=r"bytes that are not UTF-8|binary"):
+            texts(path)
+    assert texts(path, encoding="latin-1") == [path.read_bytes().decode("latin-1").encode()]
+
+
+@pytest.mark.parametrize("form", ["x.txt", "x.csv", "x.jsonl"])
+def test_other_encodings_are_refused_by_count_and_read_by_name(form: str, tmp_path: Path) -> None:
+    start, end = {"x.txt": ("", ""), "x.csv": ('text\n"', '"\n'), "x.jsonl": ('{"text": "', '"}\n')}[form]
+    text = PROSE.replace("\n", " ")
+    (tmp_path / form).write_bytes(f"{start}{text}{end}".encode("cp1252"))
+    with pytest.raises(UserError, match=rf"{form} has 35 bytes that are not UTF-8: try --encoding cp125"):
+        texts(tmp_path / form)
+    assert texts(tmp_path / form, encoding="cp1252") == [text.encode()]
+    with pytest.raises(UserError, match='encoding is "cp125", which is not known'):
+        DataSettings(encoding="cp125")
+
+
+def test_json_with_a_record_a_line_is_records(tmp_path: Path) -> None:
+    lines = b'{"text": "one", "url": "a"}\n{"text": "two", "url": "b"}\n'
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(lines))
+    assert texts(tmp_path / "x.json.gz") == [b"one", b"two"]
+    assert texts(tmp_path / "x.json.gz", column="url") == [b"a", b"b"]
+    (tmp_path / "y.json").write_text('{\n "a": 1\n}\n')
+    assert texts(tmp_path / "y.json") == [b'{\n "a": 1\n}\n']
+    with pytest.raises(UserError, match=r'column is "url", but .* has no table'):
+        texts(tmp_path / "y.json", column="url")

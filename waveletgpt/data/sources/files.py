@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -21,6 +22,7 @@ from typing import IO, Any, Protocol
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import tables
 from waveletgpt.data.sources.archives import Stream, broken, expand
+from waveletgpt.data.sources.encodings import Peeked, as_utf8, marked
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,9 @@ FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "val
 
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|dataset_infos?)\b", re.IGNORECASE)
 """Files about the data, which may lie beside it."""
+
+
+_CONTROLS = bytes({*range(32), 127} - {*b"\t\n\r\f\v\b\x1b"})
 
 
 class TooLarge(Exception):
@@ -243,19 +248,44 @@ class Files:
 
         Raises UserError if a file given by itself is binary, or if no document is found at all.
         """
-        empty = True
-        for stream in self._streams():
-            texts = tables.rows(stream, self.settings.column)
+        empty, tabular = True, False
+        for found in self._streams():
+            stream, records = self._by_content(found)
+            texts = tables.rows(stream, self.settings.column, self.settings.encoding, records)
+            tabular |= texts is not None
             for document in [self._whole(stream, binary)] if texts is None else map(_row, texts):
                 if document is not None:
                     document.split = self._split(stream.name)
                     empty = False
                     yield document
+        if self.settings.column is not None and not tabular:
+            raise UserError(
+                f'column is "{self.settings.column}", but {self.name} has no table (JSON lines, CSV, TSV, Parquet) '
+                "that it could be of: leave --column out"
+            )
         if empty:
             skipped = f" ({len(self.skipped)} binary files skipped, such as {self.skipped[0]})" if self.skipped else ""
             raise UserError(f"no text in {self.name}{skipped}: --modality bytes takes any file")
 
+    def _by_content(self, stream: Stream) -> tuple[Stream, bool]:
+        # JSON lines are often called .json.
+        if not stream.name.lower().endswith(".json"):
+            return stream, False
+        with broken(stream.name):
+            start = stream.file.read(CHUNK)
+        found = Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
+        return found, tables.has_records(start)
+
     def _whole(self, stream: Stream, binary: bool) -> Document | None:
+        if not binary or self.settings.encoding:
+            with broken(stream.name):
+                start = stream.file.read(CHUNK)
+            if marked(start) or looks_like_text(start) or (self.settings.encoding and not binary):
+                file: IO[bytes] = io.BufferedReader(Peeked(start, stream.file))
+                with broken(stream.name):
+                    stream = Stream(stream.name, as_utf8(file, stream.name, self.settings.encoding))
+            else:
+                stream = Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
         chunks = _chunks(stream)
         first = next(chunks, b"")
         if not first:
@@ -331,11 +361,9 @@ def _chunks(stream: Stream) -> Iterator[bytes]:
 
 
 def looks_like_text(start: bytes) -> bool:
-    """Whether a file that starts so is UTF-8 text, a few wrong bytes allowed for: no NUL, and nearly all decodes."""
+    """Whether a file that starts so is text, in whatever encoding: no NUL, and hardly any control character."""
     start = start[: 1 << 16]
-    if b"\0" in start:
-        return False
-    return start.isascii() or start.decode("utf-8", "replace").count("\ufffd") <= max(3, len(start) // 10)
+    return b"\0" not in start and len(start) - len(start.translate(None, _CONTROLS)) <= len(start) // 50
 
 
 def _matches(name: str, globs: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from waveletgpt.data.sources.archives import Stream, broken
+from waveletgpt.data.sources.encodings import as_utf8
 from waveletgpt.errors import UserError, suggest
 
 GUESSES = ("text", "content")
@@ -18,13 +19,39 @@ Row = tuple[str, str]
 """(name, text) of a record."""
 
 
-def rows(stream: Stream, column: str | None) -> Iterator[Row] | None:
+def rows(
+    stream: Stream, column: str | None, encoding: str | None = None, records: bool = False
+) -> Iterator[Row] | None:
     """The records that have text in `column`; None if the file is not of this kind, by its name.
+
+    Tables of text are UTF-8, or what their mark says, or in `encoding`.
+    `records`: it is JSON lines, whatever its name.
 
     Raises UserError for a column that is not there, and for a broken line, with its number.
     """
-    reader = _READERS.get(stream.name.lower().rpartition(".")[2])
+    suffix = "jsonl" if records else stream.name.lower().rpartition(".")[2]
+    reader = _READERS.get(suffix)
+    if reader and suffix != "parquet":
+        with broken(stream.name):
+            stream = Stream(stream.name, as_utf8(stream.file, stream.name, encoding))
     return reader(stream, column) if reader else None
+
+
+def has_records(start: bytes) -> bool:
+    """Whether a file that starts so has one JSON object a line: its first line is one, and the next begins one."""
+    lines = [line for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+    if not lines or not lines[0].lstrip().startswith(b"{"):
+        return False
+    if len(lines) > 1:
+        try:
+            return isinstance(json.loads(lines[0]), dict) and lines[1].lstrip().startswith(b"{")
+        except (ValueError, RecursionError):
+            return False
+    try:
+        record = json.loads(lines[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and any(isinstance(record.get(guess), str) for guess in GUESSES)
 
 
 def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
@@ -77,7 +104,6 @@ def text_of(value: Any, name: str, column: str) -> str:
 
 
 def _lines(stream: Stream) -> Iterator[str]:
-    first = True
     while True:
         with broken(stream.name):
             line = stream.file.readline(LONGEST + 1)
@@ -85,8 +111,7 @@ def _lines(stream: Stream) -> Iterator[str]:
             return
         if len(line) > LONGEST:
             raise UserError(f"{stream.name} has a line of more than {LONGEST >> 20} MB: is it what its name says?")
-        yield line.decode("utf-8-sig" if first else "utf-8", "replace")
-        first = False
+        yield line.decode()
 
 
 def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
