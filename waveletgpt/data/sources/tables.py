@@ -134,8 +134,10 @@ def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
     def read(stream: Stream, column: str | None) -> Iterator[Row]:
         csv.field_size_limit(LONGEST)
         # What makes TSV is that nothing is quoted: a quote is a character.
-        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        reader = csv.reader(_lines(stream), delimiter=separator, strict=True, quoting=quoting)
+        reader = csv.reader(
+            _lines(stream), delimiter=separator, strict=True,
+            quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+        )  # fmt: skip
         chosen = ""
         index = -1
         try:
