@@ -39,6 +39,8 @@ MODALITIES: dict[str, Modality] = {
     modality.name: modality for modality in (*TEXT, AUDIO, ACOUSTIC, IMAGES, MUSIC, LISTOPS)
 }
 DEFAULT_MODALITY = "chars"
+CHANGED = {".json", ".tsv"}
+"""Files whose documents are not what earlier versions made of them."""
 MAJORITY = 2 / 3
 """The share of files of one kind from which on a folder is taken to be of that kind."""
 
@@ -73,6 +75,9 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
     if isinstance(source, Files) and source.folders:
         beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
         _say(progress, f"{data}: its folders {', '.join(source.folders)} are the splits{beside}")
+    if isinstance(source, Files) and source.split_files:
+        beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
+        _say(progress, f"{data}: the names of its files, {_some(list(source.split_files))}, say the splits{beside}")
     kind = MODALITIES[chosen]
     identity = {
         "format": FORMAT,
@@ -83,6 +88,10 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
             name: getattr(settings, name)
             for name in ("column", "include", "exclude", "validation_fraction", "test_fraction")
         },
+        # These were read in another way once.
+        **({"reading": 2} if isinstance(source, Files) and source.suffixes(settings.cache).keys() & CHANGED else {}),
+        # Only where it is given: stores made before there was this setting stay what they are.
+        **({"encoding": settings.encoding} if settings.encoding else {}),
         **kind.identity(settings),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 from collections.abc import Callable
@@ -20,7 +21,10 @@ class DataSettings:
     """What is read, how it becomes tokens, and where stores are kept."""
 
     column: str | None = None
-    """Column of JSONL, CSV, TSV and Parquet files that holds the text (default: `text`, else `content`)."""
+    """Column of JSONL, CSV, TSV and Parquet files that holds the text, by name, or by position from 0 where a CSV or
+    TSV file has no such name (default: `text`, else `content`)."""
+    encoding: str | None = None
+    """Encoding of text files and tables that have no mark, such as `cp1252` or `gbk` (default: UTF-8)."""
     vocab_size: int = 4096
     """Size of the vocabulary that `--modality bpe` trains, the special token included."""
     tokenizer: str | None = None
@@ -69,6 +73,14 @@ class DataSettings:
                 "to train on: their sum must be below 1"
             )
 
+        if self.encoding is not None:
+            try:
+                "".encode(self.encoding)
+                codecs.getincrementaldecoder(self.encoding)()
+            except (LookupError, ValueError, TypeError):
+                raise UserError(
+                    f'encoding is "{self.encoding}", which is not known: give one such as utf-8, cp1252, gbk'
+                ) from None
         if not 1000 <= self.sample_rate <= 192_000:
             raise UserError(f"sample_rate is {self.sample_rate}: give 1000 to 192000 samples a second")
         if self.codebooks < 1:

@@ -155,6 +155,9 @@ def generate_from_run(
     tokenizer = AutoTokenizer.from_pretrained(run.model_path())
     modality = MODALITIES[run.info["data"]["modality"]]
     ids = [int(t) for t in modality.encode_prompt(prompt or "", tokenizer)]
+    if isinstance(modality, TextModality) and (unknown := modality.unknown(prompt or "", tokenizer)):
+        names = ", ".join(map(repr, unknown[:20])) + (", ..." if len(unknown) > 20 else "")
+        print(f"the model does not know {names}: read as end of text", file=sys.stderr, flush=True)
     if settings.get("tokens") is None:
         settings["tokens"] = modality.new_tokens(ids, tokenizer)
     settings["suppress_tokens"] = modality.suppress_tokens

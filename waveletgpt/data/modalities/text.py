@@ -190,6 +190,12 @@ class TextModality:
         """Tokens of `prompt`; of an empty one, the token between documents, so that a new document begins."""
         return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
 
+    def unknown(self, prompt: str, tokenizer: Any) -> list[str]:
+        """The characters of `prompt`, each once, that the tokenizer has no token for."""
+        nothing = {tokenizer.eos_token_id, tokenizer.unk_token_id} - {None}
+        characters = dict.fromkeys(prompt.replace(str(tokenizer.eos_token), ""))
+        return [c for c in characters if nothing & set(tokenizer(c, add_special_tokens=False)["input_ids"])]
+
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
         """32 tokens each."""
         return spread(tokens, count, 32)

@@ -26,13 +26,25 @@ class Stream(NamedTuple):
 
 
 def _zstandard(file: IO[bytes]) -> IO[bytes]:
-    return io.BufferedReader(_ZstandardFile(file), 1 << 17)
+    import zstandard
+
+    # As far as the format goes (zstd --long=31); the memory is taken as the window fills.
+    new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    return io.BufferedReader(_Frames(file, new, (zstandard.ZstdError,)), 1 << 17)
+
+
+def _bzip2(file: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(_Frames(file, bz2.BZ2Decompressor, (OSError, ValueError)), 1 << 17)
+
+
+def _xz(file: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(_Frames(file, lzma.LZMADecompressor, (lzma.LZMAError,)), 1 << 17)
 
 
 _OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".bz2": _bzip2,
+    ".xz": _xz,
     ".zst": _zstandard,
 }
 
@@ -61,7 +73,8 @@ def expand(stream: Stream, inner: str | None = None) -> Iterator[Stream]:
 
 def _tar_members(stream: Stream) -> Iterator[Stream]:
     with broken(stream.name):
-        archive = tarfile.open(fileobj=stream.file, mode="r|", tarinfo=_Member)  # noqa: SIM115
+        # Joined archives have zeros in their middle.
+        archive = tarfile.open(fileobj=stream.file, mode="r|", tarinfo=_Member, ignore_zeros=True)  # noqa: SIM115
     with archive:
         while True:
             with broken(stream.name):
@@ -91,9 +104,15 @@ def _zip_members(stream: Stream) -> Iterator[Stream]:
     with broken(stream.name):
         archive = zipfile.ZipFile(stream.file)
     with archive:
-        for member in sorted(archive.infolist(), key=lambda info: info.filename):
-            if not member.is_dir():
-                name = f"{stream.name}/{member.filename}"
+        members = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]  # Windows writes either
+        first = min((info.header_offset for _, info in members), default=0)
+        if first:
+            stream.file.seek(0)
+            if stream.file.read(4) == b"PK\3\4":
+                raise UserError(f"{stream.name} is several ZIPs joined, of which only the last could be read: split it")
+        for inside, member in sorted(members, key=lambda pair: pair[0]):
+            if not inside.endswith("/"):
+                name = f"{stream.name}/{inside}"
                 with broken(name):
                     file = archive.open(member)
                 with file:
@@ -109,19 +128,24 @@ def broken(name: str) -> Iterator[None]:
         EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError, NotImplementedError,
         OSError,
     ) as error:  # fmt: skip
+        reason = str(error)
+        if "encrypted" in reason or "password" in reason:
+            raise UserError(f"{name} is encrypted: unpack it with its password first") from error
+        if isinstance(error, NotImplementedError) or "too much memory" in reason:
+            raise UserError(f"{name} is packed in a way that is not supported ({reason}): pack it anew") from error
         raise UserError(f"{name} cannot be read, it is broken or truncated ({error}): get it again") from error
 
 
-class _ZstandardFile(io.RawIOBase):
-    """zstandard's own reader ends silently where a frame is cut off; this one raises EOFError."""
+class _Frames(io.RawIOBase):
+    """Streams of one compression in a row, all of them: Python's own readers of bz2 and xz take whatever follows the
+    first stream for rubbish and end silently, and zstandard's where a frame is cut off. This one raises.
+    """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        import zstandard
-
+    def __init__(self, file: IO[bytes], new: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
         self._file = file
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._frame: Any = self._new()
+        self._new = new
+        self._errors = errors
+        self._frame: Any = new()
         self._rest = b""
         self._out = memoryview(b"")
         self._begun = False
@@ -143,9 +167,13 @@ class _ZstandardFile(io.RawIOBase):
                     if self._begun:
                         raise EOFError("compressed file ended before the end of the stream")
                     return 0
+                if not self._begun:
+                    block = block.lstrip(b"\0")  # between streams, and after the last, there may be padding
+                    if not block:
+                        continue
                 self._begun = True
                 self._out = memoryview(self._frame.decompress(block))
-        except self._error as error:
+        except self._errors as error:
             raise EOFError(str(error)) from error
         count = min(len(buffer), len(self._out))
         buffer[:count] = self._out[:count]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import io
 import itertools
 import json
 import logging
 import os
+import re
 import stat
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from typing import IO, Any, Protocol
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import tables
 from waveletgpt.data.sources.archives import Stream, broken, expand
+from waveletgpt.data.sources.encodings import Peeked, as_utf8, marked
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,13 @@ CHUNK = 1 << 20
 
 FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
 """Names of sub-folders that are splits."""
+
+
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|dataset_infos?)\b", re.IGNORECASE)
+"""Files about the data, which may lie beside it."""
+
+
+_CONTROLS = bytes({*range(32), 127} - {*b"\t\n\r\f\v\b\x1b"})
 
 
 class TooLarge(Exception):
@@ -116,6 +126,12 @@ class Files:
         if self.folders:
             self.beside = [inside for inside, _ in self._paths if "/" not in inside]
             self._paths = [(inside, path) for inside, path in self._paths if "/" in inside]
+        self.split_files = self._split_files() if split_folders and not self.folders else {}
+        """Files whose names say which split they are, where all say so: path inside the folder -> split."""
+        if self.split_files:
+            self.beside = [inside for inside, _ in self._paths if inside not in self.split_files]
+            self._paths = [(inside, path) for inside, path in self._paths if inside in self.split_files]
+        self._inside = ""
         self.size = sum(path.stat().st_size for _, path in self._paths)
         if not self.size:
             raise UserError(f"{self.name} is empty: there is nothing to read in it")
@@ -147,13 +163,29 @@ class Files:
         splits = set(found.values())
         return found if len(found) == len(names) and "train" in splits and len(splits) > 1 else {}
 
+    def _split_files(self) -> dict[str, str]:
+        data = [inside for inside, _ in self._paths if not _ABOUT.match(inside.rpartition("/")[2])]
+        if not self.path.is_dir() or len({inside.rpartition("/")[0] for inside in data}) != 1:
+            return {}
+        found = {}
+        for inside in data:
+            words = re.split(r"[._\- ]", inside.rpartition("/")[2].lower())
+            named = {FOLDERS[word] for word in words if word in FOLDERS}
+            if len(named) != 1:
+                return {}
+            found[inside] = named.pop()
+        splits = set(found.values())
+        return found if "train" in splits and len(splits) > 1 else {}
+
     @property
     def own_splits(self) -> Set[str]:
         """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
-        return {*self.splits.values(), *self.folders.values()}
+        return {*self.splits.values(), *self.folders.values(), *self.split_files.values()}
 
     def _split(self, name: str) -> str | None:
-        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0])
+        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0]) or (
+            self.split_files.get(self._inside)
+        )
 
     def _wanted(self, name: str) -> bool:
         include, exclude = self.settings.include, self.settings.exclude
@@ -195,6 +227,7 @@ class Files:
         self._before = 0
         self.skipped = []
         for inside, path in self._paths:
+            self._inside = inside
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")
@@ -215,19 +248,44 @@ class Files:
 
         Raises UserError if a file given by itself is binary, or if no document is found at all.
         """
-        empty = True
-        for stream in self._streams():
-            texts = tables.rows(stream, self.settings.column)
+        empty, tabular = True, False
+        for found in self._streams():
+            stream, records = self._by_content(found)
+            texts = tables.rows(stream, self.settings.column, self.settings.encoding, records)
+            tabular |= texts is not None
             for document in [self._whole(stream, binary)] if texts is None else map(_row, texts):
                 if document is not None:
                     document.split = self._split(stream.name)
                     empty = False
                     yield document
+        if self.settings.column is not None and not tabular:
+            raise UserError(
+                f'column is "{self.settings.column}", but {self.name} has no table (JSON lines, CSV, TSV, Parquet) '
+                "that it could be of: leave --column out"
+            )
         if empty:
             skipped = f" ({len(self.skipped)} binary files skipped, such as {self.skipped[0]})" if self.skipped else ""
             raise UserError(f"no text in {self.name}{skipped}: --modality bytes takes any file")
 
+    def _by_content(self, stream: Stream) -> tuple[Stream, bool]:
+        # JSON lines are often called .json.
+        if not stream.name.lower().endswith(".json"):
+            return stream, False
+        with broken(stream.name):
+            start = stream.file.read(CHUNK)
+        found = Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
+        return found, tables.has_records(start)
+
     def _whole(self, stream: Stream, binary: bool) -> Document | None:
+        if not binary or self.settings.encoding:
+            with broken(stream.name):
+                start = stream.file.read(CHUNK)
+            if marked(start) or looks_like_text(start) or (self.settings.encoding and not binary):
+                file: IO[bytes] = io.BufferedReader(Peeked(start, stream.file))
+                with broken(stream.name):
+                    stream = Stream(stream.name, as_utf8(file, stream.name, self.settings.encoding))
+            else:
+                stream = Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
         chunks = _chunks(stream)
         first = next(chunks, b"")
         if not first:
@@ -303,11 +361,9 @@ def _chunks(stream: Stream) -> Iterator[bytes]:
 
 
 def looks_like_text(start: bytes) -> bool:
-    """Whether a file that starts so is UTF-8 text, a few wrong bytes allowed for: no NUL, and nearly all decodes."""
+    """Whether a file that starts so is text, in whatever encoding: no NUL, and hardly any control character."""
     start = start[: 1 << 16]
-    if b"\0" in start:
-        return False
-    return start.isascii() or start.decode("utf-8", "replace").count("\ufffd") <= max(3, len(start) // 10)
+    return b"\0" not in start and len(start) - len(start.translate(None, _CONTROLS)) <= len(start) // 50
 
 
 def _matches(name: str, globs: str) -> bool:

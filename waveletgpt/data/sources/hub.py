@@ -58,7 +58,8 @@ class Hub:
     def key(self, cache: Path) -> str:
         """The name itself: what it stood for when first prepared is kept, also offline; pin or change `@revision`."""
         if Path(self._path).is_dir():
-            return Files(Path(self._path), DataSettings()).key(cache)
+            # Not the key of the folder by itself, which is divided in another way.
+            return PREFIX + Files(Path(self._path), DataSettings()).key(cache)
         return self.name
 
     def files(self) -> Iterator[Document]:

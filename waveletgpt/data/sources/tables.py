@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from waveletgpt.data.sources.archives import Stream, broken
+from waveletgpt.data.sources.encodings import as_utf8
 from waveletgpt.errors import UserError, suggest
 
 GUESSES = ("text", "content")
@@ -18,13 +19,39 @@ Row = tuple[str, str]
 """(name, text) of a record."""
 
 
-def rows(stream: Stream, column: str | None) -> Iterator[Row] | None:
+def rows(
+    stream: Stream, column: str | None, encoding: str | None = None, records: bool = False
+) -> Iterator[Row] | None:
     """The records that have text in `column`; None if the file is not of this kind, by its name.
+
+    Tables of text are UTF-8, or what their mark says, or in `encoding`.
+    `records`: it is JSON lines, whatever its name.
 
     Raises UserError for a column that is not there, and for a broken line, with its number.
     """
-    reader = _READERS.get(stream.name.lower().rpartition(".")[2])
+    suffix = "jsonl" if records else stream.name.lower().rpartition(".")[2]
+    reader = _READERS.get(suffix)
+    if reader and suffix != "parquet":
+        with broken(stream.name):
+            stream = Stream(stream.name, as_utf8(stream.file, stream.name, encoding))
     return reader(stream, column) if reader else None
+
+
+def has_records(start: bytes) -> bool:
+    """Whether a file that starts so has one JSON object a line: its first line is one, and the next begins one."""
+    lines = [line for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+    if not lines or not lines[0].lstrip().startswith(b"{"):
+        return False
+    if len(lines) > 1:
+        try:
+            return isinstance(json.loads(lines[0]), dict) and lines[1].lstrip().startswith(b"{")
+        except (ValueError, RecursionError):
+            return False
+    try:
+        record = json.loads(lines[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and any(isinstance(record.get(guess), str) for guess in GUESSES)
 
 
 def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
@@ -37,9 +64,35 @@ def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
                 "or leave the file out with --exclude"
             )
         return found
+    if column not in columns and column.isdecimal() and int(column) < len(columns):
+        return columns[int(column)]
     if column not in columns:
         raise UserError(f'{name} has no column "{column}" but {", ".join(columns)}{suggest(column, columns)}')
     return column
+
+
+def headerless(row: Sequence[str], column: str | None) -> bool:
+    """Whether a table's first row looks like data: a number, a sentence or a repeated field in it.
+
+    Names of columns are short words, each there once.
+    """
+    if any(name in row for name in GUESSES) or column in row:
+        return False
+    return len(set(row)) < len(row) or any(
+        len(name) > 60 or name.count(" ") > 3 or _is_number(name) for name in row
+    )
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(row: Sequence[str]) -> str:
+    return ", ".join(f'"{field[:20]}..."' if len(field) > 20 else f'"{field}"' for field in row[:3])
 
 
 def text_of(value: Any, name: str, column: str) -> str:
@@ -51,7 +104,6 @@ def text_of(value: Any, name: str, column: str) -> str:
 
 
 def _lines(stream: Stream) -> Iterator[str]:
-    first = True
     while True:
         with broken(stream.name):
             line = stream.file.readline(LONGEST + 1)
@@ -59,8 +111,7 @@ def _lines(stream: Stream) -> Iterator[str]:
             return
         if len(line) > LONGEST:
             raise UserError(f"{stream.name} has a line of more than {LONGEST >> 20} MB: is it what its name says?")
-        yield line.decode("utf-8-sig" if first else "utf-8", "replace")
-        first = False
+        yield line.decode()
 
 
 def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
@@ -82,16 +133,34 @@ def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
 def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
     def read(stream: Stream, column: str | None) -> Iterator[Row]:
         csv.field_size_limit(LONGEST)
-        reader = csv.reader(_lines(stream), delimiter=separator, strict=True)
+        # What makes TSV is that nothing is quoted: a quote is a character.
+        reader = csv.reader(
+            _lines(stream), delimiter=separator, strict=True,
+            quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+        )  # fmt: skip
         chosen = ""
         index = -1
         try:
             for row in reader:
                 name = f"{stream.name} line {reader.line_num}"
                 if index < 0:
-                    chosen = choose(stream.name, column, row)
-                    index = row.index(chosen)
-                elif row:
+                    if headerless(row, column):
+                        if column is None or not column.isdecimal():
+                            raise UserError(
+                                f"{stream.name} seems to have no header, its first row is {_shown(row)}: choose one of "
+                                f"its {len(row)} columns by position, --column 0 ... {len(row) - 1}, or add a header"
+                            )
+                        if int(column) >= len(row):
+                            raise UserError(f"{stream.name} has no column {column}: give 0 ... {len(row) - 1}")
+                        index, chosen = int(column), column
+                    elif column is not None and column not in row and column.isdecimal() and int(column) < len(row):
+                        index, chosen = int(column), column
+                        continue
+                    else:
+                        chosen = choose(stream.name, column, row)
+                        index = row.index(chosen)
+                        continue
+                if row:
                     if len(row) <= index:
                         raise UserError(f'{name} has {len(row)} fields, too few for the column "{chosen}": mend it')
                     if row[index]:

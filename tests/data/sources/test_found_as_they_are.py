@@ -1,0 +1,252 @@
+"""Files as people have them: nothing of them is lost, changed or read in another way without a word."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from waveletgpt.data import MODALITIES, DataSettings, find, prepare
+from waveletgpt.data.modalities.text import TextModality
+from waveletgpt.data.sources.archives import Stream, expand
+from waveletgpt.data.sources.hub import Hub
+from waveletgpt.data.sources.tables import rows
+from waveletgpt.errors import UserError
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress,
+}  # fmt: skip
+
+
+def texts(data: Path, **settings: str) -> list[bytes]:
+    return [document.read() for document in find(str(data), DataSettings(**settings)).documents(binary=False)]
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def read(name: str, content: bytes) -> list[bytes]:
+    return [stream.file.read() for stream in expand(Stream(name, io.BytesIO(content)))]
+
+
+@given(parts=st.lists(st.binary(max_size=300), min_size=1, max_size=4), suffix=st.sampled_from([*COMPRESS]))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_joined_streams_are_read_to_the_end(parts: list[bytes], suffix: str) -> None:
+    assert read(f"x{suffix}", b"".join(map(COMPRESS[suffix], parts))) == [b"".join(parts)]
+
+
+@given(
+    parts=st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=3),
+    suffix=st.sampled_from([*COMPRESS]),
+    cut=st.integers(1, 10_000),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_streams_that_are_cut_off_are_named(parts: list[bytes], suffix: str, cut: int) -> None:
+    whole = [COMPRESS[suffix](part) for part in parts]
+    last = whole[-1]
+    content = b"".join(whole[:-1]) + last[: 1 + cut % (len(last) - 1)]
+    with pytest.raises((UserError, EOFError, OSError)):
+        read(f"x{suffix}", content)
+
+
+@given(parts=st.lists(st.lists(st.binary(max_size=600), max_size=3), min_size=1, max_size=3))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_joined_tars_give_all_their_members(parts: list[list[bytes]]) -> None:
+    content = b"".join(tar({f"{i}.txt": member for i, member in enumerate(part)}) for part in parts)
+    assert read("x.tar", content) == [member for part in parts for member in part]
+
+
+def test_joined_zips_are_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.txt", "text")
+    (tmp_path / "x.zip").write_bytes(buffer.getvalue() * 2)
+    with pytest.raises(UserError, match="several ZIPs joined"):
+        texts(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_zips_with_either_slash(slash: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("a/one.txt", "b/two.txt", ".git/three.txt"):
+            archive.writestr(zipfile.ZipInfo(name.replace("/", slash)), name)
+    assert texts(tmp_path / "x.zip") == [b"a/one.txt", b"b/two.txt"]
+    assert texts(tmp_path / "x.zip", include="b/*") == [b"b/two.txt"]
+
+
+def test_long_windows_of_zstandard(tmp_path: Path) -> None:
+    chosen = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=chosen).compressobj()  # its length is not known
+    (tmp_path / "x.txt.zst").write_bytes(compressor.compress(b"some text") + compressor.flush())
+    assert texts(tmp_path / "x.txt.zst") == [b"some text"]
+
+
+def test_encrypted_zips_are_called_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    content[6] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.txt is encrypted"):
+        texts(tmp_path / "x.zip")
+
+
+FIELDS = st.text(st.characters(exclude_characters="\t\r\n\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@given(st.lists(FIELDS | st.sampled_from(['"', 'say "so"', '"open', "''"]), min_size=1, max_size=8))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_a_quote_in_tsv_is_a_character(fields: list[str]) -> None:
+    content = "id\ttext\n" + "".join(f"{i}\t{field}\n" for i, field in enumerate(fields))
+    found = rows(Stream("x.tsv", io.BytesIO(content.encode())), None)
+    assert found is not None
+    assert [text for _, text in found] == fields
+
+
+def test_a_table_without_header(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('"3","a b c d e f"\n"4","g h"\n')
+    with pytest.raises(UserError, match=r"seems to have no header.*--column 0 \.\.\. 1"):
+        texts(tmp_path / "x.csv")
+    assert texts(tmp_path / "x.csv", column="1") == [b"a b c d e f", b"g h"]
+    with pytest.raises(UserError, match="no column 2"):
+        texts(tmp_path / "x.csv", column="2")
+    (tmp_path / "y.csv").write_text("label,body\n3,a b\n")
+    assert texts(tmp_path / "y.csv", column="1") == [b"a b"]
+
+
+SHARDS = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.txt", "valid.txt", "test.txt"),
+        ("train.txt.gz", "dev.txt.gz"),
+        ("c4-train.00000-of-00001.txt", "c4-validation.00000-of-00001.txt", "README.md"),
+        tuple(f"{shard}.txt" for shard in SHARDS),
+    ],
+)
+def test_files_whose_names_say_the_split(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        content = name.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    source = find(str(tmp_path), DataSettings())
+    found = {document.read().decode(): document.split for document in source.documents(binary=False)}
+    for name, split in found.items():
+        assert split in ("train", "validation", "test")
+        assert split[:3] in name or (split == "validation" and "dev" in name)
+    assert set(found) == {name for name in names if name != "README.md"}
+
+
+def test_files_of_other_names_are_no_splits(tmp_path: Path) -> None:
+    for name in ("train.txt", "test.txt", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    assert not find(str(tmp_path), DataSettings()).own_splits
+
+
+def test_prepared_splits_of_files_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "in" / f"{split}.txt").write_text(f"{split} " * 50)
+    store = prepare(tmp_path / "in", "bytes", DataSettings(cache_dir=str(tmp_path / "cache")))
+    assert "say the splits" in capsys.readouterr().err
+    assert bytes(store.split("test")[:4].astype("uint8")) == b"test"
+
+
+def test_a_folder_read_in_two_ways_has_two_keys(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("text")
+    cache = tmp_path / "cache"
+    assert Hub(f"hf:{tmp_path}", DataSettings()).key(cache) != find(str(tmp_path), DataSettings()).key(cache)
+
+
+def test_unknown_characters_of_a_prompt_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("abc def " * 50)
+    tokenizer = prepare(tmp_path / "x.txt", "chars", DataSettings(cache_dir=str(tmp_path / "c"))).load_tokenizer()
+    modality = MODALITIES["chars"]
+    assert isinstance(modality, TextModality)
+    assert modality.unknown("aXbX<|endoftext|>é", tokenizer) == ["X", "é"]
+    assert modality.unknown("abc", tokenizer) == []
+
+
+PROSE = "Im Winter liegt der Schnee bis in den April, die Straße wird geräumt; zwölf Euro für Bücher über Hügel.\n" * 5
+CHARACTERS = st.text(st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs", "Cc"]), min_size=1)
+ENCODINGS = st.sampled_from([
+    ("utf-8", b""), ("utf-8", codecs.BOM_UTF8), ("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE),
+    ("utf-32-le", codecs.BOM_UTF32_LE), ("utf-32-be", codecs.BOM_UTF32_BE),
+])  # fmt: skip
+
+
+@given(text=CHARACTERS, encoding=ENCODINGS, form=st.sampled_from(["txt", "jsonl", "json", "csv", "tsv"]))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_unicode_is_read_by_its_mark(
+    text: str, encoding: tuple[str, bytes], form: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name, mark = encoding
+    if form in ("jsonl", "json"):
+        content = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        form = form if name == "utf-8" else "jsonl"
+    elif form == "csv":
+        content = 'id,text\n1,"' + text.replace('"', '""') + '"\n'
+    else:
+        content = f"id\ttext\n1\t{text}\n" if form == "tsv" else text
+    path = tmp_path_factory.mktemp("x") / f"x.{form}"
+    path.write_bytes(mark + content.encode(name))
+    assert texts(path) == [text.encode()]
+
+
+@given(data=st.binary(min_size=1, max_size=60).map(lambda data: bytes(b | 0x40 for b in data).replace(b"\x7f", b"A")))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_no_byte_is_replaced_without_a_word(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("x") / "x.txt"
+    path.write_bytes(b"text " + data + b" and more of it, and more")
+    content = path.read_bytes()
+    if content == content.decode("utf-8", "ignore").encode():
+        assert texts(path) == [content]
+    else:
+        with pytest.raises(UserError, match=r"bytes that are not UTF-8|binary"):
+            texts(path)
+    assert texts(path, encoding="latin-1") == [path.read_bytes().decode("latin-1").encode()]
+
+
+@pytest.mark.parametrize("form", ["x.txt", "x.csv", "x.jsonl"])
+def test_other_encodings_are_refused_by_count_and_read_by_name(form: str, tmp_path: Path) -> None:
+    start, end = {"x.txt": ("", ""), "x.csv": ('text\n"', '"\n'), "x.jsonl": ('{"text": "', '"}\n')}[form]
+    text = PROSE.replace("\n", " ")
+    (tmp_path / form).write_bytes(f"{start}{text}{end}".encode("cp1252"))
+    with pytest.raises(UserError, match=rf"{form} has 35 bytes that are not UTF-8: try --encoding cp125"):
+        texts(tmp_path / form)
+    assert texts(tmp_path / form, encoding="cp1252") == [text.encode()]
+    with pytest.raises(UserError, match='encoding is "cp125", which is not known'):
+        DataSettings(encoding="cp125")
+
+
+def test_json_with_a_record_a_line_is_records(tmp_path: Path) -> None:
+    lines = b'{"text": "one", "url": "a"}\n{"text": "two", "url": "b"}\n'
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(lines))
+    assert texts(tmp_path / "x.json.gz") == [b"one", b"two"]
+    assert texts(tmp_path / "x.json.gz", column="url") == [b"a", b"b"]
+    (tmp_path / "y.json").write_text('{\n "a": 1\n}\n')
+    assert texts(tmp_path / "y.json") == [b'{\n "a": 1\n}\n']
+    with pytest.raises(UserError, match=r'column is "url", but .* has no table'):
+        texts(tmp_path / "y.json", column="url")

@@ -1,0 +1,122 @@
+"""Text in other encodings, brought to UTF-8, by its mark or by name; what cannot be decoded is refused."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from typing import IO, Any
+
+from waveletgpt.errors import UserError
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, of which it begins with the mark
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_STEP = 1 << 17
+_SAMPLE = 1 << 16
+"""Bytes an encoding is guessed from."""
+
+
+def marked(start: bytes) -> bool:
+    """Whether a file that starts so has a mark of UTF-16 or UTF-32."""
+    return any(start.startswith(mark) for mark, name in _MARKS if name != "utf-8")
+
+
+class Utf8File(io.RawIOBase):
+    """A file as UTF-8 without mark, decoded by its mark, else from `encoding`, else from UTF-8.
+
+    Reading raises UserError, with the count and a guess, at bytes that are not of the encoding.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, encoding: str | None) -> None:
+        self._file = file
+        self._name = name
+        start = file.read(_STEP)
+        while start and len(start) < 4 and (more := file.read(4)):
+            start += more
+        mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", None))
+        self._encoding = found or encoding or "utf-8"
+        self._decoder = codecs.getincrementaldecoder(self._encoding)("strict")
+        self._next = start[len(mark) :]
+        self._started = False
+        self._ended = False
+        self._out = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out and not self._ended:
+            block = self._next or self._file.read(_STEP)
+            self._next = b""
+            self._ended = not block
+            state = self._decoder.getstate()[0]
+            try:
+                text = self._decoder.decode(block, final=self._ended)
+            except UnicodeError:
+                raise self._refused(state + block) from None
+            self._out = memoryview(text.encode("utf-8", "replace"))
+        count = min(len(buffer), len(self._out))
+        buffer[:count] = self._out[:count]
+        self._out = self._out[count:]
+        return count
+
+    def _refused(self, block: bytes) -> UserError:
+        wrong = 0
+
+        def count(error: UnicodeError) -> tuple[str, int]:
+            nonlocal wrong
+            assert isinstance(error, UnicodeDecodeError)
+            wrong += error.end - error.start
+            return "", error.end
+
+        codecs.register_error("waveletgpt-count", count)
+        decoder = codecs.getincrementaldecoder(self._encoding)("waveletgpt-count")
+        sample = block[:_SAMPLE]
+        while block:
+            decoder.decode(block)
+            block = self._file.read(_STEP)
+            # The guess is made from the lines that are not ASCII.
+            sample += b"" if len(sample) >= _SAMPLE else block[: _SAMPLE - len(sample)]
+        decoder.decode(b"", final=True)
+        guess = _guess(b"\n".join(line for line in sample.splitlines() if not line.isascii()))
+        mend = f"try --encoding {guess}, " if guess else "name its encoding with --encoding, "
+        return UserError(
+            f"{self._name} has {wrong:,} bytes that are not {self._encoding.upper()}: {mend}"
+            "leave it out with --exclude, or mend it"
+        )
+
+
+def _guess(sample: bytes) -> str | None:
+    import charset_normalizer
+
+    best = charset_normalizer.from_bytes(sample).best()
+    if best is None or best.encoding in ("utf_8", "ascii"):
+        return None
+    # Of several that give the same text, the one that most files are in.
+    return "cp1252" if "cp1252" in best.could_be_from_charset else best.encoding
+
+
+def as_utf8(file: IO[bytes], name: str, encoding: str | None) -> IO[bytes]:
+    """`file`, named `name` in messages, as UTF-8 without mark."""
+    return io.BufferedReader(Utf8File(file, name, encoding), _STEP)
+
+
+class Peeked(io.RawIOBase):
+    """A file of which the beginning has been read already."""
+
+    def __init__(self, start: bytes, file: IO[bytes]) -> None:
+        self._start = memoryview(start)
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._start[: len(buffer)] or self._file.read(len(buffer))
+        buffer[: len(block)] = block
+        self._start = self._start[len(block) :]
+        return len(block)
