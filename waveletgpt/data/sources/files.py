@@ -183,8 +183,10 @@ class Files:
         return {*self.splits.values(), *self.folders.values(), *self.split_files.values()}
 
     def _split(self, name: str) -> str | None:
-        return self.splits.get(name.rpartition("/")[2]) or self.folders.get(name.partition("/")[0]) or (
-            self.split_files.get(self._inside)
+        return (
+            self.splits.get(name.rpartition("/")[2])
+            or self.folders.get(name.partition("/")[0])
+            or (self.split_files.get(self._inside))
         )
 
     def _wanted(self, name: str) -> bool:

@@ -78,9 +78,7 @@ def headerless(row: Sequence[str], column: str | None) -> bool:
     """
     if any(name in row for name in GUESSES) or column in row:
         return False
-    return len(set(row)) < len(row) or any(
-        len(name) > 60 or name.count(" ") > 3 or _is_number(name) for name in row
-    )
+    return len(set(row)) < len(row) or any(len(name) > 60 or name.count(" ") > 3 or _is_number(name) for name in row)
 
 
 def _is_number(field: str) -> bool:
