@@ -135,7 +135,7 @@ def test_content_and_settings_make_the_store(folder: Path, settings: DataSetting
     assert path(data=moved) == paths[0]  # the same content elsewhere
     file = next(folder.rglob("*.txt"))
     stat = file.stat()
-    file.write_bytes(file.read_bytes()[::-1])
+    file.write_text(file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert path() != paths[0]
 
