@@ -1,10 +1,10 @@
-# make demo | make test | make setup | make lint | make bench
+# make demo | make test | make setup | make lint | make docs | make package | make bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint docs package bench
 
 setup: $(STAMP)
 
@@ -26,6 +26,14 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, into site/; without network, and with every warning an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+# The source archive and a wheel, into dist/.
+package: setup
+	$(BIN)/python -m build --outdir dist
 
 # Speed on a CPU, about 10 minutes; on a GPU: benchmarks/gpu.sh FOLDER.
 bench: setup
