@@ -210,7 +210,7 @@ BAD = {
     "page.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "not a picture"),
     "data_batch_1": (b"\x80\x02}q\x00.", "get the binary version"),
     "data_batch_1.bin": (bytes(3072), "no whole number"),
-    "real.tif": (file(Image.new("F", (8, 8)), "TIFF"), "floating-point"),
+    "real.tif": (file(Image.new("F", (8, 8), 300.0), "TIFF"), "floating-point"),
 }
 
 
