@@ -1,4 +1,4 @@
-"""What the site adds to the pages while it is built: the commands' real --help, and links that only a clone can follow."""
+"""What the site adds to pages while it is built: the commands' real --help; links that only a clone can follow."""
 
 from __future__ import annotations
 

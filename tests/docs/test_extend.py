@@ -1,4 +1,4 @@
-"""The worked examples of docs/extend.md run as they stand, in one process of their own: they register things globally."""
+"""The worked examples of docs/extend.md run as they stand, in a process of their own: they register things globally."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_refuses_an_out_that_holds_another_run(undisturbed: RunFolder, store: To
 def test_one_process_at_a_time_trains_in_a_folder(store: TokenStore, tmp_path: Path) -> None:
     """A second one would write between the lines of the first; one that was killed is in nobody's way."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom waveletgpt.resuming import claimed\n"
+        "import sys, time\nfrom pathlib import Path\nfrom waveletgpt.training.resuming import claimed\n"
         "with claimed(Path(sys.argv[1])):\n    print('claimed', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:

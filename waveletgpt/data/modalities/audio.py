@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from waveletgpt.data.modalities import encoders, mulaw
+from waveletgpt.data.modalities.containers import streams
 from waveletgpt.data.modalities.modality import SampleFile, counted, spread
 from waveletgpt.data.modalities.text import require_splits
 from waveletgpt.data.progress import bar
@@ -63,13 +64,26 @@ def libraries() -> tuple[Any, Any]:
 
 
 def recording(path: Path, rate: int) -> Iterator[np.ndarray]:
-    """A file's sound in blocks (samples,), float32, `rate` a second: the mean of its channels.
+    """A file's sound in blocks (samples,), float32, `rate` a second: the mean of its channels, to the file's end.
 
     Raises Unusable for what is not in `FORMATS`, is broken, or has a rate outside `RATES`.
     """
+    for stream in streams(path):
+        yield from _stream(stream, rate)
+
+
+def _stream(source: Path | BinaryIO, rate: int) -> Iterator[np.ndarray]:
+    """`recording` of a single stream."""
     soundfile, soxr = libraries()
+
+    class Forwards(soundfile.SoundFile):  # type: ignore[misc, name-defined]
+        """Reads without seeking, which soundfile does after every block, and which fails where no length is known."""
+
+        def seekable(self) -> bool:
+            return False
+
     try:
-        with soundfile.SoundFile(path) as file:
+        with Forwards(source) as file:
             if file.format not in FORMATS:
                 raise Unusable(f"{file.format} is not read")
             if not RATES[0] <= file.samplerate <= RATES[1]:

@@ -1,0 +1,97 @@
+"""What files of sound hold besides one whole stream: streams joined one after the other, lengths that nobody filled in.
+
+Decoders stop at the end of a file's first stream, and believe its header's length, without a word. Here a file is cut
+into the streams that it holds, and a length that was never filled in, because the file was written to a pipe, is.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
+"""Where a FLAC stream begins: its mark, and the header of the block that is always first."""
+_MP3 = re.compile(rb"(?:Xing|Info)\x00\x00\x00[\x00-\x0f]", re.DOTALL)
+"""In the first frame of an MP3 stream, 36, 21 or 13 bytes from its start, the number of its frames."""
+
+
+def streams(path: Path) -> Iterator[Path | BinaryIO]:
+    """The streams of a file in their order: the path itself where it is one whole stream, else parts of its bytes.
+
+    Raises OSError as reading does.
+    """
+    if path.stat().st_size < 64:
+        yield path
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        starts = _starts(data)
+        if len(starts) > 1:
+            for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+                yield io.BytesIO(data[start:end])
+        elif (mended := _with_length(data)) is not None:
+            yield io.BytesIO(mended)
+        else:
+            yield path
+
+
+def _starts(data: mmap.mmap) -> list[int]:
+    """Where the streams begin; one start where there is nothing joined, or nothing is known of joining."""
+    if data[:4] == b"OggS":
+        return _ogg_links(data)
+    if data[:4] == b"fLaC":
+        return [match.start() for match in _FLAC.finditer(data)] or [0]
+    if data[:3] == b"ID3" or (data[0] == 0xFF and data[1] & 0xE0 == 0xE0):
+        return _mp3_files(data)
+    return [0]
+
+
+def _ogg_links(data: mmap.mmap) -> list[int]:
+    """A link of a chained file begins with pages of type "begin of stream", after pages of other types (RFC 3533)."""
+    starts, place, beginning = [0], 0, True
+    while place + 27 <= len(data) and data[place : place + 4] == b"OggS":
+        begins = bool(data[place + 5] & 2)
+        if begins and not beginning:
+            starts.append(place)
+        beginning = begins
+        table = data[place + 27 : place + 27 + data[place + 26]]
+        place += 27 + len(table) + sum(table)
+    return starts
+
+
+def _mp3_files(data: mmap.mmap) -> list[int]:
+    """Joined files, told by the frames that say how long each is; an ID3v2 tag before such a frame belongs to it."""
+    starts = []
+    for match in _MP3.finditer(data):
+        for offset in (36, 21, 13):
+            start = match.start() - offset
+            if start >= 0 and data[start] == 0xFF and data[start + 1] & 0xE0 == 0xE0:
+                starts.append(start)
+                break
+    return [0, *starts[1:]] if starts else [0]
+
+
+def _with_length(data: mmap.mmap) -> bytes | None:
+    """A WAV file whose length was left at 0, with its length; None for others."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return None
+    place = 12
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], struct.unpack("<I", data[place + 4 : place + 8])[0]
+        if name == b"data":
+            rest = len(data) - place - 8
+            # Other chunks may follow an empty one; sound written to a pipe goes on to the end of the file.
+            if size or not rest or re.fullmatch(rb"[A-Za-z0-9 ]{4}", data[place + 8 : place + 12]):
+                return None
+            return (
+                data[:4]
+                + struct.pack("<I", min(len(data) - 8, 0xFFFFFFFF))
+                + data[8 : place + 4]
+                + (struct.pack("<I", min(rest, 0xFFFFFFFF)) + data[place + 8 :])
+            )
+        place += 8 + size + size % 2
+    return None
