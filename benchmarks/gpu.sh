@@ -40,7 +40,7 @@ part() { # seconds, command...
             tests)
                 spread=()
                 "$python" -c "import xdist" 2>/dev/null && spread=(-n 8 --dist worksteal)
-                part 470 "$python" -m pytest tests/ops tests/test_modeling.py tests/test_generation.py -m gpu \
+                part 470 "$python" -m pytest tests/ops tests/model -m gpu \
                     "${spread[@]}" -p no:cacheprovider --timeout=180 --tb=short -rfE --durations=5 ;;
             operator) part 170 "$python" benchmarks/operator_gpu.py --seconds 50 --out "$out" ;;
             training) part 170 "$python" benchmarks/training.py --device cuda --preset gpt2 --bf16 --compile \

@@ -577,3 +577,48 @@ def test_a_file_that_is_no_recording(tmp_path: Path) -> None:
     found = read_clips(save(tmp_path / "b.wav", levels), 16_000, 1.0)
     assert [len(piece) for piece in found] == [16_000, 16_000]
     assert np.array_equal(np.concatenate(found), levels[:32_000])
+
+
+def test_folds_of_urbansound_are_splits_and_no_classes(tmp_path: Path) -> None:
+    root = tmp_path / "UrbanSound8K"
+    lines = ["slice_file_name,fsID,start,end,salience,fold,classID,class"]
+    for fold in (1, 2, 3):
+        for number, word in ((7, "jackhammer"), (0, "air_conditioner")):
+            for piece in range(2):
+                name = f"{fold}-{number}-{piece}.wav"
+                (root / f"audio/fold{fold}").mkdir(parents=True, exist_ok=True)
+                save(root / f"audio/fold{fold}/{name}", speech(0.3, seed=100 * fold + 10 * number + piece))
+                lines.append(f"{name},{fold},0,0.3,1,{fold},{number},{word}")
+    (root / "metadata").mkdir()
+    (root / "metadata/UrbanSound8K.csv").write_text("\n".join(lines))
+    for fold, validation in ((1, "2"), (3, "1")):
+        settings = TaskSettings(cache_dir=str(tmp_path / "cache"), sample_rate=RATE, clip_seconds=1.0, fold=fold)
+        store = prepare_clips(str(root), settings, progress=False)
+        assert list(store.classes) == ["air_conditioner", "jackhammer"]
+        assert [len(store.split(split)) for split in ("train", "validation", "test")] == [4, 4, 4], validation
+    with pytest.raises(UserError, match="folds of this data are 1, 2, 3"):
+        prepare_clips(str(root), TaskSettings(cache_dir=str(tmp_path / "cache"), fold=7), progress=False)
+
+
+def test_lists_of_speech_commands_are_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "words"
+    for word, seed in (("yes", 0), ("no", 100), ("_background_noise_", 200)):
+        (root / word).mkdir(parents=True)
+        for index in range(6):
+            save(root / word / f"{index}.wav", speech(0.3, seed=seed + index))
+    (root / "validation_list.txt").write_text("yes/0.wav\nno/0.wav\n")
+    (root / "testing_list.txt").write_text("yes/1.wav\nno/1.wav\nno/2.wav\n")
+    settings = TaskSettings(cache_dir=str(tmp_path / "cache"), sample_rate=RATE, clip_seconds=1.0)
+    store = prepare_clips(str(root), settings)
+    assert list(store.classes) == ["no", "yes"]
+    assert [len(store.split(split)) for split in ("train", "validation", "test")] == [7, 2, 3]
+    assert "2 classes: no, yes" in capsys.readouterr().err
+
+
+def test_a_table_beside_class_folders_is_not_passed_over(tmp_path: Path) -> None:
+    for word in ("a", "b"):
+        (tmp_path / "data" / word).mkdir(parents=True)
+        save(tmp_path / "data" / word / "0.wav", speech(0.3))
+    (tmp_path / "data/labels.csv").write_text("file,label\n")
+    with pytest.raises(UserError, match=r"labels\.csv, a table that may say other classes"):
+        prepare_clips(str(tmp_path / "data"), TaskSettings(cache_dir=str(tmp_path / "cache")), progress=False)

@@ -1,4 +1,4 @@
-"""Labelled recordings as examples: FSD50K, ESC-50, spoken digits, or a folder per class.
+"""Labelled recordings as examples: FSD50K, ESC-50, UrbanSound8K, Speech Commands, spoken digits, or a folder per class.
 
     store = prepare_clips("my-sounds/", TaskSettings(clip_seconds=1.0))
     store.split("train")[0]         # {"input_values": (16000,), "labels": ()}
@@ -8,6 +8,9 @@ The layout is told by the names of the files:
     FSD50K      dev.csv and eval.csv of FSD50K.ground_truth, recordings FSD50K.{dev,eval}_audio/ID.wav; a recording may
                 have several classes; eval is the test split (Fonseca et al. 2020, https://arxiv.org/abs/2010.00475)
     ESC-50      meta/esc50.csv and audio/; of its five folds one is the test split and the next one validation
+    UrbanSound8K metadata/UrbanSound8K.csv and audio/foldN/; of its ten folds likewise (Salamon et al. 2014)
+    Speech Commands CLASS/*, validation_list.txt and testing_list.txt, which say what is not for training (Warden 2018,
+                https://arxiv.org/abs/1804.03209); _background_noise_ is no class
     digits      DIGIT_SPEAKER_INDEX.wav as in the Free Spoken Digit Dataset: of every speaker and digit the indices 0
                 to 4 are the test split, which is official, and 5 to 9 validation
     folders     CLASS/*, or {train,test}/CLASS/* with or without validation
@@ -25,6 +28,7 @@ import itertools
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """To be raised when the same data and settings come to mean other examples: stores made before are not found then."""
 LABELLED = ("fsdd",)
 """The named sets whose recordings have classes."""
@@ -118,6 +122,9 @@ def _source(data: str, settings: TaskSettings, progress: bool) -> Source:
 def _fill(source: Source, settings: TaskSettings, progress: bool, writer: ExampleWriter) -> None:
     """Write the clips of all recordings, divided and limited."""
     layout = find_layout(source, settings.fold)
+    if progress:
+        shown = ", ".join(layout.classes[:12]) + (", ..." if len(layout.classes) > 12 else "")
+        print(f"{source.name}: {layout.name}, {len(layout.classes)} classes: {shown}", file=sys.stderr, flush=True)
     length = _clip(settings.clip_seconds, settings.sample_rate)
     classes: list[tuple[int, ...]] = []
     cut = 0
@@ -261,15 +268,18 @@ def find_layout(source: Source, fold: int) -> Layout:
     """
     names: list[str] = []
     tables: dict[str, bytes] = {}
+    other_tables: list[str] = []
     for document in source.files():
         name = document.name.rpartition("/")[2]
-        if name in ("dev.csv", "eval.csv", "vocabulary.csv", "esc50.csv"):
+        if name in _TABLES:
             try:
                 tables[name] = document.read(TABLE_LIMIT)
             except TooLarge as error:
                 raise UserError(f"{document.name} is {error}: it is not the official table") from None
         elif _is_sound(document.name):
             names.append(document.name)
+        elif name.lower().endswith((".csv", ".tsv")):
+            other_tables.append(document.name)
         elif _ZIP_PART.search(name):
             whole = f"{name.rpartition('.')[0]}.zip"
             raise UserError(
@@ -288,9 +298,24 @@ def find_layout(source: Source, fold: int) -> Layout:
         raise UserError("dev.csv is not the official table of FSD50K: its first line is not fname,labels,split")
     if esc50:
         return _esc50(tables["esc50.csv"], fold)
+    if "UrbanSound8K.csv" in tables:
+        return _urbansound(tables["UrbanSound8K.csv"], fold)
+    if "testing_list.txt" in tables and "validation_list.txt" in tables:
+        return _speech_commands(tables, names, source.name)
     if all(map(_DIGIT.search, names)):
         return Layout("digits", tuple("0123456789"), _digit, "the pattern DIGIT_SPEAKER_INDEX")
+    if other_tables:
+        raise UserError(
+            f"{source.name} holds {other_tables[0]}, a table that may say other classes than the folders do: move the "
+            "recordings into a folder per class and leave the table out"
+        )
     return _class_folders(names, source.name)
+
+
+_TABLES = (
+    "dev.csv", "eval.csv", "vocabulary.csv", "esc50.csv", "UrbanSound8K.csv", "testing_list.txt", "validation_list.txt",
+)  # fmt: skip
+"""Names of the official tables that say classes or splits."""
 
 
 def _header(table: bytes) -> list[str]:
@@ -336,6 +361,8 @@ def _fsd50k(tables: dict[str, bytes]) -> Layout:
 def _esc50(table: bytes, fold: int) -> Layout:
     """One class a recording. What comes from one source is in one fold, so validation is a fold, too."""
     rows = list(_rows({"esc50.csv": table}, "esc50.csv", ("filename", "fold", "target", "category")))
+    if fold > 5:
+        raise UserError(f"fold is {fold}: ESC-50 has the folds 1 to 5")
     if wrong := {row[1] for row in rows} - set("12345"):
         raise UserError(f'esc50.csv is not the official table: a fold is "{min(wrong)}", not 1 to 5')
     numbers = {category: int(target) if target.isdecimal() else -1 for _, _, target, category in rows}
@@ -347,6 +374,43 @@ def _esc50(table: bytes, fold: int) -> Layout:
         return known.get(name.rpartition("/")[2])
 
     return Layout("ESC-50", classes, label, "esc50.csv")
+
+
+def _urbansound(table: bytes, fold: int) -> Layout:
+    """Ten folds, in which the pieces of one source are together. They are no classes, though they have folders."""
+    columns = ("slice_file_name", "fold", "classID", "class")
+    rows = list(_rows({"UrbanSound8K.csv": table}, "UrbanSound8K.csv", columns))
+    if wrong := {row[1] for row in rows} - {str(number) for number in range(1, 11)}:
+        raise UserError(f'UrbanSound8K.csv is not the official table: a fold is "{min(wrong)}", not 1 to 10')
+    numbers = {category: int(target) if target.isdecimal() else -1 for _, _, target, category in rows}
+    classes = tuple(sorted(numbers, key=lambda category: (numbers[category], category)))
+    there = sorted({int(row[1]) for row in rows})
+    if fold not in there:
+        raise UserError(f"fold is {fold}: the folds of this data are {', '.join(map(str, there))}")
+    following = there[(there.index(fold) + 1) % len(there)]  # a part of the data may lack some folds
+    splits = {str(following): "validation", str(fold): "test"}
+    known = {name: (splits.get(part, "train"), (classes.index(category),)) for name, part, _, category in rows}
+
+    def label(name: str) -> Label | None:
+        return known.get(name.rpartition("/")[2])
+
+    return Layout("UrbanSound8K", classes, label, "UrbanSound8K.csv")
+
+
+def _speech_commands(tables: dict[str, bytes], names: list[str], what: str) -> Layout:
+    """A folder a word; the two lists name the recordings of validation and test, all others are for training."""
+    listed = {
+        line.strip(): split
+        for table, split in (("validation_list.txt", "validation"), ("testing_list.txt", "test"))
+        for line in tables[table].decode("utf-8", "replace").splitlines()
+    }
+    folders = _class_folders([name for name in names if "_background_noise_" not in name.split("/")], what)
+
+    def label(name: str) -> Label | None:
+        found = None if "_background_noise_" in name.split("/") else folders.label(name)
+        return found and (listed.get("/".join(name.split("/")[-2:]), "train"), found[1])
+
+    return Layout("Speech Commands", folders.classes, label, "a folder of a word")
 
 
 def _digit(name: str) -> Label | None:

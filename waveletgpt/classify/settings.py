@@ -30,7 +30,7 @@ class TaskSettings:
     sample_rate: int = 16_000
     """Samples a second to which recordings are brought."""
     fold: int = 1
-    """Which of ESC-50's five folds is the test split."""
+    """Which of ESC-50's five folds, or of UrbanSound8K's ten, is the test split."""
     cache_dir: str | None = None
     """Where stores and downloads are kept (default: $WAVELETGPT_CACHE, else ~/.cache/waveletgpt)."""
     data_dir: str | None = None
@@ -49,8 +49,8 @@ class TaskSettings:
             raise UserError(f"clip_seconds is {self.clip_seconds}: give 0.01 to 600 seconds")
         if not 1000 <= self.sample_rate <= 192_000:
             raise UserError(f"sample_rate is {self.sample_rate}: give 1000 to 192000 samples a second")
-        if not 1 <= self.fold <= 5:
-            raise UserError(f"fold is {self.fold}: give 1 to 5")
+        if not 1 <= self.fold <= 10:
+            raise UserError(f"fold is {self.fold}: give 1 to 10, for ESC-50 1 to 5")
 
     @property
     def cache(self) -> Path:
