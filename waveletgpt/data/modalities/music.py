@@ -20,7 +20,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,17 @@ def library() -> Any:
 def read_midi(data: bytes) -> np.ndarray:
     """The notes of a MIDI file, all tracks but percussion together, tempo map and sustain pedal applied: `NOTES`.
 
-    Of notes that start together on one key the loudest counts, and a key that is struck while it sounds ends the note
-    before. Raises Unusable if it is broken, too long, or has no notes.
+    A pedal holds the notes of its channel, whatever track they are on; a note that never ends lasts to the end of its
+    track. Of notes that start together on one key the loudest counts, and a key that is struck while it sounds ends the
+    note before. Raises Unusable if it is broken, too long, or has no notes.
     """
     data = _unwrapped(data)
     if not data.startswith(b"MThd"):
         raise Unusable("not a MIDI file")
     try:
         score = library().Score.from_midi(data)
-        tracks = [track for track in score.tracks if not track.is_drum]
         tempos = score.tempos.numpy() if len(score.tempos) else {"time": np.empty(0), "mspq": np.empty(0)}
-        parts = [(track.notes.numpy(), track.controls.numpy()) for track in tracks if len(track.notes)]
+        parts = _channels(data)
         per_quarter = score.ticks_per_quarter
     except UserError:
         raise
@@ -121,6 +121,105 @@ def _unwrapped(data: bytes) -> bytes:
             return data[place + 8 : place + 8 + size]
         place += 8 + size + size % 2  # chunks begin at even places
     raise Unusable("broken (a RIFF file without MIDI data)")
+
+
+PERCUSSION = 9
+"""The channel whose keys are drums."""
+
+
+def _channels(data: bytes) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Notes and pedals of each channel that has notes, all tracks together, in ticks.
+
+    symusic, which has read the file before, tells neither channels nor notes without an end.
+    """
+    notes: dict[int, list[tuple[int, int, int, int]]] = {}
+    pedals: dict[int, list[tuple[int, int, int]]] = {}
+    for track in _tracks(data):
+        sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        tick = 0
+        for tick, status, first, second in _messages(track):
+            kind, channel = status >> 4, status & 15
+            if channel == PERCUSSION:
+                continue
+            if kind == 0x9 and second:
+                sounding.setdefault((channel, first), []).append((tick, second))
+            elif kind in (0x8, 0x9) and sounding.get((channel, first)):
+                start, velocity = sounding[channel, first].pop(0)
+                notes.setdefault(channel, []).append((start, tick - start, first, velocity))
+            elif kind == 0xB and first == 64:
+                pedals.setdefault(channel, []).append((tick, 64, second))
+        for (channel, key), left in sounding.items():
+            notes.setdefault(channel, []).extend((start, tick - start, key, velocity) for start, velocity in left)
+    return [
+        (
+            dict(zip(("time", "duration", "pitch", "velocity"), np.array(played, np.int64).T, strict=True)),
+            dict(
+                zip(
+                    ("time", "number", "value"),
+                    np.array(pedals.get(channel, []), np.int64).reshape(-1, 3).T,
+                    strict=True,
+                )
+            ),
+        )
+        for channel, played in sorted(notes.items())
+    ]
+
+
+def _tracks(data: bytes) -> Iterator[bytes]:
+    """The track chunks of a MIDI file."""
+    place = 0
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "big")
+        if data[place : place + 4] == b"MTrk":
+            yield data[place + 8 : place + 8 + size]
+        place += 8 + size
+
+
+def _messages(track: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(tick, status, first, second) of a track's channel messages, and at its end one of status 0.
+
+    Source: Standard MIDI Files 1.0. Raises IndexError where the track breaks off.
+    """
+    place = tick = running = 0
+
+    def number() -> int:
+        nonlocal place
+        value = 0
+        while True:
+            byte = track[place]
+            place += 1
+            value = value << 7 | byte & 0x7F
+            if byte < 0x80:
+                return value
+
+    while place < len(track):
+        tick += number()
+        status = track[place]
+        if status >= 0xF0:
+            place += 1
+            if status == 0xFF:
+                place += 1
+                if track[place - 1] == 0x2F:
+                    break
+                size = number()
+                place += size
+            elif status in (0xF0, 0xF7):
+                size = number()
+                place += size
+            else:
+                place += {0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)
+            continue
+        if status >= 0x80:
+            running = status
+            place += 1
+        elif not running:
+            raise IndexError("data before the first status")
+        first = track[place]
+        two = running >> 4 not in (0xC, 0xD)
+        second = track[place + 1] if two else 0
+        place += 1 + two
+        yield tick, running, first & 0x7F, second & 0x7F
+    yield tick, 0, 0, 0
 
 
 class _Clock:
