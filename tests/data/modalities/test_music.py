@@ -575,3 +575,18 @@ def test_pedals_hold_their_channel_and_notes_without_an_end_last(data: st.DataOb
             assert found[key]["end"] == pytest.approx(released / 1000, abs=1e-6)
         else:
             assert found[key]["end"] > found[key]["start"]
+
+
+def test_pieces_in_riff_are_prepared_as_those_without(pieces: Path, settings: DataSettings, tmp_path: Path) -> None:
+    plain = prepare(pieces, "music", settings, progress=False)
+    wrapped = tmp_path / "wrapped"
+    for path in filter(Path.is_file, pieces.rglob("*")):
+        midi = path.read_bytes()
+        inside = b"RMIDdata" + len(midi).to_bytes(4, "little") + midi + b"\0" * (len(midi) % 2)
+        there = wrapped / path.relative_to(pieces).with_suffix(".rmi")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(b"RIFF" + len(inside).to_bytes(4, "little") + inside)
+    found = prepare(wrapped, None, settings, progress=False)
+    assert found.modality == "music"
+    for split in SPLITS:
+        assert sorted(found.split(split)) == sorted(plain.split(split))

@@ -488,7 +488,7 @@ def _table(source: Source) -> dict[str, str]:
 def _content(document: Document) -> bytes:
     chunks = iter(document.chunks)
     start = next(chunks, b"")
-    if not start.startswith(b"MThd"):  # before reading the rest of what may be a film
+    if not start.startswith((b"MThd", b"RIFF")):  # before reading the rest of what may be a film
         raise Unusable("not a MIDI file")
     return start + Document(document.name, chunks).read(FILE_LIMIT)
 
