@@ -400,6 +400,7 @@ def training_arguments(recipe: Recipe, folder: Path, more: dict[str, Any]) -> Tr
         data_seed=recipe.seed,
         dataloader_num_workers=t.workers,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # all of them are used, and looking costs a pass at every step
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="no",
         report_to=["tensorboard"],
