@@ -341,7 +341,7 @@ def test_for_a_human(tmp_path: Path) -> None:
         ({"data_seed": -1}, "data_seed is -1"),
         ({"clip_seconds": float("nan")}, "clip_seconds is nan"),
         ({"sample_rate": 10}, "sample_rate is 10"),
-        ({"fold": 6}, "fold is 6: give 1 to 5"),
+        ({"fold": 11}, "fold is 11: give 1 to 10"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:

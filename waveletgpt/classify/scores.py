@@ -4,7 +4,7 @@ score                 accuracy, or mean average precision where examples have se
 test                  the score of the last model on the test split, which nothing else looks at
 same-accuracy step    the first step at which an arm's score on the held-out examples is at or above the best that
                       the baseline with the same seed ever had there, linearly interpolated between evaluations
-speed-ups             as in `summary.py`, from that step
+speed-ups             as in `report/summary.py`, from that step
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits 0, 1 (diverged), 2 (a mistake of the user's), 130 (interrupted)."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        with plain_errors():  # whoever reads may stop early, as `head` does
+            print(USAGE, flush=True)
         return
     if words[0] in ("-V", "--version"):
         print(f"waveletgpt {__version__}")

@@ -1,6 +1,6 @@
 """A comparison: arms x seeds on the same batches, one run folder each, then summary and report.
 
-`summary.py` has the figures (pure functions over curves), `scores.py` those of classifiers, `report/` the page.
+`report/summary.py` has the figures (pure functions over curves), `classify/scores.py` those of classifiers, `report/` the page.
 """
 
 from __future__ import annotations

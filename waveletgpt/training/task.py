@@ -1,6 +1,6 @@
 """What a run learns: a task gives the trainer its model, its batches and its measures; the trainer knows no task.
 
-`LanguageModeling` predicts the next token of a token store, `classification.Classification` the class of an example.
+`LanguageModeling` predicts the next token of a token store, `classify.task.Classification` the class of an example.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one trainer: a recipe and a store of tokens or labelled examples in, a run folder out (see `runs.py`).
+"""The one trainer: a recipe and a store of tokens or labelled examples in, a run folder out (see `runs/folder.py`).
 
 A thin layer over the transformers `Trainer`, which brings DDP, FSDP, bf16, compilation and accumulation. Added here:
 batches that depend on the seed and the step alone, checkpoints that appear whole or not at all, a clock that counts
