@@ -1,6 +1,7 @@
 """A comparison: arms x seeds on the same batches, one run folder each, then summary and report.
 
-`report/summary.py` has the figures (pure functions over curves), `classify/scores.py` those of classifiers, `report/` the page.
+`report/summary.py` has the figures (pure functions over curves), `classify/scores.py` those of classifiers, and
+`report/` the page.
 """
 
 from __future__ import annotations
