@@ -32,6 +32,8 @@ class _ThenRegister(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader  # nobody else is to meet this one
         self.loader.exec_module(module)
         for ours in _REGISTERS[module.__name__]:
             importlib.import_module(ours)

@@ -124,36 +124,80 @@ def test_a_cache_of_another_model_or_batch_is_refused(mixing: str, other: dict[s
     for foreign, batch in ((tiny_model(mixing=mixing, **other), 2), (model, 3)):
         cache = DynamicCache(config=foreign.config)
         foreign(tokens(batch), past_key_values=cache)
-        same = batch == 2 and all(
-            cache.layers[-1].conv_states[i] is not None
-            and len(cache.layers) == 2
-            and foreign.config.mix_windows() == model.config.mix_windows()
-            and foreign.config.n_mixed == model.config.n_mixed
-            for i in range(1)
-        )
-        if same:  # "conv" and "shift" have windows of their own
-            continue
+        shapes = [(m.config.n_layer, m.config.n_mixed, m.config.mix_windows()) for m in (foreign, model)]
+        if batch == 2 and shapes[0] == shapes[1]:
+            continue  # "conv" and "shift" have windows of their own
         for ids in (tokens(2, 1), tokens(2, 3)):
             with pytest.raises(ValueError, match="new"):
                 model(ids, past_key_values=copy.deepcopy(cache))
 
 
+WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float16": lambda x: x.half(),
+    "float64 or 32": lambda x: x.double() if x.dtype == torch.float32 else x.float(),
+    "elsewhere": lambda x: x.to("meta"),
+    "expanded": lambda x: x[:1].expand(len(x) + 1, *x.shape[1:]),
+    "strided": lambda x: torch.cat([x, x], -1)[..., ::2],
+    "narrow": lambda x: x[..., :-1],
+    "fewer": lambda x: x[:-1],
+    "flat": lambda x: x.flatten(),
+    "more dimensions": lambda x: x[None],
+}
+
+
 @pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+@pytest.mark.parametrize("step", ["mean", "filter"])
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(data=st.data())
 @torch.no_grad()
-def test_native_steps_take_nothing_that_does_not_fit(data: st.DataObject) -> None:
-    """Any shapes: the right result, or a ValueError; never memory of others."""
-    windows = tuple(data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5).map(sorted)))
-    batch, size = data.draw(st.integers(1, 3)), st.integers(0, 9)
-    fits = data.draw(st.booleans())
-    hidden = torch.randn(batch, 1 if fits else data.draw(size), len(windows) + 2)
-    row = torch.zeros(batch if fits else data.draw(size), sum(windows) if fits else data.draw(st.integers(0, 40)))
-    sums = torch.zeros(*((batch, len(windows)) if fits else (data.draw(size), data.draw(size))), dtype=torch.float64)
-    try:
-        y = cpp.step_mean(hidden, windows, row, sums, 0)
-    except ValueError:
-        assert not fits
-        return
-    expected = hidden[:, 0, : len(windows)] / torch.tensor(windows)
-    torch.testing.assert_close(y[:, 0, : len(windows)], expected)
+def test_native_steps_take_nothing_that_does_not_fit(step: str, data: st.DataObject) -> None:
+    """What fits gives the result of a plain sum; one tensor, window or number that does not is a ValueError."""
+    windows = tuple(sorted(data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5))))
+    groups = tuple((w, windows.count(w)) for w in sorted(set(windows)))
+    batch = data.draw(st.integers(1, 3))
+    tensors = {
+        "hidden": torch.randn(batch, 1, len(windows)),
+        "row": torch.zeros(batch, sum(windows)),
+        "sums": torch.zeros(batch, len(windows), dtype=torch.float64),
+        **{f"taps {w}": torch.randn(n, w) for w, n in groups},
+    }
+    used = ["hidden", "row", *(["sums"] if step == "mean" else [f"taps {w}" for w, _ in groups])]
+    now: int = data.draw(st.integers(0, 100))
+
+    def run() -> torch.Tensor:
+        hidden, row = tensors["hidden"], tensors["row"]
+        if step == "mean":
+            return cpp.step_mean(hidden, windows, row, tensors["sums"], now)
+        return cpp.step_filter(hidden, groups, [tensors[f"taps {w}"] for w, _ in groups], row, now)
+
+    first = torch.cat([tensors[f"taps {w}"][:, 0] for w, _ in groups])
+    expected = tensors["hidden"][:, 0] * (first if step == "filter" else 1 / torch.tensor(windows))
+    torch.testing.assert_close(run()[:, 0], expected)
+
+    kind = data.draw(st.sampled_from([*WRONG, "window", "number"]))
+    if kind == "window":
+        bad = data.draw(st.sampled_from([0, -1]))
+        windows, groups = (bad, *windows[1:]), ((bad, groups[0][1]), *groups[1:])
+        tensors[f"taps {bad}"] = torch.zeros(groups[0][1], 1)
+    elif kind == "number":
+        now = data.draw(st.sampled_from([-1, 1 << 70]))
+    else:
+        name = data.draw(st.sampled_from(used))
+        changed = WRONG[kind](tensors[name])
+        same = changed.shape == tensors[name].shape and changed.dtype == tensors[name].dtype
+        if same and changed.device == tensors[name].device and changed.is_contiguous():
+            return  # of a single value every stride is dense
+        tensors[name] = changed
+    with pytest.raises(ValueError, match="give"):
+        run()
+
+
+@pytest.mark.parametrize(("mixing", "other"), [("fixed", "learnable"), ("learnable", "fixed"), ("fixed", "ema")])
+@torch.no_grad()
+def test_a_cache_with_other_states_is_refused(mixing: str, other: str) -> None:
+    model, foreign = tiny_model(mixing=mixing), tiny_model(mixing=other)
+    for length in (1, 3):
+        cache = DynamicCache(config=foreign.config)
+        foreign(tokens(), past_key_values=cache)
+        with pytest.raises(ValueError, match="start with a new"):
+            model(tokens(2, length), past_key_values=cache)

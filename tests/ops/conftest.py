@@ -8,15 +8,6 @@ from tests.ops.operator_oracle import device_of
 
 
 @pytest.fixture(autouse=True)
-def _one_seed_and_thread() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def _device_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test with a parameter `backend` makes its tensors where that backend works."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_the_report_shows_what_was_tried(out: Path) -> None:
         at_the_edge = entry["best"]["lr"] in ("1e-5", "1e-2")
         assert (entry["edges"] == ["lr"]) is at_the_edge
         assert (f"{arm}</code>: its best lr" in page) is at_the_edge
+
+
+def test_a_sweep_of_another_comparison_is_not_shown(out: Path, tmp_path: Path) -> None:
+    """What lay in the folder before may have left its trials beside it."""
+    shutil.copytree(sweep_folder(out), tmp_path / "again-sweep")
+    compare(tiny_recipe(), make_store(tmp_path), tmp_path / "again", data="words.txt", arms=["none", "fixed"])
+    assert "sweep" not in json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert "Settings tried" not in (tmp_path / "again" / "report.html").read_text()
 
 
 def test_shortened_trials_are_no_runs(tmp_path: Path) -> None:

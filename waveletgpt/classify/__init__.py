@@ -1,1 +1,1 @@
-"""Classifiers: the Long Range Arena and recordings. Nothing outside knows of this but the command line."""
+"""Classifiers: the Long Range Arena and recordings. `training` knows their task and settings, `cli` their commands."""

@@ -63,6 +63,11 @@ FILE_LIMIT = 1 << 32
 TABLE_LIMIT = 1 << 26
 """Bytes of a table of labels, beyond which it is none."""
 
+_TABLES = (
+    "dev.csv", "eval.csv", "vocabulary.csv", "esc50.csv", "UrbanSound8K.csv", "testing_list.txt", "validation_list.txt",
+)  # fmt: skip
+"""Names of the official tables that say classes or splits."""
+
 _DIGIT = re.compile(r"(?:^|/)(\d)_([^/]+)_(\d{1,9})\.\w+$")
 _ZIP_PART = re.compile(r"\.z\d+$", re.IGNORECASE)
 
@@ -310,12 +315,6 @@ def find_layout(source: Source, fold: int) -> Layout:
             "recordings into a folder per class and leave the table out"
         )
     return _class_folders(names, source.name)
-
-
-_TABLES = (
-    "dev.csv", "eval.csv", "vocabulary.csv", "esc50.csv", "UrbanSound8K.csv", "testing_list.txt", "validation_list.txt",
-)  # fmt: skip
-"""Names of the official tables that say classes or splits."""
 
 
 def _header(table: bytes) -> list[str]:

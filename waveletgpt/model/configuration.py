@@ -1,7 +1,7 @@
 """Settings of a WaveletGPT model: a GPT-2 or Llama transformer, plus how its hidden states are mixed over time.
 
-This file, `modeling.py`, `mixing.py` and the operator's definition travel inside every saved checkpoint, so it imports
-nothing else of the package.
+This file, `modeling.py` and what they import with a dot travel inside every saved checkpoint (`checkpoint_files`), so
+they import nothing else of the package but the operators.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 
 def check_state(state: torch.Tensor, *shape: int | None) -> None:
-    """Refuse a state that is not of this shape, which native code would read beyond its end; None is any size, and so
-    is what follows.
+    """Refuse a state whose first dimensions are not `shape` (None: any size).
 
     Raises:
         ValueError: the cache was filled by another model or for another batch.
@@ -94,7 +93,8 @@ def follow(layers: Sequence[Any]) -> None:
 class Layout:
     """Where decoding keeps the last w inputs of each coordinate, w its window: in a row of R = sum of w slots.
 
-    Input number t goes to slot -t mod w of the coordinate's own: from there on, and around, they are as old as taps.
+    Input number t goes to slot (-t) mod w of its coordinate. Read from the slot of the newest input on, and from the
+    coordinate's last slot on from its first, inputs come newest first, as the taps of a kernel do.
     """
 
     def __init__(self, windows: Sequence[int], device: torch.device):

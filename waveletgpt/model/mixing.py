@@ -1,6 +1,7 @@
 """Mixers: modules that replace some coordinates of the hidden states by a filter of themselves over time.
 
-A new mixer is one class here and one line in `MIXERS`; nothing else in the package knows their names.
+A new mixer is one class here and one line in `MIXERS`, and its name in `MIXINGS` of configuration.py; see
+docs/extend.md.
 
 Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S inputs that came before, R values that
 decoding remembers.

@@ -258,6 +258,12 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
                     f"{'nothing' if keys is None else f'keys of shape {tuple(keys.shape)}'}: the model has "
                     f"{self.config.n_layer} layers and needs {shape[:2]} x tokens x {shape[2]}; start with a new cache"
                 )
+            states = {getattr(layers[i], "number_of_states", 0) for i in self.mixing_layers}
+            if states - {self.config.number_of_conv_states}:
+                raise ValueError(
+                    f"this cache keeps {states.pop()} mixing states a layer, the model "
+                    f"{self.config.number_of_conv_states}: it is of a model with another mixing; start with a new one"
+                )
             follow([layers[i] for i in self.mixing_layers])
         attention = self.config._attn_implementation or ""
         if attention.startswith(("paged", "sglang", "vllm")):

@@ -137,10 +137,12 @@ def step_mean(hidden: Tensor, windows: Windows, row: Tensor, sums: Tensor, now: 
 
     `row` (B, R) and `sums` (B, C), float64, take it in: see `Layout` and `FixedMean` in mixing.py.
     """
-    _check_step(hidden, row, _slots(windows))
-    if sums.shape != (len(hidden), len(windows)) or sums.dtype != torch.float64 or not sums.is_contiguous():
+    _check_step(hidden, row, windows, now)
+    dense = sums.is_cpu and sums.dtype is torch.float64 and sums.is_contiguous()
+    if not dense or sums.shape != (len(hidden), len(windows)):
         raise ValueError(
-            f"sums is a {tuple(sums.shape)} {sums.dtype} tensor: give a dense {(len(hidden), len(windows))}"
+            f"sums is a {tuple(sums.shape)} {sums.dtype} tensor on {sums.device}: "
+            f"give a dense {(len(hidden), len(windows))} float64 one on the CPU"
         )
     y = torch.empty_like(hidden)
     _step("mean")(_token(hidden, y, len(windows), row, now), _sizes(windows, torch.int64).data_ptr(), sums.data_ptr())
@@ -151,27 +153,51 @@ def step_filter(
     hidden: Tensor, groups: tuple[tuple[int, int], ...], taps: Sequence[Tensor], row: Tensor, now: int
 ) -> Tensor:
     """The same with `taps` (n, w) or (w,) for each group of n neighbours with the window w; `groups` are (w, n)."""
-    _check_step(hidden, row, sum(w * n for w, n in groups))
-    if any(h.numel() != (w if h.ndim == 1 else w * n) for (w, n), h in zip(groups, taps, strict=True)):
-        raise ValueError(f"taps have shapes {[tuple(h.shape) for h in taps]}: the windows (w, n) are {groups}")
+    _check_step(hidden, row, _windows_of(groups), now)
+    shared = len(taps) > 0 and taps[0].ndim == 1
+    fits = [h.shape == ((w,) if shared else (n, w)) and _dense(h) for (w, n), h in zip(groups, taps, strict=False)]
+    if len(taps) != len(groups) or not all(fits):
+        raise ValueError(
+            f"taps are {[(tuple(h.shape), h.dtype) for h in taps]}: give dense float32 tensors on the CPU, (w,) "
+            f"each or (n, w) each, for the windows and numbers (w, n) {groups}"
+        )
     y = torch.empty_like(hidden)
-    described = _describe(groups, tuple(h.data_ptr() for h in taps), taps[0].ndim == 1)
+    described = _describe(groups, tuple(h.data_ptr() for h in taps), shared)
     _step("filter")(_token(hidden, y, sum(n for _, n in groups), row, now), described, len(groups))
     return y
 
 
-def _check_step(hidden: Tensor, row: Tensor, slots: int) -> None:
-    """The kernels believe shapes, so a state of another batch or model must not reach them."""
-    if hidden.ndim != 3 or hidden.shape[1] != 1 or row.shape != (len(hidden), slots):
+def _check_step(hidden: Tensor, row: Tensor, windows: Windows, now: int) -> None:
+    """The kernels believe what they are given: whatever they would read or write beyond its end is refused here."""
+    slots = _slots(windows)
+    if not (_dense(hidden) and hidden.ndim == 3 and hidden.shape[1] == 1 and hidden.shape[2] >= len(windows)) or not (
+        _dense(row) and row.shape == (len(hidden), slots)
+    ):
         raise ValueError(
-            f"hidden states of a token and the row of inputs have shapes {tuple(hidden.shape)} and {tuple(row.shape)}: "
-            f"give (B, 1, E) and (B, {slots})"
+            f"a token's hidden states and the row of inputs are {tuple(hidden.shape)} {hidden.dtype} and "
+            f"{tuple(row.shape)} {row.dtype}: give dense float32 tensors on the CPU, (B, 1, E) with E of at least "
+            f"{len(windows)} and (B, {slots})"
         )
+    if not 0 <= now < 1 << 62:
+        raise ValueError(f"now is {now}: give the number of the token, from 0")
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
 
 
 @lru_cache(maxsize=64)
 def _slots(windows: Windows) -> int:
+    """The length of a row. Raises ValueError for windows below 1."""
+    if min(windows, default=0) < 1:
+        raise ValueError(f"windows are {windows}: give integers >= 1")
     return sum(windows)
+
+
+@lru_cache(maxsize=64)
+def _windows_of(groups: tuple[tuple[int, int], ...]) -> Windows:
+    """The window of each coordinate, from (window, number of coordinates)."""
+    return tuple(w for w, n in groups for _ in range(n))
 
 
 @lru_cache(maxsize=256)

@@ -57,7 +57,10 @@ def in_words(summary: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
 
 
 def _kind(infos: Iterable[dict[str, Any]]) -> Kind:
-    """That of the first run which says something other than the default; `Kind.write_summary` refuses a mixture."""
+    """That of the first run that names a task of its own; runs of older versions name none and are language models.
+
+    Runs of several tasks have different data, which `Kind.write_summary` refuses.
+    """
     names = [info.get("task") for info in infos]
     name = next((name for name in names if name in KINDS and name != "language modeling"), "language modeling")
     kind: Kind = importlib.import_module(KINDS[name]).KIND

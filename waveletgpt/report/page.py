@@ -25,7 +25,7 @@ from waveletgpt.report.figures import (
     loss_figures,
     schedule_figure,
 )
-from waveletgpt.report.summary import Record, flatten, read_records, read_sweep, settings_of, summarize_records
+from waveletgpt.report.summary import Record, flatten, read_records, settings_of, summarize_records, with_sweep
 from waveletgpt.report.wording import (
     TABLE_HEADER,
     arm_sentence,
@@ -57,7 +57,7 @@ def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = No
     names = list(dict.fromkeys(record.arm for record in records))
     if baseline is None and len(names) > 1 and "none" in names:
         baseline = "none"
-    summary = summarize_records(records, baseline) | read_sweep(out)
+    summary = with_sweep(summarize_records(records, baseline), out)
     path = Path(out) / "report.html"
     write_atomically(path, render(records, summary))
     return path

@@ -494,12 +494,16 @@ def sweep_folder(out: str | Path) -> Path:
     return Path(out).with_name(Path(out).name + "-sweep")
 
 
-def read_sweep(out: str | Path) -> dict[str, Any]:
-    """{"sweep": {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}}}, or {} without one."""
+def with_sweep(summary: dict[str, Any], out: str | Path) -> dict[str, Any]:
+    """The summary, and under "sweep" {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}} if the arms
+    of the comparison in `out` were chosen by one: a record of other arms or data is of a comparison that was there
+    before."""
     try:
-        return {"sweep": json.loads((sweep_folder(out) / SWEEP_FILE).read_text(encoding="utf-8"))}
+        found = json.loads((sweep_folder(out) / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return summary
+    same = found["fingerprint"] == summary["data"].get("fingerprint") and set(found["arms"]) <= set(summary["arms"])
+    return {**summary, "sweep": found} if same else summary
 
 
 def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
@@ -509,7 +513,7 @@ def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) ->
         UserError: see `summarize`.
     """
     records = read_records(runs)
-    summary = summarize_records(records, baseline) | read_sweep(out)
+    summary = with_sweep(summarize_records(records, baseline), out)
     write_json(Path(out) / "summary.json", summary)
     write_atomically(Path(out) / "curves.csv", curves_csv(records))
     return summary

@@ -132,6 +132,7 @@ def sweep(
             "grid": grid,
             "steps": shortened.max_steps,
             "seed": recipe.seed,
+            "fingerprint": store.fingerprint,
             "arms": {best[arm]: entry for arm, entry in found.items()},
         },
     )

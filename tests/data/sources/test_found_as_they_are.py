@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import lzma
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tests.data.sources.test_files import tar
 from waveletgpt.data import MODALITIES, DataSettings, find, prepare
 from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.sources.archives import Stream, expand
@@ -33,16 +33,6 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 def texts(data: Path, **settings: str) -> list[bytes]:
     return [document.read() for document in find(str(data), DataSettings(**settings)).documents(binary=False)]
-
-
-def tar(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def read(name: str, content: bytes) -> list[bytes]:

@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
 """Where a FLAC stream begins: its mark, and the header of the block that is always first."""
@@ -32,11 +32,44 @@ def streams(path: Path) -> Iterator[Path | BinaryIO]:
         starts = _starts(data)
         if len(starts) > 1:
             for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
-                yield io.BytesIO(data[start:end])
-        elif (mended := _with_length(data)) is not None:
-            yield io.BytesIO(mended)
+                yield io.BufferedReader(Part(data, start, end))
+        elif lengths := _lengths(data):
+            yield io.BufferedReader(Part(data, 0, len(data), lengths))
         else:
             yield path
+
+
+class Part(io.RawIOBase):
+    """The bytes of `data` from `start` to `end` as a file, some replaced: {place: bytes}. None of them are copied."""
+
+    def __init__(self, data: mmap.mmap, start: int, end: int, instead: dict[int, bytes] | None = None) -> None:
+        self._data, self._start, self._size = data, start, end - start
+        self._instead = instead or {}
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        first, last = self._place, min(self._size, self._place + len(buffer))
+        if last <= first:
+            return 0
+        block = bytearray(self._data[self._start + first : self._start + last])
+        for place, changed in self._instead.items():
+            for i, byte in enumerate(changed, place):
+                if first <= i < last:
+                    block[i - first] = byte
+        buffer[: len(block)] = block
+        self._place = last
+        return len(block)
 
 
 def _starts(data: mmap.mmap) -> list[int]:
@@ -64,7 +97,8 @@ def _ogg_links(data: mmap.mmap) -> list[int]:
 
 
 def _mp3_files(data: mmap.mmap) -> list[int]:
-    """Joined files, told by the frames that say how long each is; an ID3v2 tag before such a frame belongs to it."""
+    """Joined files, told by the frames that say how long each is; a tag between two files stays with the first,
+    whose decoder passes over it."""
     starts = []
     for match in _MP3.finditer(data):
         for offset in (36, 21, 13):
@@ -75,10 +109,10 @@ def _mp3_files(data: mmap.mmap) -> list[int]:
     return [0, *starts[1:]] if starts else [0]
 
 
-def _with_length(data: mmap.mmap) -> bytes | None:
-    """A WAV file whose length was left at 0, with its length; None for others."""
+def _lengths(data: mmap.mmap) -> dict[int, bytes]:
+    """The lengths of a WAV file in whose header they were left at 0, by their places; empty for others."""
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return None
+        return {}
     place = 12
     while place + 8 <= len(data):
         name, size = data[place : place + 4], struct.unpack("<I", data[place + 4 : place + 8])[0]
@@ -86,12 +120,8 @@ def _with_length(data: mmap.mmap) -> bytes | None:
             rest = len(data) - place - 8
             # Other chunks may follow an empty one; sound written to a pipe goes on to the end of the file.
             if size or not rest or re.fullmatch(rb"[A-Za-z0-9 ]{4}", data[place + 8 : place + 12]):
-                return None
-            return (
-                data[:4]
-                + struct.pack("<I", min(len(data) - 8, 0xFFFFFFFF))
-                + data[8 : place + 4]
-                + (struct.pack("<I", min(rest, 0xFFFFFFFF)) + data[place + 8 :])
-            )
+                return {}
+            most = 0xFFFFFFFF
+            return {4: struct.pack("<I", min(len(data) - 8, most)), place + 4: struct.pack("<I", min(rest, most))}
         place += 8 + size + size % 2
-    return None
+    return {}
