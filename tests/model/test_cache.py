@@ -183,6 +183,8 @@ def test_native_steps_take_nothing_that_does_not_fit(step: str, data: st.DataObj
         now = data.draw(st.sampled_from([-1, 1 << 70]))
     else:
         name = data.draw(st.sampled_from(used))
+        if kind == "flat" and name.startswith("taps") and groups[0][1] == len(windows) == 1:
+            return  # the one window's taps as one vector are as good
         changed = WRONG[kind](tensors[name])
         same = changed.shape == tensors[name].shape and changed.dtype == tensors[name].dtype
         if same and changed.device == tensors[name].device and changed.is_contiguous():

@@ -83,9 +83,38 @@ class MixingCacheLayer(LinearAttentionAndFullAttentionLayer):
                 self.conv_states[i] = change(state)
 
 
-def follow(layers: Sequence[Any]) -> None:
-    """Make the states in these layers of a cache follow what is done to it. Layers of other kinds are left alone."""
-    for layer in layers:
+def check_cache(
+    cache: Any, mixing_layers: Sequence[int], batch: int, n_layer: int, n_kv_head: int, head_dim: int, n_states: int
+) -> None:
+    """Refuse a cache that has no place for mixing states, or holds those of another model or batch; make the states of
+    a dynamic one follow what is done to it.
+
+    Raises:
+        ValueError: with what the cache holds and what this model needs.
+    """
+    layers = cache.layers
+    new = [layers[i] for i in mixing_layers if i < len(layers) and type(layers[i]) is not MixingCacheLayer]
+    # An offloaded cache moves the states away together with keys and values, before they are used.
+    if cache.offloading or not layers or not all(hasattr(layer, "conv_states") for layer in new):
+        raise ValueError(
+            f"this {type(cache).__name__} keeps no mixing states at hand; make it with "
+            "DynamicCache(config=model.config). (PEFT's prefix tuning makes such a cache and cannot train a model with "
+            "mixing: use LoRA or prompt tuning)"
+        )
+    keys = getattr(layers[0], "keys", None)
+    held = (batch, n_kv_head, head_dim) if keys is None or not keys.numel() else (*keys.shape[:2], keys.shape[3])
+    if len(layers) != n_layer or held != (batch, n_kv_head, head_dim):
+        raise ValueError(
+            f"this cache has {len(layers)} layers and keys of {held[0]} x {held[1]} x tokens x {held[2]}, this model "
+            f"and batch need {n_layer} and {batch} x {n_kv_head} x tokens x {head_dim}; start with a new one"
+        )
+    states = next((layers[i].number_of_states for i in mixing_layers), n_states)
+    if states != n_states:
+        raise ValueError(
+            f"this cache keeps {states} mixing states a layer, this model {n_states}: it is of a model with another "
+            "mixing; start with a new one"
+        )
+    for layer in new:
         if type(layer) is LinearAttentionAndFullAttentionLayer:
             layer.__class__ = MixingCacheLayer
 

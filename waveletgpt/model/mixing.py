@@ -164,7 +164,8 @@ class Windowed(Mixer):
         # (B, C, S) where the cache recorded the past.
         if states[0].ndim != 2:
             return None
-        check_state(states[0], hidden.shape[0], clock.layout.size)  # type: ignore[union-attr]
+        if states[0].shape != (hidden.shape[0], clock.layout.size):  # type: ignore[union-attr]
+            check_state(states[0], hidden.shape[0], clock.layout.size)  # type: ignore[union-attr]
         return self.compiled_step(hidden, states, now)
 
     def pack(self, inputs: torch.Tensor, clock: Clock) -> list[torch.Tensor]:

@@ -36,7 +36,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import WaveletGPTConfig
-from .decoding import Clock, Layout, follow
+from .decoding import Clock, Layout, check_cache
 from .mixing import Kernels, Mixer, Mixers
 
 
@@ -213,6 +213,8 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.windows = config.mix_windows()
         self.mixing_layers = [layer for layer in range(config.n_layer) if config.mixes(layer)]
+        # Read at every token, and a configuration's attributes are slow.
+        self.cache_shape = (config.n_layer, config.n_kv_head, config.head_dim, config.number_of_conv_states)
         self.layouts: dict[torch.device, Layout] = {}
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
@@ -239,32 +241,7 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
     ) -> None:
         """ValueError for caches without mixing states, for packed documents, and for serving engines."""
         if cache is not None:
-            # An offloaded cache moves the states away together with keys and values, before they are used.
-            layers = cache.layers
-            have = [hasattr(layers[i], "conv_states") for i in self.mixing_layers if i < len(layers)]
-            if cache.offloading or not layers or not all(have):
-                raise ValueError(
-                    f"this {type(cache).__name__} keeps no mixing states at hand; "
-                    "make it with DynamicCache(config=model.config). (PEFT's prefix tuning makes such a cache and "
-                    "cannot train a model with mixing: use LoRA or prompt tuning)"
-                )
-            keys = getattr(layers[0], "keys", None) if layers else None
-            shape = (batch, self.config.n_kv_head, self.config.head_dim)
-            if len(layers) != self.config.n_layer or (
-                keys is not None and keys.numel() and (*keys.shape[:2], keys.shape[-1]) != shape
-            ):
-                raise ValueError(
-                    f"this cache is of {len(layers)} layers and holds "
-                    f"{'nothing' if keys is None else f'keys of shape {tuple(keys.shape)}'}: the model has "
-                    f"{self.config.n_layer} layers and needs {shape[:2]} x tokens x {shape[2]}; start with a new cache"
-                )
-            states = {getattr(layers[i], "number_of_states", 0) for i in self.mixing_layers}
-            if states - {self.config.number_of_conv_states}:
-                raise ValueError(
-                    f"this cache keeps {states.pop()} mixing states a layer, the model "
-                    f"{self.config.number_of_conv_states}: it is of a model with another mixing; start with a new one"
-                )
-            follow([layers[i] for i in self.mixing_layers])
+            check_cache(cache, self.mixing_layers, batch, *self.cache_shape)
         attention = self.config._attn_implementation or ""
         if attention.startswith(("paged", "sglang", "vllm")):
             raise ValueError(f"attention {attention!r} has its own cache, which keeps no mixing states; use generate()")
