@@ -12,12 +12,9 @@ from waveletgpt import _registration
 if TYPE_CHECKING:
     from waveletgpt.integrations.huggingface import add_mixing
     from waveletgpt.integrations.module import WaveletMixing
+    from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
     from waveletgpt.model.configuration import WaveletGPTConfig
-    from waveletgpt.model.modeling import (
-        WaveletGPTForCausalLM,
-        WaveletGPTForSequenceClassification,
-        WaveletGPTModel,
-    )
+    from waveletgpt.model.modeling import WaveletGPTForCausalLM, WaveletGPTModel
     from waveletgpt.ops import ema_mix, wavelet_mix
 
 __version__ = "0.1.0"
@@ -25,7 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "WaveletGPTConfig": "model.configuration",
     "WaveletGPTForCausalLM": "model.modeling",
-    "WaveletGPTForSequenceClassification": "model.modeling",
+    "WaveletGPTForSequenceClassification": "model.classifier",
     "WaveletGPTModel": "model.modeling",
     "WaveletMixing": "integrations.module",
     "add_mixing": "integrations.huggingface",

@@ -18,8 +18,10 @@ _AUTO = "transformers.models.auto"
 _REGISTERS = {
     f"{_AUTO}.configuration_auto": ("waveletgpt.model.configuration",),
     f"{_AUTO}.modeling_auto": ("waveletgpt.model.modeling", "waveletgpt.integrations.huggingface"),
+    # Not with the others: it needs the first to be complete, which may be what imports transformers.
+    "waveletgpt.model.modeling": ("waveletgpt.model.classifier",),
 }
-"""Module of transformers -> ours that register what belongs there when they are imported."""
+"""Module -> ours that register themselves when they are imported, which is when it has been."""
 
 
 class _ThenRegister(Loader):

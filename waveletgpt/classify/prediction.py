@@ -13,7 +13,7 @@ from waveletgpt.classify.examples import ExampleStore, as_item
 from waveletgpt.classify.scores import CLASSIFICATION
 from waveletgpt.classify.task import collate, measure, predict, probabilities
 from waveletgpt.errors import UserError, suggest
-from waveletgpt.model.modeling import WaveletGPTForSequenceClassification
+from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.runs.evaluation import load_model
 from waveletgpt.runs.folder import RunFolder
 

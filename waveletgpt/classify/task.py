@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from waveletgpt.classify.examples import Examples, ExampleStore, show
 from waveletgpt.data.modalities.audio import write_wav
 from waveletgpt.errors import UserError
-from waveletgpt.model.modeling import WaveletGPTForSequenceClassification
+from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.runs.folder import RunFolder, write_json
 from waveletgpt.training.recipe import ClassifierRecipe, Recipe
 from waveletgpt.training.task import initialised

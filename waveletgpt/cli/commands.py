@@ -18,14 +18,16 @@ from tyro.conf import Positional, arg
 from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
-from waveletgpt.training.recipe import ClassifierRecipe, Recipe
+from waveletgpt.training.recipe import ClassifierRecipe, Recipe, check_settings_are_read, mixing_names
 
 DEFAULT_DATA = "python-stdlib"
 Flat = arg(name="")
+Mixing = Annotated[str, arg(help=f"The filter over time: {', '.join(mixing_names())}.")]
 
 
 @dataclass(frozen=True)
 class Settings(Recipe):
+    mixing: Mixing = Recipe.mixing
     source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
 
 
@@ -48,9 +50,11 @@ class Train:
         from waveletgpt.training.resuming import check_run_folder
         from waveletgpt.training.trainer import train
 
+        recipe = plain(self.settings)
+        check_settings_are_read(recipe, [recipe.mixing])
         check_run_folder(RunFolder(self.out), self.resume)
         store = prepare_store(self.data, self.settings)
-        run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
+        run = train(recipe, store, self.out, data=self.data, resume=self.resume)
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
         say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}")
@@ -115,6 +119,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class ClassifierOptions(ClassifierRecipe):
+    mixing: Mixing = ClassifierRecipe.mixing
     source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
 
 

@@ -1,1 +1,1 @@
-"""The models: configuration, blocks, mixers and what they remember while decoding; what they cost."""
+"""The model: its configuration, the transformer, filters over time, and what they remember while decoding."""

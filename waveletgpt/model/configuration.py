@@ -15,10 +15,22 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 ARCHITECTURES = ("gpt2", "llama")
-MIXINGS = ("none", "fixed", "learnable", "wavelet", "ema", "conv", "shift")
 WAVELETS = ("haar", *(f"db{order}" for order in range(2, 9)))
 POSITION_EMBEDDINGS = ("learned", "sinusoidal", "rope", "none")
 POOLINGS = ("last", "mean", "attention")
+# Where a filter can be put, in the order in which a token passes.
+SITES = (
+    *("embedding", "attention_input", "query", "key", "value", "attention_output"),
+    *("mlp_input", "mlp_hidden", "mlp_output", "block"),
+)
+# What the Auto classes find in a checkpoint's code.
+AUTO_MAP = {
+    "AutoConfig": "configuration.WaveletGPTConfig",
+    "AutoModel": "modeling.WaveletGPTModel",
+    "AutoModelForCausalLM": "modeling.WaveletGPTForCausalLM",
+    "AutoModelForSequenceClassification": "classifier.WaveletGPTForSequenceClassification",
+}
+STARTS = ("mean", "haar", "zero", "uniform", "convex", "recent")
 
 
 def window_schedule(n: int, min_window: int, max_window: int, allocation: str = "uniform") -> list[int]:
@@ -50,13 +62,13 @@ def window_schedule(n: int, min_window: int, max_window: int, allocation: str = 
 
 
 def checkpoint_files() -> list[Path]:
-    """The files that a checkpoint carries: `modeling.py`, `configuration.py`, and all that they import with a dot.
+    """The files that a checkpoint carries: those that `AUTO_MAP` names, and all that they import with a dot.
 
     In a checkpoint the operator's definition, `ops/reference.py` of the package, lies beside them.
     """
     here = Path(__file__).parent
     found: dict[str, Path] = {}
-    wanted = ["configuration", "modeling"]
+    wanted = [target.partition(".")[0] for target in AUTO_MAP.values()]
     while wanted:
         name = wanted.pop()
         source = here / f"{name}.py"
@@ -77,26 +89,38 @@ class WaveletGPTConfig(PreTrainedConfig):
         n_positions: context length trained on, in tokens.
         n_kv_head: key/value heads (grouped queries); None: `n_head`.
         n_inner: width of the feed-forward; None: 4 n_embd for gpt2, 8/3 n_embd rounded up to 32 for llama.
+        rope_fraction: share of each head's channels that rotary positions turn, the last ones; 0 is no positions.
         norm_position: "pre" (normalise each sub-layer's input) or "post" (its sum with the residual, as in 2017).
         position_embedding: "learned", "sinusoidal", "rope" or "none"; None: the architecture's own.
-        mixing: what replaces coordinates of the hidden states over time: "none"; "fixed", causal means over windows of
-            powers of two; "learnable", the same windows with trained weights; "wavelet", coefficients of a wavelet
-            transform (see `mix_wavelet`, `mix_band`); "ema", exponential averages; and two peers from the literature:
-            "conv", a residual 4-tap depthwise convolution on all coordinates, and "shift", the previous token's value
-            (RWKV).
-        mix_fraction: share of the coordinates that are mixed.
+        mixing: the filter over time: "none"; "fixed", causal means over windows of powers of two; "learnable", the same
+            windows with trained weights; "wavelet", coefficients of a wavelet transform (see `mix_wavelet`,
+            `mix_band`); "ema", exponential averages; "bands", a learned number per level and channel; and what others
+            use: "conv", a short depthwise convolution, "dynamic", one whose taps depend on the token, "shift", the
+            previous token's value, "smear", a gate for it. Each is a class of mixing.py, which says which of the
+            settings below it reads.
+        mix_placement: the sites of the filter, one or several joined with "+" (or a list): "embedding" (once, before
+            the first block), "attention_input", "query", "key", "value" (each head apart, before positions are turned
+            in), "attention_output", "mlp_input", "mlp_hidden" (before the nonlinearity), "mlp_output" (outputs before
+            they are added), and "block" (each block's output, as in the paper). "input" is short for
+            "attention_input+mlp_input".
+        mix_residual: True adds the filter's result to its channels, False replaces them by it; None: as is usual for
+            the filter, added for "conv" and "dynamic".
+        mix_fraction: share of the channels that are mixed, of each head where there are heads. "conv" has all.
         min_window, max_window: shortest and longest window in tokens; `max_window=None` is the largest power of two
             within `n_positions`. Equal values give a single-scale control. For "wavelet" they are scales, 2^level.
-        mix_allocation: how coordinates are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
+        mix_kernel_size: taps of "conv" and "dynamic".
+        mix_allocation: how channels are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
         mix_edge: for "fixed" and "learnable": "zero" (values before the sequence count as 0) or "partial" (mean over
             the values that exist).
-        mix_sharing: for "learnable": one kernel per "coordinate" or per "level".
+        mix_sharing: for "learnable" and "conv": taps of each "coordinate" (channel), of each "head", or of each "level"
+            (window).
+        mix_start: what learned taps start from: "mean", "haar" (half of the channels a mean, half a detail), "zero",
+            "uniform" (as torch's Conv1d), "convex" or "recent" (see `starting_taps`); None: the filter's own.
         mix_wavelet: for "wavelet": "haar" or Daubechies' "db2" ... "db8", of 4 ... 16 taps and as many vanishing
             moments as the name says. At scale s its filters have (s - 1) (taps - 1) + 1 taps.
-        mix_band: for "wavelet": coordinates become coefficients of "approximation" (averages), of "detail" (what
+        mix_band: for "wavelet": channels become coefficients of "approximation" (averages), of "detail" (what
             the average of that scale leaves out of the one before), or of "both", half of each scale's.
-        mix_placement: "block" (each block's output, as in the paper) or "input" (the normalised inputs of attention
-            and feed-forward).
+        mix_row: for "bands": tokens in a row of a picture; None: there are no rows.
         mix_layers: "all", "inner" (all but the last block) or a list of block indices.
         causal: False, for classifiers: attention sees both directions, and mixers give the mean of their filter and of
             its mirror image in time.
@@ -141,6 +165,7 @@ class WaveletGPTConfig(PreTrainedConfig):
     resid_pdrop: float = 0.0
     initializer_range: float = 0.02
     rope_parameters: dict | None = None
+    rope_fraction: float = 1.0
     mixing: str = "fixed"
     mix_fraction: float = 0.5
     min_window: int = 2
@@ -150,7 +175,11 @@ class WaveletGPTConfig(PreTrainedConfig):
     mix_sharing: str = "coordinate"
     mix_wavelet: str = "db2"
     mix_band: str = "approximation"
-    mix_placement: str = "block"
+    mix_placement: str | list[str] = "block"
+    mix_residual: bool | None = None
+    mix_kernel_size: int = 4
+    mix_start: str | None = None
+    mix_row: int | None = None
     mix_layers: str | list[int] = "all"
     causal: bool = True
     pooling: str = "last"
@@ -193,18 +222,35 @@ class WaveletGPTConfig(PreTrainedConfig):
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even n_embd / n_head, got {self.n_embd} / {self.n_head}")
+        if not 0 <= self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction={self.rope_fraction} must be from 0 to 1")
+        if self.position_embedding == "rope" and self.rotary_width % 2:
+            raise ValueError(
+                f"rotary positions need an even n_embd / n_head, got {self.n_embd} / {self.n_head}"
+                + (f" with rope_fraction={self.rope_fraction}" if self.rope_fraction != 1 else "")
+            )
         if not self.initializer_range > 0:
             raise ValueError(f"initializer_range={self.initializer_range} must be greater than 0")
         self._check_choice("norm_position", ("pre", "post"))
         self._check_choice("position_embedding", POSITION_EMBEDDINGS)
-        self._check_choice("mixing", MIXINGS)
+        self._check_choice("mixing", ("none", *_filters()))
         self._check_choice("mix_edge", ("zero", "partial"))
-        self._check_choice("mix_sharing", ("coordinate", "level"))
+        self._check_choice("mix_sharing", ("coordinate", "level", "head"))
         self._check_choice("mix_wavelet", WAVELETS)
         self._check_choice("mix_band", ("approximation", "detail", "both"))
-        self._check_choice("mix_placement", ("block", "input"))
+        if self.mix_start is not None:
+            self._check_choice("mix_start", STARTS)
+        if self.mix_start == "haar" and self.mix_sharing != "coordinate":
+            raise ValueError('mix_start="haar" gives channels different taps: it needs mix_sharing="coordinate"')
+        for name in ("mix_kernel_size", *(["mix_row"] if self.mix_row is not None else [])):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        unknown = [site for site in self._named_sites() if site not in SITES]
+        if unknown or not self._named_sites():
+            raise ValueError(
+                f"mix_placement={self.mix_placement!r} names no site: give one or several, joined with +, of "
+                f"{', '.join(SITES)}, or input"
+            )
         if not 0 < self.mix_fraction <= 1 or self.mix_fraction * self.n_embd < 1:
             raise ValueError(
                 f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a coordinate; "
@@ -217,27 +263,61 @@ class WaveletGPTConfig(PreTrainedConfig):
         self._check_choice("pooling", POOLINGS)
         if self.n_inputs not in (1, 2):
             raise ValueError(f"n_inputs={self.n_inputs} must be 1 or 2")
-        self.mix_windows()
+        for site in self.sites:
+            if self.filter is not None and self.filter.share(self, self.site_shape(site)[1]) < 1:
+                raise ValueError(f"mix_fraction={self.mix_fraction} selects no channel at the site {site!r}")
+            self.mix_windows(site)
 
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def n_mixed(self) -> int:
-        """Number of coordinates the mixer changes; they are the first ones of the embedding."""
-        return self.n_embd if self.mixing == "conv" else round(self.mix_fraction * self.n_embd)
+    def rotary_width(self) -> int:
+        """How many of a head's channels rotary positions turn."""
+        return round(self.rope_fraction * self.head_dim) if self.position_embedding == "rope" else 0
 
-    def mix_windows(self) -> list[int]:
-        """Window in tokens of every mixed coordinate; for "ema", which has none, an empty list."""
-        if self.mixing in ("none", "ema"):
+    @property
+    def filter(self) -> Any:
+        """The class of the filter, of mixing.py; None where nothing mixes."""
+        return _filters().get(self.mixing)
+
+    def _named_sites(self) -> list[str]:
+        given = self.mix_placement
+        names = re.split(r"[+,\s]+", given.strip()) if isinstance(given, str) else list(given)
+        return [site for name in names for site in ({"input": ["attention_input", "mlp_input"]}.get(name, [name]))]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where the filter is, in the order of `SITES`; empty where nothing mixes."""
+        named = self._named_sites() if self.mixing != "none" else []
+        return tuple(site for site in SITES if site in named)
+
+    def site_shape(self, site: str) -> tuple[int, int]:
+        """(heads, channels of each) at a site; what has no heads counts as one."""
+        if site in ("query", "key", "value"):
+            return (self.n_head if site == "query" else self.n_kv_head), self.head_dim
+        if site == "mlp_hidden":
+            return 1, self.n_inner * (2 if self.architecture == "llama" else 1)
+        return 1, self.n_embd
+
+    @property
+    def n_mixed(self) -> int:
+        """Number of channels that are mixed, at the first site; they are the first ones (of each head)."""
+        if not self.sites:
+            return 0
+        heads, width = self.site_shape(self.sites[0])
+        return heads * self.filter.share(self, width)
+
+    def mix_windows(self, site: str | None = None) -> list[int]:
+        """Window in tokens of every mixed channel of a head, at the first site or a named one.
+
+        Empty for filters without windows, such as "ema".
+        """
+        if not self.sites:
             return []
-        if self.mixing in ("conv", "shift"):
-            return [4 if self.mixing == "conv" else 2] * self.n_mixed
-        scales = window_schedule(self.n_mixed, self.min_window, self.max_window, self.mix_allocation)
-        if self.mixing == "wavelet":
-            return [(scale - 1) * (2 * self.vanishing_moments - 1) + 1 for scale in scales]
-        return scales
+        width = self.site_shape(site or self.sites[0])[1]
+        return self.filter.schedule(self, self.filter.share(self, width))
 
     @property
     def vanishing_moments(self) -> int:
@@ -246,7 +326,7 @@ class WaveletGPTConfig(PreTrainedConfig):
 
     def mixes(self, layer: int) -> bool:
         """Whether block `layer` mixes."""
-        if self.mixing == "none":
+        if not set(self.sites) - {"embedding"}:
             return False
         if isinstance(self.mix_layers, str):
             return self.mix_layers == "all" or layer < self.n_layer - 1
@@ -257,12 +337,7 @@ class WaveletGPTConfig(PreTrainedConfig):
 
         The models save their configuration through this too, before anything is uploaded.
         """
-        self.auto_map = {
-            "AutoConfig": "configuration.WaveletGPTConfig",
-            "AutoModel": "modeling.WaveletGPTModel",
-            "AutoModelForCausalLM": "modeling.WaveletGPTForCausalLM",
-            "AutoModelForSequenceClassification": "modeling.WaveletGPTForSequenceClassification",
-        }
+        self.auto_map = dict(AUTO_MAP)
         there = Path(save_directory)
         there.mkdir(parents=True, exist_ok=True)
         for source in checkpoint_files():
@@ -271,14 +346,29 @@ class WaveletGPTConfig(PreTrainedConfig):
 
     # What the cache of transformers asks for: blocks that mix remember inputs beside keys and values.
 
+    def remembers(self, layer: int) -> bool:
+        """Whether the cache of block `layer` holds states of mixers. The embedding's are in the first block's."""
+        return self.mixes(layer) or (layer == 0 and "embedding" in self.sites)
+
     @property
     def layer_types(self) -> list[str]:
-        return ["hybrid" if self.mixes(layer) else "full_attention" for layer in range(self.n_layer)]
+        return ["hybrid" if self.remembers(layer) else "full_attention" for layer in range(self.n_layer)]
 
     @property
     def number_of_conv_states(self) -> int:
-        # A mean's running sums are one more.
-        return (2 if self.mix_placement == "input" else 1) * (2 if self.mixing == "fixed" else 1)
+        return len(self.sites) * self.filter.n_states if self.sites else 1
+
+    @property
+    def first_embedding_state(self) -> int:
+        """Number of the first state of the mixer at the embedding, behind those of the first block."""
+        return len(set(self.sites) - {"embedding"}) * self.filter.n_states if self.sites else 0
+
+
+def _filters() -> dict[str, Any]:
+    """The table of filters. Not at the top: it is made of classes that need this file."""
+    from .mixing import MIXERS
+
+    return MIXERS
 
 
 AutoConfig.register("waveletgpt", WaveletGPTConfig, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .configuration import WaveletGPTConfig
-from .mixing import Mixer, Mixers
+from .mixing import BLOCK_SITES, Mixer, Mixers
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -17,27 +17,19 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), extra
 
 
-def mixing_flops_per_token(config: WaveletGPTConfig) -> int:
-    """FLOPs per token that mixing adds to a training step, forward and backward.
+def mixers_of(config: WaveletGPTConfig) -> list[Mixer]:
+    """All mixers of a model with this configuration, without memory for their weights."""
+    with torch.device("meta"):
+        places = [Mixers(config, BLOCK_SITES) for layer in range(config.n_layer) if config.mixes(layer)]
+        return [mixer for place in (Mixers(config, ("embedding",)), *places) for mixer in place]  # type: ignore[misc]
 
-    A mean over w = 2^k takes k additions (the dyadic recurrence) and one scaling, and its gradient the same. A kernel
-    takes w multiply-adds forward and w for its input's gradient, a learned one w more for its own. EMA counts as 3
-    operations. A model that is not causal does all of it twice.
+
+def mixing_flops_per_token(config: WaveletGPTConfig) -> int:
+    """FLOPs per token that mixing adds to a training step, forward and backward; see `Mixer.flops`.
+
+    A model that is not causal does all of it twice.
     """
-    windows = config.mix_windows()
-    if config.mixing == "fixed":
-        once = sum((w.bit_length() - 1) + 1 for w in windows) * 2
-    elif config.mixing in ("learnable", "conv"):
-        once = sum(2 * w for w in windows) * 3
-    elif config.mixing == "wavelet":
-        once = sum(2 * w for w in windows) * 2
-    elif config.mixing == "ema":
-        once = 3 * config.n_mixed * 2
-    else:
-        once = 0
-    places = 2 if config.mix_placement == "input" else 1
-    directions = 1 if config.causal else 2
-    return once * places * directions * sum(config.mixes(layer) for layer in range(config.n_layer))
+    return sum(mixer.flops() for mixer in mixers_of(config)) * (1 if config.causal else 2)
 
 
 def flops_per_token(model: Any) -> int:
@@ -63,9 +55,7 @@ def decoding_state_bytes(config: WaveletGPTConfig, itemsize: int = 4) -> dict[st
     if not config.causal:
         return {"keys_values": 0, "mixing": 0}
     keys_values = 2 * config.n_layer * config.n_kv_head * config.head_dim * config.n_positions
-    with torch.device("meta"):
-        mixers = [mixer for layer in range(config.n_layer) for mixer in Mixers(config, layer)]
-    mixing = sum(mixer.state_bytes(itemsize) for mixer in mixers if isinstance(mixer, Mixer))
+    mixing = sum(mixer.state_bytes(itemsize) for mixer in mixers_of(config))
     return {"keys_values": keys_values * itemsize, "mixing": mixing}
 
 

@@ -13,15 +13,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 
-def check_state(state: torch.Tensor, *shape: int | None) -> None:
-    """Refuse a state whose first dimensions are not `shape` (None: any size).
+def check_state(state: torch.Tensor, inputs: torch.Tensor | None, *shape: int | None) -> None:
+    """Refuse a state whose first dimensions are not `shape` (None: any size), or of another type than `inputs`.
 
     Raises:
         ValueError: the cache was filled by another model or for another batch.
     """
+    if inputs is not None and state.dtype != inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
+        raise ValueError(
+            f"this cache holds mixing states in {state.dtype}, the model computes in {inputs.dtype}: it was filled by "
+            "another model; start with a new one"
+        )
     pairs = zip(state.shape, shape, strict=False)
     if state.ndim < len(shape) or any(want is not None and have != want for have, want in pairs):
         wanted = " x ".join("any" if size is None else str(size) for size in shape)
@@ -65,9 +70,11 @@ class MixingCacheLayer(LinearAttentionAndFullAttentionLayer):
                 "mixing states cannot take tokens back that were not recorded: call activate_past_recording() on the "
                 "cache before the first token"
             )
-        if self.has_previous_state[0]:
-            state: Any = self.conv_states[0]
-            needed: Any = self.conv_kernel_size[0]
+        for i, there in self.has_previous_state.items():
+            state: Any = self.conv_states[i]
+            needed: Any = self.conv_kernel_size[i]
+            if not there or not state.shape[-1]:  # nothing, or the sums of means, which are made anew
+                continue
             recorded = state.shape[-1]
             if recorded - removed < min(needed, tokens - removed):
                 raise ValueError(
@@ -75,7 +82,13 @@ class MixingCacheLayer(LinearAttentionAndFullAttentionLayer):
                     f"needs {min(needed, tokens - removed)}; take back at most "
                     f"{max(0, recorded - min(needed, tokens))} tokens, or start with a new cache"
                 )
-        super().crop(tokens_to_remove)
+        # Not the library's own: it takes every state for one that is there.
+        for i, there in self.has_previous_state.items():
+            if there:
+                state, needed = self.conv_states[i], self.conv_kernel_size[i]
+                end = state.shape[-1] - removed if state.shape[-1] else 0
+                self.conv_states[i] = state[..., max(0, end - needed) : end]
+        DynamicLayer.crop(self, tokens_to_remove)
 
     def _each_state(self, change: Any) -> None:
         for i, state in self.conv_states.items():

@@ -1,31 +1,25 @@
-"""The transformer: GPT-2 or Llama blocks with a mixer, as Hugging Face models that go on with a text or classify one.
+"""The transformer: GPT-2 or Llama blocks with filters at their sites, and the language model.
 
-Baseline and wavelet model are one class that differ in `config.mixing`.
+Baseline and wavelet model are one class that differ in `config.mixing`. The classifier is in `classifier.py`.
 
-Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H heads, D head width, V vocabulary,
-N samples of a waveform.
+Shapes: B batch, T tokens (new ones), S tokens in the cache, E embedding, H heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
@@ -37,12 +31,17 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import WaveletGPTConfig
 from .decoding import Clock, Layout, check_cache
-from .mixing import Kernels, Mixer, Mixers
+from .frames import FrameEmbedding, FrameLinear
+from .mixing import BLOCK_SITES, Kernels, Mixer, Mixers, Windowed
 
 
 def _norm(config: WaveletGPTConfig) -> nn.Module:
     kind = nn.LayerNorm if config.architecture == "gpt2" else nn.RMSNorm
     return kind(config.n_embd, eps=config.norm_epsilon)
+
+
+Mix = Callable[[str, torch.Tensor], torch.Tensor]
+"""Filters what is at a site, if there is a filter: `Mixers.at` with what it needs to know."""
 
 
 class ResidualLinear(nn.Linear):
@@ -71,13 +70,15 @@ class Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: Cache | None,
+        mix: Mix,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden.shape[:-1]
         qkv = self.qkv_proj(hidden).view(*shape, -1, self.head_dim)
-        query, key, value = (part.transpose(1, 2) for part in qkv.split(self.heads, dim=-2))
+        parts = zip(("query", "key", "value"), qkv.split(self.heads, dim=-2), strict=True)
+        query, key, value = (mix(site, part).transpose(1, 2) for site, part in parts)
         if rotary is not None:
-            query, key = apply_rotary_pos_emb(query, key, *rotary)
+            query, key = rotate(query, key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -94,6 +95,17 @@ class Attention(nn.Module):
         return self.out_proj(out.reshape(*shape, -1).contiguous()), weights
 
 
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions on the last channels of each head, as many as `cos` and `sin` (B, T, channels) have."""
+    still = query.shape[-1] - cos.shape[-1]
+    if not still:
+        return apply_rotary_pos_emb(query, key, cos, sin)
+    turned = apply_rotary_pos_emb(query[..., still:], key[..., still:], cos, sin)
+    return torch.cat([query[..., :still], turned[0]], dim=-1), torch.cat([key[..., :still], turned[1]], dim=-1)
+
+
 class FeedForward(nn.Module):
     """GELU feed-forward (GPT-2), or SwiGLU (Llama), whose gate and value come from one projection."""
 
@@ -103,8 +115,8 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=not self.gated)
         self.out_proj = ResidualLinear(config.n_inner, config.n_embd, bias=not self.gated)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = self.up_proj(hidden)
+    def forward(self, hidden: torch.Tensor, mix: Mix) -> torch.Tensor:
+        hidden = mix("mlp_hidden", self.up_proj(hidden))
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)
             return self.out_proj(nn.functional.silu(gate) * value)
@@ -112,7 +124,7 @@ class FeedForward(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """One transformer block, then its mixer."""
+    """One transformer block, with filters at those of its sites that the configuration names."""
 
     def __init__(self, config: WaveletGPTConfig, layer: int):
         super().__init__()
@@ -123,7 +135,7 @@ class Block(GradientCheckpointingLayer):
         self.norm_2 = _norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.resid_pdrop)
-        self.mixers = Mixers(config, layer)
+        self.mixers = Mixers(config, BLOCK_SITES if config.mixes(layer) else ())
 
     def forward(
         self,
@@ -133,24 +145,20 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         seen: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
-        clock: Clock | None = None,
+        clocks: dict[tuple[int, ...], Clock] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        context = {
-            "seen": seen,
-            "padding_mask": padding_mask,
-            "clock": clock,
-            "cache": past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None,
-        }
+        cache = past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None
 
-        mix = self.mixers.at
+        def mix(site: str, x: torch.Tensor) -> torch.Tensor:
+            return self.mixers.at(site, x, seen=seen, padding_mask=padding_mask, cache=cache, clocks=clocks)
 
         def attend(x: torch.Tensor) -> torch.Tensor:
-            x = mix("attention", x, **context)
-            return self.dropout(self.attention(x, attention_mask, rotary, past_key_values, **kwargs)[0])
+            x = self.attention(mix("attention_input", x), attention_mask, rotary, past_key_values, mix, **kwargs)[0]
+            return self.dropout(mix("attention_output", x))
 
         def feed(x: torch.Tensor) -> torch.Tensor:
-            return self.dropout(self.feed_forward(mix("feed_forward", x, **context)))
+            return self.dropout(mix("mlp_output", self.feed_forward(mix("mlp_input", x), mix)))
 
         if self.post_norm:
             hidden = self.norm_1(hidden + attend(hidden))
@@ -158,7 +166,7 @@ class Block(GradientCheckpointingLayer):
         else:
             hidden = hidden + attend(self.norm_1(hidden))
             hidden = hidden + feed(self.norm_2(hidden))
-        return mix("output", hidden, **context)
+        return mix("block", hidden)
 
 
 class WaveletGPTPreTrainedModel(PreTrainedModel):
@@ -191,8 +199,6 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, FrameLinear):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
-        elif isinstance(module, ClassificationHead) and module.query is not None:
-            init.zeros_(module.query)
 
 
 class WaveletGPTModel(WaveletGPTPreTrainedModel):
@@ -207,15 +213,17 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.embed_positions = (
             nn.Embedding(config.n_positions, config.n_embd) if config.position_embedding == "learned" else None
         )
-        # It reads the names that our configuration shares with Llama's.
-        self.rotary = LlamaRotaryEmbedding(config) if config.position_embedding == "rope" else None  # type: ignore[arg-type]
+        self.rotary = _rotary(config)
         self.dropout = nn.Dropout(config.embd_pdrop)
+        # Their states lie in the first block's cache, after its own.
+        self.mixers = Mixers(config, ("embedding",), first_state=config.first_embedding_state)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.windows = config.mix_windows()
-        self.mixing_layers = [layer for layer in range(config.n_layer) if config.mixes(layer)]
+        # Windows of the mixers that have some: decoding has one layout for all mixers with the same.
+        self.layouts_needed = {m.windows for m in self.modules() if isinstance(m, Windowed)}
+        self.mixing_layers = [layer for layer in range(config.n_layer) if config.remembers(layer)]
         # Read at every token, and a configuration's attributes are slow.
         self.cache_shape = (config.n_layer, config.n_kv_head, config.head_dim, config.number_of_conv_states)
-        self.layouts: dict[torch.device, Layout] = {}
+        self.layouts: dict[torch.device, dict[tuple[int, ...], Layout]] = {}
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -258,6 +266,13 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
                 "position_ids or cu_seq_lens put several documents in a row (packing): mixing would average across "
                 'them; give one document per row, or use mixing="none"'
             )
+
+    def _clocks(self, hidden: torch.Tensor, past: int | torch.Tensor) -> dict[tuple[int, ...], Clock]:
+        """Where decoding stands, for each kind of windows, when `hidden` (B, T, E) follow `past` tokens."""
+        if hidden.device not in self.layouts:
+            self.layouts[hidden.device] = {windows: Layout(windows, hidden.device) for windows in self.layouts_needed}
+        layouts = self.layouts[hidden.device]
+        return {windows: Clock(layout, past, hidden.shape[1], hidden.shape[0]) for windows, layout in layouts.items()}
 
     def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
         """Token embeddings plus absolute positions, where the scheme has them."""
@@ -326,23 +341,34 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         hidden = self._embed(hidden, positions, past + hidden.shape[1])
         rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None
 
-        clock = None
-        if past_key_values is not None and self.windows:
-            if hidden.device not in self.layouts:
-                self.layouts[hidden.device] = Layout(self.windows, hidden.device)
-            clock = Clock(self.layouts[hidden.device], past, hidden.shape[1], hidden.shape[0])
+        context: dict[str, Any] = {
+            "seen": positions + 1,
+            "padding_mask": masks["linear_attention"],
+            "clocks": self._clocks(hidden, past) if past_key_values is not None else None,
+        }
+        if self.mixers:
+            cache = past_key_values.layers[0] if past_key_values is not None else None
+            hidden = self.mixers.at("embedding", hidden, cache=cache, **context)
         for block in self.blocks:
             hidden = block(
                 hidden,
                 attention_mask=masks["full_attention"],
                 rotary=rotary,
                 past_key_values=past_key_values,
-                seen=positions + 1,
-                padding_mask=masks["linear_attention"],
-                clock=clock,
+                **context,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+def _rotary(config: WaveletGPTConfig) -> LlamaRotaryEmbedding | None:
+    """Llama's rotary positions for heads as wide as the part that they turn; None where they turn nothing."""
+    if not config.rotary_width:
+        return None
+    narrow = copy.copy(config)
+    narrow.n_embd = config.rotary_width * config.n_head
+    # It reads the names that our configuration shares with Llama's.
+    return LlamaRotaryEmbedding(narrow)  # type: ignore[arg-type]
 
 
 def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -452,181 +478,11 @@ class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
-class FrameLinear(nn.Linear):
-    """A linear map of samples; it keeps their variance, or quiet recordings would start as nothing but positions."""
-
-
-class FrameEmbedding(nn.Module):
-    """Frames of a waveform to embeddings, in place of a table of tokens (Audio Transformers, arXiv 2105.00335)."""
-
-    def __init__(self, config: WaveletGPTConfig):
-        super().__init__()
-        assert config.frame_size is not None
-        self.up_proj = FrameLinear(config.frame_size, config.frame_hidden)
-        self.down_proj = FrameLinear(config.frame_hidden, config.n_embd)
-
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.gelu(self.up_proj(frames), approximate="tanh"))
-
-
-def split_frames(
-    samples: torch.Tensor, mask: torch.Tensor | None, size: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut waveforms into frames that do not overlap; zeros fill up the last one.
-
-    samples (B, N), mask (B, N) or None -> frames (B, T, size), mask (B, T) or None, with T = ceil(N / size). The first
-    frame starts with the first real sample, however much padding comes before it.
-    """
-    if mask is not None:
-        N = samples.shape[1]
-        order = (mask.long().argmax(1, keepdim=True) + torch.arange(N, device=mask.device)) % N
-        samples, mask = (samples * mask.to(samples.dtype)).gather(1, order), mask.gather(1, order)
-    fill = (0, -samples.shape[1] % size)
-    frames = nn.functional.pad(samples, fill).unflatten(1, (-1, size))
-    if mask is not None:
-        mask = nn.functional.pad(mask, fill).unflatten(1, (-1, size)).amax(-1)
-    return frames, mask
-
-
-class ClassificationHead(nn.Module):
-    """Pool over time, then classify with the Long Range Arena's perceptrons (arXiv 2011.04006, its `classifier_head`).
-
-    One document: E -> n_inner -> labels. Two, pooled to u and v: [u, v, u - v, u v] -> n_inner -> n_inner/2 -> labels.
-    """
-
-    def __init__(self, config: WaveletGPTConfig):
-        super().__init__()
-        self.pooling = config.pooling
-        self.n_inputs = config.n_inputs
-        # Zero: it starts as the mean.
-        self.query = nn.Parameter(torch.zeros(config.n_embd)) if config.pooling == "attention" else None
-        labels: Any = config.num_labels  # declared as if it could be None
-        widths = [config.n_embd, config.n_inner, labels]
-        if config.n_inputs == 2:
-            widths = [4 * config.n_embd, config.n_inner, -(-config.n_inner // 2), labels]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """hidden (B * n_inputs, T, E), mask (B * n_inputs, T) or None -> logits (B, labels)."""
-        x = self.pool(hidden, mask)
-        if self.n_inputs == 2:
-            u, v = x.unflatten(0, (-1, 2)).unbind(1)
-            x = torch.cat([u, v, u - v, u * v], dim=-1)
-        for layer in self.layers[:-1]:
-            x = nn.functional.relu(layer(x))
-        return self.layers[-1](x)
-
-    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """hidden (B, T, E) -> (B, E) over the tokens that are real by mask (B, T)."""
-        B, T, _ = hidden.shape
-        real = torch.ones(B, T, dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
-        if self.pooling == "last":
-            last = (torch.arange(T, device=hidden.device) * real).argmax(1)
-            return hidden[torch.arange(B, device=hidden.device), last]
-        scores = hidden.new_zeros(B, T) if self.query is None else hidden @ self.query
-        # Not infinity: a document may be empty.
-        weights = scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(1)
-        return (weights.to(hidden.dtype)[:, None] @ hidden)[:, 0]
-
-
-def _only_padded_after(mask: torch.Tensor) -> bool:
-    """Whether by mask (B, T) all padding follows the real tokens: if causal, these never see it and need no mask.
-
-    Costs a synchronisation, as the library's own look at a mask does, and like that is left out while compiling.
-    """
-    return not torch.compiler.is_compiling() and bool((mask[:, 1:] <= mask[:, :-1]).all())
-
-
-class WaveletGPTForSequenceClassification(WaveletGPTPreTrainedModel):
-    """The transformer with a head that classifies whole texts, pairs of texts, or waveforms."""
-
-    def __init__(self, config: WaveletGPTConfig):
-        super().__init__(config)
-        self.model = WaveletGPTModel(config)
-        self.score = ClassificationHead(config)
-        if config.frame_size is not None:
-            self.main_input_name = "input_values"
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits (B, num_labels) in the model's dtype, and the loss if asked for.
-
-        Args:
-            input_ids: (B, T); with `n_inputs=2` (B, 2, T), and so for the others.
-            attention_mask: of the same shape, 0 at padding, which may be on either side; None: everything is real.
-            labels: (B,) class of each; or (B, num_labels), floats: 0 and 1 for
-                `problem_type="multi_label_classification"`, else shares of the classes.
-            input_values: (B, N) waveforms in [-1, 1], in place of `input_ids`, if the model has a `frame_size`.
-            inputs_embeds: (B, T, E), in place of `input_ids`.
-
-        Raises:
-            ValueError: none or several of the inputs, or one that does not fit the configuration; and as the model.
-        """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        kwargs["use_cache"] = False
-        if (input_values is not None) + (input_ids is not None) + (inputs_embeds is not None) != 1:
-            raise ValueError("give one of input_ids, input_values and inputs_embeds")
-        if inputs_embeds is None and (input_values is None) != (self.config.frame_size is None):
-            wanted = (
-                "input_ids, no waveforms: it has no frame_size" if self.config.frame_size is None else "input_values"
-            )
-            raise ValueError(f"this model reads {wanted}")
-        ids, samples, embeddings, mask = (
-            self._one_document_per_row(x) for x in (input_ids, input_values, inputs_embeds, attention_mask)
-        )
-        if samples is not None and self.config.frame_size is not None:
-            frames, mask = split_frames(samples, mask, self.config.frame_size)
-            embeddings = self.model.embed_tokens(frames.to(self.dtype))
-        bare = mask is None or (
-            self.config.causal and mask.shape[1] <= self.config.n_positions and _only_padded_after(mask)
-        )
-        outputs = self.model(input_ids=ids, attention_mask=None if bare else mask, inputs_embeds=embeddings, **kwargs)
-        logits = self.score(outputs.last_hidden_state, mask)
-        loss = None
-        if labels is not None:
-            multiple = self.config.problem_type == "multi_label_classification"
-            if labels.is_floating_point() and not multiple:
-                # Shares of the classes, as mix-up makes them: the library's loss takes numbers of classes only.
-                loss = nn.functional.cross_entropy(logits.float(), labels.float())
-            else:
-                loss = self.loss_function(
-                    labels=labels.float() if multiple else labels,
-                    pooled_logits=logits.float(),
-                    config=self.config,
-                    num_items_in_batch=None if multiple else num_items_in_batch,
-                )
-            if labels.ndim == 2 and num_items_in_batch is not None:
-                # These losses are means over this batch; accumulation wants the share of all items in the step.
-                loss = loss * labels.numel() / num_items_in_batch
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def _one_document_per_row(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """(B, 2, ...) -> (2 B, ...), if examples have two documents."""
-        if self.config.n_inputs == 1 or x is None:
-            return x
-        if x.ndim < 3 or x.shape[1] != 2:
-            raise ValueError(f"an input has shape {tuple(x.shape)}: n_inputs=2 needs (B, 2, ...)")
-        return x.flatten(0, 1)
-
-
 AutoModel.register(WaveletGPTConfig, WaveletGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(WaveletGPTConfig, WaveletGPTForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(WaveletGPTConfig, WaveletGPTForSequenceClassification, exist_ok=True)
 
 __all__ = [
     "WaveletGPTForCausalLM",
-    "WaveletGPTForSequenceClassification",
     "WaveletGPTModel",
     "WaveletGPTPreTrainedModel",
 ]

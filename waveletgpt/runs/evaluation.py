@@ -18,13 +18,10 @@ from waveletgpt.data import MODALITIES, DataSettings, TokenStore, prepare
 from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.windows import FixedWindows
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.model.configuration import WaveletGPTConfig
 from waveletgpt.model.cost import describe
-from waveletgpt.model.modeling import (
-    WaveletGPTForCausalLM,
-    WaveletGPTForSequenceClassification,
-    WaveletGPTPreTrainedModel,
-)
+from waveletgpt.model.modeling import WaveletGPTForCausalLM, WaveletGPTPreTrainedModel
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.runs.sampling import counting, generate_tokens
 from waveletgpt.training.recipe import CLASSIFIER_PRESETS, PRESETS, Recipe
@@ -257,7 +254,7 @@ def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
         ),
         (
             "mixing",
-            f"{config.mixing}, {config.n_mixed if config.mixing != 'none' else 0} of {config.n_embd} coordinates",
+            f"{config.mixing}, {config.n_mixed} of {config.n_embd} channels",
         ),
         ("windows", counts),
         (

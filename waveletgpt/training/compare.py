@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waveletgpt.errors import UserError
-from waveletgpt.model.configuration import MIXINGS
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
-from waveletgpt.training.recipe import Recipe, check_choice
+from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, mixing_names
 from waveletgpt.training.resuming import check_comparison_folder
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
     arms: list[Arm] = []
     for spec in specs:
         mixing, _, rest = spec.partition(":")
-        check_choice("--arms", mixing, MIXINGS)
+        check_choice("--arms", mixing, mixing_names())
         changes: dict[str, Any] = {"mixing": mixing}
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
@@ -56,6 +55,12 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
                 raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
             changes[name.strip()] = value.strip()
         arm = Arm(spec, recipe.override(changes, f"--arms {spec}"))
+        try:
+            check_settings_are_read(
+                arm.recipe, [mixing], [name.replace("-", "_").removeprefix("model.") for name in changes]
+            )
+        except UserError as error:
+            raise UserError(f"--arms {spec}: {error}") from None
         for name in ("modality", "source", "seed"):
             if getattr(arm.recipe, name) != getattr(recipe, name):
                 raise UserError(f"--arms {spec}: all arms share the data and the seeds; set them for the comparison")
@@ -63,6 +68,7 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
         if same is not None:
             raise UserError(f"--arms names {spec} twice" + (f", once as {same}" if same != spec else ""))
         arms.append(arm)
+    check_settings_are_read(recipe, [arm.recipe.mixing for arm in arms])
     return arms
 
 

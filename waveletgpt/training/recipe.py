@@ -6,8 +6,10 @@ preset fills the model's sizes where none of these does. Imports no torch, so th
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -51,6 +53,44 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def mixing_names() -> tuple[str, ...]:
+    """Names that `mixing` takes: "none", and those in the table of model/mixing.py.
+
+    Unless something has imported it, it is read as text: with it comes torch, which takes too long for --help.
+    """
+    loaded = sys.modules.get("waveletgpt.model.mixing")
+    if loaded is not None:
+        return ("none", *loaded.MIXERS)
+    tree = ast.parse((Path(__file__).parents[1] / "model" / "mixing.py").read_text(encoding="utf-8"))
+    tables = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MIXERS" and isinstance(node.value, ast.Dict)
+    )
+    return ("none", *(ast.literal_eval(key) for key in next(tables).keys if key is not None))
+
+
+def check_settings_are_read(
+    recipe: Recipe, mixings: typing.Sequence[str], given: typing.Iterable[str] | None = None
+) -> None:
+    """Refuse settings of a filter that none of `mixings` reads; `given` are names, by default all that the recipe sets.
+
+    Raises:
+        UserError: with the name, the value, and the mixings that read it.
+    """
+    from waveletgpt.model.mixing import MIXERS
+
+    readers = {name: MIXERS[name].reads for name in mixing_names() if name != "none"}
+    known = frozenset().union(*readers.values())
+    if given is None:
+        given = [name for name, value in dataclasses.asdict(recipe.model).items() if value is not None]
+    for name in given:
+        if name in known and not any(name in readers.get(mixing, ()) for mixing in mixings):
+            value, used = getattr(recipe.model, name), " and ".join(dict.fromkeys(mixings))
+            takes = ", ".join(mixing for mixing, reads in readers.items() if name in reads)
+            raise UserError(f"{name}={value} has no effect on mixing {used} (only on {takes}); leave it out")
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """What differs from the preset; fields are those of `WaveletGPTConfig`."""
@@ -71,28 +111,39 @@ class ModelSettings:
     """"pre" or "post"."""
     position_embedding: str | None = None
     """"learned", "sinusoidal", "rope" or "none"."""
+    rope_fraction: float | None = None
+    """Share of each head's channels that rotary positions turn (1)."""
     dropout: float | None = None
     """Dropout of embeddings, attention and residuals."""
     initializer_range: float | None = None
     """Standard deviation of the initial weights (1 / sqrt(n_embd); from a width of 768 on 0.02, GPT-2's)."""
+    mix_placement: str | None = None
+    """Where the filter is: "block" (each block's output), or one or several sites joined with "+", of embedding,
+    attention_input, query, key, value, attention_output, mlp_input, mlp_hidden, mlp_output, block."""
+    mix_residual: bool | None = None
+    """True adds the filter's result to its channels, False replaces them (conv and dynamic add, others replace)."""
     mix_fraction: float | None = None
-    """Share of the coordinates that are mixed (0.5)."""
+    """Share of the channels that are mixed (0.5)."""
     min_window: int | None = None
     """Shortest window in tokens (2)."""
     max_window: int | None = None
     """Longest window in tokens, a power of two (4; preset paper: the context)."""
     mix_allocation: str | None = None
-    """How coordinates are dealt to windows: "uniform" or "geometric"."""
+    """How channels are dealt to windows: "uniform" or "geometric"."""
     mix_edge: str | None = None
     """Before the sequence: "zero" or "partial"."""
     mix_sharing: str | None = None
-    """Learned kernels: one per "coordinate" or per "level"."""
+    """Learned taps: of each "coordinate" (channel), each "head", or each "level" (window)."""
+    mix_start: str | None = None
+    """Learned taps start as "mean", "haar" (means and details), "zero", "uniform", "convex" or "recent"."""
+    mix_kernel_size: int | None = None
+    """Mixing "conv" and "dynamic": taps (4)."""
     mix_wavelet: str | None = None
     """Mixing "wavelet": "haar" or "db2" ... "db8" (db2)."""
     mix_band: str | None = None
     """Mixing "wavelet": coefficients of "approximation", "detail", or "both" (approximation)."""
-    mix_placement: str | None = None
-    """"block" (its output) or "input" (of attention and feed-forward)."""
+    mix_row: int | None = None
+    """Mixing "bands": tokens in a row of a picture, whose predecessor in the row above is added."""
     mix_layers: str | None = None
     """"all", "inner" (all but the last block) or indices such as "0,2,4"."""
 
@@ -157,7 +208,7 @@ class Recipe:
     architecture: str = "gpt2"
     """Blocks: gpt2 (learned positions, LayerNorm, GELU) or llama (RoPE, RMSNorm, SwiGLU)."""
     mixing: str = "fixed"
-    """What mixes the hidden states over time: none, fixed, learnable, wavelet, ema, conv, shift."""
+    """The filter over time."""
     max_steps: int = 1200
     """Optimiser steps."""
     batch_size: int = 16
@@ -180,7 +231,7 @@ class Recipe:
         check_choice("preset", self.preset, self.presets())
         # Names as in configuration.py, which imports transformers: too slow for --help.
         check_choice("architecture", self.architecture, ("gpt2", "llama"))
-        check_choice("mixing", self.mixing, ("none", "fixed", "learnable", "wavelet", "ema", "conv", "shift"))
+        check_choice("mixing", self.mixing, mixing_names())
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("training.schedule", self.training.schedule, ("cosine", "linear", "constant", "plateau"))
         check_choice("training.precision", self.training.precision, ("fp32", "bf16"))
@@ -244,7 +295,7 @@ class Recipe:
         layers = given.get("mix_layers")
         if isinstance(layers, str) and layers not in ("all", "inner"):
             try:
-                given["mix_layers"] = [int(part) for part in layers.split(",")]
+                given["mix_layers"] = [int(part) for part in layers.replace("+", ",").split(",")]
             except ValueError:
                 raise UserError(f'model.mix_layers={layers!r} is not "all", "inner" or indices such as 0,2') from None
         return {"architecture": self.architecture, "mixing": self.mixing, **given}
