@@ -213,7 +213,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = WaveletGPTForCausalLM(config)
     with torch.no_grad():
-        model.model.blocks[0].mixers[0].kernels[0][:, 0] = 2.0
+        next(iter(model.model.blocks[0].mixers[0].kernels))[:, 0] = 2.0
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return path

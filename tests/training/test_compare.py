@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers import make_store, tiny_recipe
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
+from waveletgpt.model.mixing import MIXERS, Mixer
+from waveletgpt.runs.evaluation import evaluate_run, print_samples
 from waveletgpt.runs.folder import RunFolder, find_runs
-from waveletgpt.training.compare import compare
+from waveletgpt.training.compare import compare, parse_arms
+from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.trainer import Diverged, Interrupted, Recorder
 
 ARMS = ["none", "fixed", "learnable:max_window=8", "none:n_layer=1,lr=1e-3"]
@@ -106,6 +112,68 @@ def test_conv_starts_as_the_baseline(store: TokenStore, tmp_path: Path) -> None:
     compare(recipe, store, tmp_path / "out", data="words.txt", arms=["none", "conv"], seeds=1)
     starts = [run.metrics()[0]["nll"] for run in find_runs(tmp_path)]
     assert starts[0] == pytest.approx(starts[1], abs=1e-6)
+
+
+class Difference(Mixer):
+    """g (x_t - x_{t-1}): a filter that the package does not know."""
+
+    def __init__(self, config: Any, site: str = "block"):
+        super().__init__(config, site)
+        self.gain = torch.nn.Parameter(torch.ones(self.n_mixed))
+
+    def reset_parameters(self, init: Any = torch.nn.init) -> None:
+        init.ones_(self.gain)
+
+    def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+        before = torch.zeros_like(x[:, :1]) if state is None else state[:, -1:]
+        return self.gain * (x - torch.cat([before, x[:, :-1]], dim=1))
+
+    def flops(self) -> int:
+        return 6 * self.n_mixed
+
+
+def test_a_filter_from_outside_is_an_arm_like_the_others(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MIXERS, "difference", Difference)
+    arms = ["none", "difference", "difference:mix_placement=key+mlp_output,mix_residual=true"]
+    summary = compare(tiny_recipe(), store, tmp_path / "out", data="words.txt", arms=arms)
+    found = summary["arms"]["difference"]
+    assert found["extra_parameters"] > 0
+    assert found["flops_per_token"] - summary["arms"]["none"]["flops_per_token"] == 6 * found["extra_parameters"]
+    assert "difference" in (tmp_path / "out" / "report.html").read_text()
+    for run in list(find_runs(tmp_path))[:2]:
+        loss = evaluate_run(run.path, "validation", 4, 4, "cpu")["nll"]  # loads what was saved
+        assert math.isfinite(loss)
+        print_samples(run.path, None, tokens=5, samples=1, seed=0, device="cpu", temperature=0.0)
+    assert capsys.readouterr().out.strip()
+
+
+def test_an_arm_can_be_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "shifted-keys.yaml"
+    recipe.write_text("mixing: shift\nmodel:\n  mix_placement: key\n  mix_fraction: 0.25\n")
+    [arm] = parse_arms([f"{recipe}:lr=1e-3"], tiny_recipe())
+    assert arm.name == "shifted-keys:lr=1e-3"
+    assert (arm.recipe.mixing, arm.recipe.lr, arm.recipe.model.mix_fraction) == ("shift", 1e-3, 0.25)
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        parse_arms([str(tmp_path / "none.yaml")], tiny_recipe())
+
+
+@pytest.mark.parametrize(
+    ("arms", "settings", "message"),
+    [
+        (["none", "fixed:mix_band=detail"], {}, "mix_band=detail has no effect on mixing fixed"),
+        (["none:max_window=8"], {}, "max_window=8 has no effect on mixing none"),
+        (["none", "ema:min-window=4"], {}, "min_window=4 has no effect on mixing ema"),
+        (["none", "conv:model.mix_fraction=0.25"], {}, "mix_fraction=0.25 has no effect on mixing conv"),
+        (["none", "fixed"], {"mix_start": "zero"}, "mix_start=zero has no effect on mixing none and fixed"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(arms: list[str], settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_arms(arms, Recipe().override(settings, "test"))
+    # What one arm reads may be set for all.
+    assert len(parse_arms(["none", "fixed"], Recipe().override({"max_window": 8}, "test"))) == 2
 
 
 def test_interrupted_comparison_goes_on(

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from waveletgpt.errors import UserError
 from waveletgpt.training.compare import parse_arms
-from waveletgpt.training.recipe import CLASSIFIER_PRESETS, PRESETS, ClassifierRecipe, Recipe, load_recipe
+from waveletgpt.training.recipe import (
+    CLASSIFIER_PRESETS,
+    PRESETS,
+    ClassifierRecipe,
+    Recipe,
+    check_settings_are_read,
+    load_recipe,
+)
 
 
 @given(
@@ -103,9 +110,10 @@ def test_every_recipe_of_the_project_loads() -> None:
         changes = load_recipe(path)
         for extra in ("data", "task"):
             changes.pop(extra, None)
-        arms = (changes.pop("compare", None) or {}).get("arms", ["none"])
-        kind = ClassifierRecipe if changes["preset"] in CLASSIFIER_PRESETS else Recipe
+        arms = (changes.pop("compare", None) or {}).get("arms", [changes.get("mixing", "none")])
+        kind = ClassifierRecipe if changes.get("preset") in CLASSIFIER_PRESETS else Recipe
         recipe = kind().override(changes, str(path))
+        check_settings_are_read(recipe, [recipe.mixing, *(arm.partition(":")[0] for arm in arms)])
         for arm in parse_arms(arms, recipe):
             arm.recipe.model_settings()
 

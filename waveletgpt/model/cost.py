@@ -69,6 +69,7 @@ def describe(model: Any) -> dict[str, Any]:
         "flops_per_token": flops_per_token(model),
         "mixing_flops_per_token": mixing_flops_per_token(config),
         "windows": config.mix_windows(),
+        "mix_width": config.site_shape(config.sites[0])[1] if config.sites else config.n_embd,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,

@@ -71,6 +71,7 @@ class Mixer(nn.Module):
     def __init__(self, config: WaveletGPTConfig, site: str = "block"):
         super().__init__()
         self.heads, width = config.site_shape(site)
+        self.salt = SITES.index(site)  # or what two sites draw would be the same
         share = self.share(config, width)
         self.n_mixed = share * self.heads
         self.parts = [self.n_mixed, (width - share) * self.heads]
@@ -350,7 +351,7 @@ class WeightedSum(Windowed):
         return cpp.step_filter(hidden, self.groups, taps, row, now) if cpp.can_step(hidden, row, *taps) else None
 
 
-def starting_taps(start: str, n: int, w: int) -> torch.Tensor:
+def starting_taps(start: str, n: int, w: int, salt: int = 0) -> torch.Tensor:
     """(n, w) taps that training starts from; tap j weighs the value j tokens ago.
 
     - "mean": 1/w.
@@ -360,8 +361,8 @@ def starting_taps(start: str, n: int, w: int) -> torch.Tensor:
     - "convex": drawn from all that are positive and sum to 1 (KV shifting, with two taps; arXiv 2411.19574).
     - "recent": 1/2 for the newest, 1/(2 w) for the others (Primer, arXiv 2109.08668).
 
-    Those that are drawn follow the seed and leave torch's generator where it was, so that models with other starts have
-    the same weights elsewhere.
+    Those that are drawn follow the seed (and `salt`) and leave torch's generator where it was, so that models with
+    other starts have the same weights elsewhere.
     """
     taps = torch.zeros(n, w)
     if start in ("mean", "haar"):
@@ -375,7 +376,7 @@ def starting_taps(start: str, n: int, w: int) -> torch.Tensor:
         taps[:, 0] = 0.5
     elif start in ("uniform", "convex"):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(1 << 62, ())))
+            torch.manual_seed(int(torch.randint(1 << 62, ())) + salt)
             if start == "uniform":
                 taps.uniform_(-(w**-0.5), w**-0.5)
             else:
@@ -387,11 +388,11 @@ def starting_taps(start: str, n: int, w: int) -> torch.Tensor:
 class Kernels(nn.Module):
     """Taps for each distinct window; called to get them, so that tools which move parameters in and out notice."""
 
-    def __init__(self, start: str, shapes: Iterable[tuple[int, ...]]):
+    def __init__(self, start: str, shapes: Iterable[tuple[int, ...]], salt: int = 0):
         super().__init__()
         for i, shape in enumerate(shapes):
             self.register_parameter(str(i), nn.Parameter(torch.empty(shape)))
-        self.start = start
+        self.start, self.salt = start, salt
         self.reset_parameters()
 
     def __iter__(self) -> Iterator[nn.Parameter]:
@@ -402,7 +403,7 @@ class Kernels(nn.Module):
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         for kernel in self.parameters():
-            _start(kernel, self.start, init)
+            _start(kernel, self.start, init, self.salt)
 
 
 class LearnableMean(WeightedSum):
@@ -419,7 +420,9 @@ class LearnableMean(WeightedSum):
         super().__init__(config, site)
         self.sharing = config.mix_sharing
         shapes = {"coordinate": lambda n, w: (n, w), "level": lambda n, w: (w,), "head": lambda n, w: (self.heads, w)}
-        self.kernels = Kernels(config.mix_start or "mean", (shapes[self.sharing](n, w) for w, n in self.groups))
+        self.kernels = Kernels(
+            config.mix_start or "mean", (shapes[self.sharing](n, w) for w, n in self.groups), self.salt
+        )
 
     def taps(self) -> list[torch.Tensor]:
         kernels = self.kernels()
@@ -428,11 +431,11 @@ class LearnableMean(WeightedSum):
         return [h.repeat(n // self.heads, 1) for h, (_, n) in zip(kernels, self.groups, strict=True)]
 
 
-def _start(kernel: torch.Tensor, start: str, init: Any) -> None:
+def _start(kernel: torch.Tensor, start: str, init: Any, salt: int) -> None:
     """Fill taps (..., w) through the functions of `init`, which leave alone what was loaded."""
     if kernel.device.type == "meta":
         return
-    value = starting_taps(start, kernel.numel() // kernel.shape[-1], kernel.shape[-1]).view_as(kernel)
+    value = starting_taps(start, kernel.numel() // kernel.shape[-1], kernel.shape[-1], salt).view_as(kernel)
     if init is nn.init:
         with torch.no_grad():
             kernel.copy_(value)
@@ -511,7 +514,7 @@ class ShortConvolution(WeightedSum):
         self.reset_parameters()
 
     def reset_parameters(self, init: Any = nn.init) -> None:
-        _start(self.kernel, self.start, init)
+        _start(self.kernel, self.start, init, self.salt)
 
     def taps(self) -> list[torch.Tensor]:
         rows = len(self.kernel)
@@ -582,7 +585,7 @@ class DynamicConvolution(Windowed):
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         init.zeros_(self.weight)
-        _start(self.bias, self.start, init)
+        _start(self.bias, self.start, init, self.salt)
 
     def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
         T = x.shape[1]

@@ -201,7 +201,7 @@ def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
         windows = tuple(int(w) for w in model.get("windows") or ())
         if windows and min(windows) >= 1:
             found.setdefault(windows, []).append(name)
-            width_of = max(width_of, int(model.get("n_embd") or len(windows)), len(windows))
+            width_of = max(width_of, int(model.get("mix_width") or model.get("n_embd") or len(windows)), len(windows))
     if not found:
         return ""
     lines = []
@@ -240,14 +240,14 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     rows, columns = before.shape
     panels = "".join(
         heat_map(heat_map_png(values, 2.5), rows, columns, _bands(mixed, every, rows), title=title,
-                 name=f"{title} of block {mixed.block + 1} of {arm}: {rows} coordinates by {columns} tokens")
+                 name=f"{title} of {mixed.place} of {arm}: {rows} channels by {columns} tokens")
         for title, values in (("before mixing", before), ("after mixing", after))
     )  # fmt: skip
     stride = f" Every {every}th coordinate." if every > 1 else ""
     excerpt = f" Text: <q>{escape(shorten(insight.text, 160))}</q>" if insight.text else ""
     return figure(
         f'<div class="pair">{panels}</div>',
-        f"<b>{escape(arm)}</b>, block {mixed.block + 1}: every row is one coordinate of the hidden state, every column "
+        f"<b>{escape(arm)}</b>, {mixed.place}: every row is one channel, every column "
         "a token of a held-out excerpt. Red is above and blue below the coordinate's mean before mixing, full colour "
         f"at 2.5 of its standard deviations, in both pictures. At the right: the window of the rows.{stride}{excerpt}",
     )

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixed:
-    """One block's hidden states on a probe: `before` and `after` its (first) mixer, both (T, E)."""
+    """What one mixer gets and gives on a probe: `before` and `after`, both (T, E).
 
-    block: int
+    Where the site has heads, their channels lie as in `Mixer`: channel c of all heads, then c + 1.
+    """
+
+    place: str
+    """Such as "block 3" or "block 3, key"."""
     before: np.ndarray
     after: np.ndarray
     n_mixed: int
@@ -30,7 +34,7 @@ class Kernel:
     """A kernel, learned or a wavelet's: `taps[j]` weighs the value j tokens ago."""
 
     label: str
-    """Its block if it is learned, else what it gives: "approximation" or "detail"."""
+    """Where it is if it is learned, else what it gives: "approximation" or "detail"."""
     window: int
     taps: np.ndarray
     learned: bool
@@ -57,7 +61,6 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     import torch
     from transformers.utils import logging
 
-    from waveletgpt.model.mixing import Mixer
     from waveletgpt.model.modeling import WaveletGPTModel
 
     bars = logging.is_progress_bar_enabled()
@@ -68,16 +71,12 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
         if bars:
             logging.enable_progress_bar()
     model = model.eval().float()
-    mixers = [
-        (block.layer_idx, next(module for module in block.modules() if isinstance(module, Mixer)))
-        for block in model.blocks
-        if any(isinstance(module, Mixer) for module in block.modules())
-    ]
+    mixers = _mixers(model)
     kernels = _kernels(mixers)
     ids = list(probe)[: model.config.n_positions]
     if not mixers or not ids:
         return Insight(None, kernels, "")
-    block, mixer = mixers[len(mixers) // 2]
+    place, mixer = mixers[len(mixers) // 2]
     seen: list[tuple[Any, Any]] = []
     hook = mixer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     try:
@@ -85,26 +84,39 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
             model(torch.tensor([ids]), use_cache=False)
     finally:
         hook.remove()
-    before, after = (x[0].float().numpy() for x in seen[0])
-    return Insight(Mixed(block, before, after, mixer.n_mixed, mixer.windows), kernels, _decode(path, ids))
+    # (T, E), or (T, H, E) where there are heads.
+    before, after = (x[0].float().transpose(-2, -1).flatten(1) if x.ndim == 4 else x[0].float() for x in seen[0])
+    return Insight(
+        Mixed(place, before.numpy(), after.numpy(), mixer.n_mixed, mixer.windows), kernels, _decode(path, ids)
+    )
 
 
-def _kernels(mixers: Sequence[tuple[int, Any]]) -> list[Kernel]:
-    """Kernels of (block, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
+def _mixers(model: Any) -> list[tuple[str, Any]]:
+    """Mixers and where they are, the first of each block; that of the embedding where the blocks have none."""
+    found = [
+        (f"block {block.layer_idx + 1}" + ("" if site == "block" else f", {site}"), mixer)
+        for block in model.blocks
+        for site, mixer in list(zip(block.mixers.sites, block.mixers, strict=True))[:1]
+    ]
+    return found or list(zip(model.mixers.sites, model.mixers, strict=True))
+
+
+def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
+    """Kernels of (place, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
     from waveletgpt.model.mixing import FixedWavelet, WeightedSum
 
     found: list[Kernel] = []
-    for block, mixer in mixers:
+    for place, mixer in mixers:
         if not isinstance(mixer, WeightedSum):
             continue
-        for taps in mixer.weights():
+        for taps in mixer.taps():
             if isinstance(mixer, FixedWavelet):
                 # Only details sum to 0.
                 rows = {"detail" if abs(float(row.sum())) < 0.5 else "approximation": row for row in taps}
                 found += [Kernel(label, len(row), row.numpy(), learned=False) for label, row in rows.items()]
             else:
                 row = taps[len(taps) // 2] if taps.ndim == 2 else taps
-                found.append(Kernel(f"block {block + 1}", len(row), row.detach().numpy(), learned=True))
+                found.append(Kernel(place, len(row), row.detach().numpy(), learned=True))
         if isinstance(mixer, FixedWavelet):
             break
     return found

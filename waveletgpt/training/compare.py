@@ -17,7 +17,7 @@ from waveletgpt.errors import UserError
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
-from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, mixing_names
+from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe, mixing_names
 from waveletgpt.training.resuming import check_comparison_folder
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Arm:
 
 
 def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
-    """The arms that `--arms` names; the first is the baseline.
+    """The arms that `--arms` names, mixings or recipe files, with settings of their own; the first is the baseline.
 
     Raises:
         UserError: unknown mixing or setting, one of the data or the seed, an arm given twice, no arm.
@@ -46,19 +46,23 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
         raise UserError("--arms needs at least one arm, such as `--arms none fixed`")
     arms: list[Arm] = []
     for spec in specs:
-        mixing, _, rest = spec.partition(":")
-        check_choice("--arms", mixing, mixing_names())
-        changes: dict[str, Any] = {"mixing": mixing}
+        first, _, rest = spec.partition(":")
+        changes: dict[str, Any] = {}
+        if first.endswith((".yaml", ".yml")):
+            changes = {name: value for name, value in load_recipe(first).items() if name not in ("data", "compare")}
+            spec = Path(first).stem + (f":{rest}" if rest else "")
+        else:
+            check_choice("--arms", first, mixing_names())
+            changes["mixing"] = first
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals:
                 raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
             changes[name.strip()] = value.strip()
         arm = Arm(spec, recipe.override(changes, f"--arms {spec}"))
+        own = [*changes.get("model", ()), *(name.replace("-", "_").removeprefix("model.") for name in changes)]
         try:
-            check_settings_are_read(
-                arm.recipe, [mixing], [name.replace("-", "_").removeprefix("model.") for name in changes]
-            )
+            check_settings_are_read(arm.recipe, [arm.recipe.mixing], own)
         except UserError as error:
             raise UserError(f"--arms {spec}: {error}") from None
         for name in ("modality", "source", "seed"):
