@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.training import processes
 from waveletgpt.training.recipe import ClassifierRecipe, Recipe
 
 DEFAULT_DATA = "python-stdlib"
@@ -48,9 +49,14 @@ class Train:
         from waveletgpt.training.resuming import check_run_folder
         from waveletgpt.training.trainer import train
 
-        check_run_folder(RunFolder(self.out), self.resume)
-        store = prepare_store(self.data, self.settings)
-        run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
+        run = RunFolder(self.out)
+        processes.from_first(lambda: check_run_folder(run, self.resume))
+        processes.check_shared(run.path)
+        with processes.agreed():
+            store = prepare_store(self.data, self.settings)
+        train(plain(self.settings), store, run.path, data=self.data, resume=self.resume)
+        if not processes.first():
+            return
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
         say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}")
@@ -97,9 +103,10 @@ class Compare:
         from waveletgpt.training.compare import plan
         from waveletgpt.training.sweep import parse_grid, sweep
 
-        recipe, grid = plain(self.settings), parse_grid(self.sweep)
+        recipe, grid = plain(self.settings), processes.from_first(lambda: parse_grid(self.sweep))
         plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume)
-        store = prepare_store(self.data, self.settings)
+        with processes.agreed():
+            store = prepare_store(self.data, self.settings)
         best = sweep(
             recipe,
             store,
@@ -145,12 +152,16 @@ class Lra:
     def run(self) -> None:
         from waveletgpt.classify.long_range_arena import TASKS, prepare_task
 
-        if self.task not in TASKS:
-            raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
-        if self.settings.modality not in (None, TASKS[self.task].modality):
-            raise UserError(f"lra {self.task} has a modality of its own, not {self.settings.modality}; leave it out")
+        with processes.agreed():
+            if self.task not in TASKS:
+                raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
+            other = self.settings.modality
+            if other not in (None, TASKS[self.task].modality):
+                raise UserError(f"lra {self.task} has a modality of its own, not {other}; leave it out")
         out = self.out or f"runs/lra-{self.task}"
-        train_arms(self, lambda: prepare_task(self.task, self.data, self.settings.source), self.task, out)
+        train_arms(
+            self, lambda: prepare_task(self.task, self.data, self.settings.source, processes.first()), self.task, out
+        )
 
 
 @dataclass(frozen=True)
@@ -177,11 +188,12 @@ class Classify:
     def run(self) -> None:
         from waveletgpt.classify.clips import prepare_clips
 
-        if not self.data:
-            raise UserError("classify: name a folder of recordings, such as one folder per class")
-        if self.settings.modality not in (None, "audio"):
-            raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
-        train_arms(self, lambda: prepare_clips(self.data, self.settings.source), self.data, self.out)
+        with processes.agreed():
+            if not self.data:
+                raise UserError("classify: name a folder of recordings, such as one folder per class")
+            if self.settings.modality not in (None, "audio"):
+                raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
+        train_arms(self, lambda: prepare_clips(self.data, self.settings.source, processes.first()), self.data, self.out)
 
 
 @dataclass(frozen=True)
@@ -421,7 +433,7 @@ def plain(settings: Recipe) -> Any:
 def prepare_store(data: str, settings: Recipe) -> Any:
     from waveletgpt.data import prepare
 
-    return prepare(data, settings.modality, settings.source)
+    return prepare(data, settings.modality, settings.source, progress=processes.first())
 
 
 def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:
@@ -431,7 +443,9 @@ def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], da
     recipe = plain(command.settings)
     planned: dict[str, Any] = {"arms": command.arms, "seeds": command.seeds, "resume": command.resume}
     plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
-    summary = compare(recipe, prepare(), out, data=data, **planned)
+    with processes.agreed():
+        store = prepare()
+    summary = compare(recipe, store, out, data=data, **planned)
     print_summary(summary)
     say(f"report: {Path(out) / 'report.html'}")
 
@@ -445,7 +459,9 @@ def is_classifier(folder: str) -> bool:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """Print a line; of several processes the first does."""
+    if processes.first():
+        print(text, flush=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -455,6 +471,8 @@ def print_summary(summary: dict[str, Any]) -> None:
 
     from waveletgpt.report import in_words
 
+    if not processes.first():
+        return
     header, rows, sentence = in_words(summary)
     table = Table(*header)
     for row in rows:

@@ -154,7 +154,7 @@ def read_records(runs: Iterable[RunFolder]) -> list[Record]:
         by_arm.setdefault(record.arm, []).append(record)
     grouped: list[Record] = []
     for name, group in by_arm.items():
-        same_recipe = all(settings_of(r.info) == settings_of(group[0].info) for r in group)
+        same_recipe = all(_training_of(r.info) == _training_of(group[0].info) for r in group)
         if same_recipe and len({r.seed for r in group}) == len(group):
             grouped += sorted(group, key=lambda r: r.seed)
         else:
@@ -217,6 +217,13 @@ def settings_of(info: dict[str, Any]) -> dict[str, Any]:
     """
     recipe = flatten(info.get("recipe") or {})
     return {key: value for key, value in recipe.items() if key not in _INCIDENTAL and value is not None}
+
+
+def _training_of(info: dict[str, Any]) -> dict[str, Any]:
+    """`settings_of`, but of the size of a batch only what all processes together make of it."""
+    settings = settings_of(info)
+    dealt = [settings.pop(key, 1) for key in ("batch_size", "training.accumulation")]
+    return {**settings, "sequences": math.prod([*dealt, (info.get("environment") or {}).get("processes", 1)])}
 
 
 def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:

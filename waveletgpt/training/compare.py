@@ -18,12 +18,14 @@ from waveletgpt.model.configuration import MIXINGS
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
+from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe, check_choice
 from waveletgpt.training.resuming import check_comparison_folder
 
 if TYPE_CHECKING:
     from waveletgpt.classify.examples import ExampleStore
     from waveletgpt.data import TokenStore
+    from waveletgpt.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,17 @@ def plan(
     Raises:
         UserError: bad arms or seeds, an `out` that holds something else, or a comparison and no `resume`.
     """
-    parsed = parse_arms(arms, recipe)
-    if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {seeds}")
-    names = {arm.folder(seed) for arm in parsed for seed in range(recipe.seed, recipe.seed + seeds)}
-    check_comparison_folder(Path(out), names, resume)
+
+    def decide() -> list[Arm]:
+        parsed = parse_arms(arms, recipe)
+        if seeds < 1:
+            raise UserError(f"--seeds must be at least 1, got {seeds}")
+        names = {arm.folder(seed) for arm in parsed for seed in range(recipe.seed, recipe.seed + seeds)}
+        check_comparison_folder(Path(out), names, resume)
+        return parsed
+
+    parsed = processes.from_first(decide)
+    processes.check_shared(Path(out))
     return parsed
 
 
@@ -109,18 +117,15 @@ def compare(
 
     out = Path(out)
     parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume)
-    windows = []
-    for arm in parsed:  # tells of settings that do not go before hours are spent
-        model = task_of(store).build_model(arm.recipe)
-        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": model.config.n_positions}}))
-        if windows[-1] != windows[0]:
-            raise UserError(
-                f"--arms {arm.name} cannot be compared with {parsed[0].name}: their evaluation windows would differ "
-                f"({windows[-1]} and {windows[0]}); set these for the comparison, not for an arm"
-            )
-
+    processes.from_first(lambda: check_models(parsed, task_of(store)))
     runs: list[RunFolder] = []
     summary: dict[str, Any] = {}
+
+    def renew() -> dict[str, Any]:
+        """The results of what has been trained; none without the baseline."""
+        baseline = parsed[0].name
+        return write_results(out, runs, baseline) if any(run.info["arm"] == baseline for run in runs) else {}
+
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in parsed:
             folder = out / arm.folder(seed)
@@ -128,11 +133,28 @@ def compare(
             try:
                 runs.append(train(settings, store, folder, data=data, arm=arm.name, resume=resume))
             except Diverged as error:
-                print(f"waveletgpt: {arm.name} seed {seed}: {error}", file=sys.stderr)
+                if processes.first():
+                    print(f"waveletgpt: {arm.name} seed {seed}: {error}", file=sys.stderr)
                 runs.append(RunFolder(folder))
             gc.collect()
-            if any(run.info["arm"] == parsed[0].name for run in runs):
-                summary = write_results(out, runs, parsed[0].name)
-    if not any(run.finished for run in runs):
+            summary = processes.from_first(renew)
+    if not processes.from_first(lambda: any(run.finished for run in runs)):
         raise Diverged("no run came to its end: see above")
     return summary
+
+
+def check_models(arms: list[Arm], task: Task) -> None:
+    """Build the model of each arm, to be told of what does not go before hours are spent.
+
+    Raises:
+        UserError: settings that the model does not take, or arms that are measured on other windows than the first.
+    """
+    windows = []
+    for arm in arms:
+        model = task.build_model(arm.recipe)
+        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": model.config.n_positions}}))
+        if windows[-1] != windows[0]:
+            raise UserError(
+                f"--arms {arm.name} cannot be compared with {arms[0].name}: their evaluation windows would differ "
+                f"({windows[-1]} and {windows[0]}); set these for the comparison, not for an arm"
+            )
