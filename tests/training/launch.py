@@ -1,4 +1,4 @@
-"""Start several processes as torchrun does, without its seconds: they are forked from a server that has torch loaded."""
+"""Start several processes as torchrun does, but in no time: they are forked from a server that has torch loaded."""
 
 from __future__ import annotations
 
