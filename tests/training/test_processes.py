@@ -92,15 +92,15 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_or_not_at_all
 def test_a_process_that_dies_is_told_of(store: TokenStore, tmp_path: Path) -> None:
     results = launch(tmp_path, train_until, tiny_recipe(), store, tmp_path / "run", False, (1, 5, signal.SIGKILL))
     assert [code for code, *_ in results] == [1, -signal.SIGKILL], results
-    assert told(results) == [
-        "waveletgpt: another process of this run has ended; go on with the same command and --resume"
-    ]
+    ended = "another process of this run has ended; go on with the same command and --resume"
+    assert told(results) == [f"waveletgpt: {ended}"]
 
 
-WORDS = (
-    "--modality chars --preset tiny --max-steps 2 --batch-size 2 --device cpu --training.samples 0 --training.threads 1 "
-    "--training.eval-windows 4 --cache-dir cache --out out --arms none fixed"
-).split()
+WORDS = [
+    *("--modality", "chars", "--preset", "tiny", "--max-steps", "2", "--batch-size", "2", "--device", "cpu"),
+    *("--training.samples", "0", "--training.threads", "1", "--training.eval-windows", "4", "--arms", "none", "fixed"),
+    *("--cache-dir", "cache", "--out", "out"),
+]
 
 
 def test_one_process_plans_writes_and_prints_a_comparison(store: TokenStore, tmp_path: Path) -> None:
