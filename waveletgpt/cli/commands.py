@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ class Train:
     """File, folder, archive, data set name, or hf:OWNER/NAME."""
     out: str = "runs/train"
     """Run folder to write."""
+    arm: str | None = None
+    """What reports call the run (default: the mixing)."""
     resume: bool = False
     """Go on with the run in --out, exactly where it was saved."""
     recipe: str | None = None
@@ -54,7 +57,7 @@ class Train:
         processes.check_shared(run.path)
         with processes.agreed():
             store = prepare_store(self.data, self.settings)
-        train(plain(self.settings), store, run.path, data=self.data, resume=self.resume)
+        train(plain(self.settings), store, run.path, data=self.data, arm=self.arm, resume=self.resume)
         if not processes.first():
             return
         result = run.info["result"]
@@ -88,6 +91,12 @@ class Compare:
     validation loss; one rate for all misjudges arms."""
     sweep_steps: int | None = None
     """Steps of a trial of --sweep (default: as many as of a run, and the best trial is a run)."""
+    workers: str = "auto"
+    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
+    many as GPUs; 1 on CPUs)."""
+    print_runs: bool = False
+    """Train nothing, but print a command for each arm and seed, for machines of their own; `waveletgpt report` gathers
+    their folders."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -95,6 +104,10 @@ class Compare:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
+        if self.print_runs:
+            for line in self.commands():
+                say(line)
+            return
         if not self.sweep:
             if self.sweep_steps is not None:
                 raise UserError("--sweep-steps has no effect without --sweep")
@@ -104,7 +117,7 @@ class Compare:
         from waveletgpt.training.sweep import parse_grid, sweep
 
         recipe, grid = plain(self.settings), processes.from_first(lambda: parse_grid(self.sweep))
-        plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume)
+        plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume, workers=self.workers)
         with processes.agreed():
             store = prepare_store(self.data, self.settings)
         best = sweep(
@@ -116,8 +129,23 @@ class Compare:
             grid=grid,
             steps=self.sweep_steps,
             resume=self.resume,
+            workers=self.workers,
         )
         train_arms(dataclasses.replace(self, arms=tuple(best), resume=True), lambda: store, self.data, self.out)
+
+    def commands(self) -> list[str]:
+        """The command of each run; all can go on where they were stopped."""
+        from waveletgpt.training.compare import parse_arms, with_seeds
+
+        if self.sweep:
+            raise UserError("--print-runs does not go with --sweep: the arms are known when the trials have ended")
+        arms = parse_arms(self.arms, plain(self.settings))
+        lines = []
+        for arm, recipe in with_seeds(arms, self.seeds):
+            out = str(Path(self.out) / arm.folder(recipe.seed))
+            words = ["waveletgpt", "train", self.data, "--out", out, "--arm", arm.name, "--resume"]
+            lines.append(shlex.join(words + options(recipe)))
+        return lines
 
 
 @dataclass(frozen=True)
@@ -143,6 +171,9 @@ class Lra:
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
+    workers: str = "auto"
+    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
+    many as GPUs; 1 on CPUs)."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -179,6 +210,9 @@ class Classify:
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
+    workers: str = "auto"
+    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
+    many as GPUs; 1 on CPUs)."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -430,6 +464,23 @@ def plain(settings: Recipe) -> Any:
     return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
 
 
+def options(recipe: Recipe) -> list[str]:
+    """The options of `waveletgpt train` that give this recipe."""
+    from waveletgpt.report.summary import flatten
+
+    default = flatten(Recipe().as_dict())
+    words = []
+    for name, value in flatten(recipe.as_dict()).items():
+        group, dot, last = name.removeprefix("source.").replace("_", "-").rpartition(".")
+        if value == default[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{group}{dot}{'' if value else 'no-'}{last}")
+        else:
+            words.append(f"--{group}{dot}{last}={value}")
+    return words
+
+
 def prepare_store(data: str, settings: Recipe) -> Any:
     from waveletgpt.data import prepare
 
@@ -441,7 +492,7 @@ def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], da
     from waveletgpt.training.compare import compare, plan
 
     recipe = plain(command.settings)
-    planned: dict[str, Any] = {"arms": command.arms, "seeds": command.seeds, "resume": command.resume}
+    planned: dict[str, Any] = {name: getattr(command, name) for name in ("arms", "seeds", "resume", "workers")}
     plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
     with processes.agreed():
         store = prepare()
@@ -479,3 +530,5 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     say(sentence)
+    if summary["at_once"] > 1:
+        say(f"Up to {summary['at_once']} runs at once shared the machine: time speed-ups mean little.")

@@ -206,6 +206,7 @@ def train(
     arm: str | None = None,
     resume: bool = False,
     show_progress: bool = True,
+    at_once: int = 1,
 ) -> RunFolder:
     """Train one model and leave a run folder at `out`.
 
@@ -214,6 +215,7 @@ def train(
         data: the name or path the store was made of, for the record.
         arm: name of the arm in a comparison; default: the mixing.
         resume: go on from the newest checkpoint of `out`; a finished run is left as it is.
+        at_once: how many runs share the machine meanwhile, for the record.
 
     Raises:
         UserError: bad settings, too little data, an `out` that holds another run, resuming with other settings, a
@@ -224,7 +226,7 @@ def train(
     run = RunFolder(out)
     with contextlib.ExitStack() as ours:
         processes.from_first(lambda: ours.enter_context(claimed(run.path)))
-        return _train(recipe, store, run, data, arm or recipe.mixing, resume, show_progress)
+        return _train(recipe, store, run, data, arm or recipe.mixing, resume, show_progress, at_once)
 
 
 def _train(
@@ -235,6 +237,7 @@ def _train(
     arm: str,
     resume: bool,
     show_progress: bool,
+    at_once: int,
 ) -> RunFolder:
     """`train` in a folder that is ours alone."""
     transformers_logging.disable_progress_bar()
@@ -274,11 +277,13 @@ def _train(
         "recipe": {"data": data, **recipe.as_dict()},
         "data": task.describe(data),
         "model": describe(model),
-        "environment": environment(),
+        "environment": {**environment(), "at_once": at_once},
         "probe": task.probe(model),
     }
 
     def begin() -> None:
+        if checkpoint:  # the most that ever shared the machine
+            info["environment"]["at_once"] = max(at_once, run.info["environment"].get("at_once", 1))
         with disk_errors(run.path):
             shutil.rmtree(run.path / STAGING, ignore_errors=True)
             run.write_info(info)
