@@ -97,11 +97,11 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in commands:
             raise UserError(f'no command "{name}"; there are {", ".join(sorted(commands))}{suggest(name, commands)}')
         with processes.agreed():
-            command = _parse(name, words[size:])
+            command = parse(name, words[size:])
         command.run()
 
 
-def _parse(name: str, words: list[str]) -> Any:
+def parse(name: str, words: list[str]) -> Any:
     """The command `name` with its options."""
     import tyro
 
