@@ -261,6 +261,26 @@ def test_where_a_run_was_made_does_not_make_it_another_arm(tmp_path: Path) -> No
     assert list(summarize(runs, "fixed")["arms"]) == ["fixed"]
 
 
+def test_batches_dealt_to_more_processes_make_no_other_arm(tmp_path: Path) -> None:
+    """16 sequences of one process are 8 of each of two; 16 of each of two are something else."""
+    one = make_run(tmp_path / "one", "none", 0)
+    two = make_run(tmp_path / "two", "none", 1, recipe={"batch_size": 8})
+    other = make_run(tmp_path / "other", "none", 2)
+    for run in (two, other):
+        run.update_info(environment={**run.info["environment"], "processes": 2})
+    assert list(summarize([one, two], "none")["arms"]) == ["none"]
+    assert len(summarize([one, two, other], "none")["arms"]) == 3
+
+
+def test_runs_that_shared_the_machine_are_told(tmp_path: Path) -> None:
+    alone, shared = (make_run(tmp_path / name, "none", seed) for seed, name in enumerate(("alone", "shared")))
+    assert summarize([alone], "none")["at_once"] == 1
+    shared.update_info(environment={**shared.info["environment"], "at_once": 3})
+    summary = summarize([alone, shared], "none")
+    assert summary["at_once"] == 3
+    assert any("Up to 3 runs at once shared the machine" in note for note in summary["notes"])
+
+
 def test_curves_have_one_line_per_loss(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(curves_csv(two_arms(tmp_path)))))
     assert list(rows[0]) == ["arm", "seed", "step", "tokens", "seconds", "split", "loss"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from tyro.conf import Positional, arg
 from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.training import processes
 from waveletgpt.training.recipe import ClassifierRecipe, Recipe, check_settings_are_read, mixing_names
 
 DEFAULT_DATA = "python-stdlib"
@@ -39,6 +41,8 @@ class Train:
     """File, folder, archive, data set name, or hf:OWNER/NAME."""
     out: str = "runs/train"
     """Run folder to write."""
+    arm: str | None = None
+    """What reports call the run (default: the mixing)."""
     resume: bool = False
     """Go on with the run in --out, exactly where it was saved."""
     recipe: str | None = None
@@ -50,11 +54,15 @@ class Train:
         from waveletgpt.training.resuming import check_run_folder
         from waveletgpt.training.trainer import train
 
-        recipe = plain(self.settings)
+        recipe, run = plain(self.settings), RunFolder(self.out)
         check_settings_are_read(recipe, [recipe.mixing])
-        check_run_folder(RunFolder(self.out), self.resume)
-        store = prepare_store(self.data, self.settings)
-        run = train(recipe, store, self.out, data=self.data, resume=self.resume)
+        processes.from_first(lambda: check_run_folder(run, self.resume))
+        processes.check_shared(run.path)
+        with processes.agreed():
+            store = prepare_store(self.data, self.settings)
+        train(recipe, store, run.path, data=self.data, arm=self.arm, resume=self.resume)
+        if not processes.first():
+            return
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
         say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}")
@@ -86,6 +94,12 @@ class Compare:
     validation loss; one rate for all misjudges arms."""
     sweep_steps: int | None = None
     """Steps of a trial of --sweep (default: as many as of a run, and the best trial is a run)."""
+    workers: str = "auto"
+    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
+    many as GPUs; 1 on CPUs)."""
+    print_runs: bool = False
+    """Train nothing, but print a command for each arm and seed, for machines of their own; `waveletgpt report` gathers
+    their folders."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -93,6 +107,10 @@ class Compare:
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
+        if self.print_runs:
+            for line in self.commands():
+                say(line)
+            return
         if not self.sweep:
             if self.sweep_steps is not None:
                 raise UserError("--sweep-steps has no effect without --sweep")
@@ -101,9 +119,10 @@ class Compare:
         from waveletgpt.training.compare import plan
         from waveletgpt.training.sweep import parse_grid, sweep
 
-        recipe, grid = plain(self.settings), parse_grid(self.sweep)
-        plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume)
-        store = prepare_store(self.data, self.settings)
+        recipe, grid = plain(self.settings), processes.from_first(lambda: parse_grid(self.sweep))
+        plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume, workers=self.workers)
+        with processes.agreed():
+            store = prepare_store(self.data, self.settings)
         best = sweep(
             recipe,
             store,
@@ -113,8 +132,23 @@ class Compare:
             grid=grid,
             steps=self.sweep_steps,
             resume=self.resume,
+            workers=self.workers,
         )
         train_arms(dataclasses.replace(self, arms=tuple(best), resume=True), lambda: store, self.data, self.out)
+
+    def commands(self) -> list[str]:
+        """The command of each run; all can go on where they were stopped."""
+        from waveletgpt.training.compare import parse_arms, with_seeds
+
+        if self.sweep:
+            raise UserError("--print-runs does not go with --sweep: the arms are known when the trials have ended")
+        arms = parse_arms(self.arms, plain(self.settings))
+        lines = []
+        for arm, recipe in with_seeds(arms, self.seeds):
+            out = str(Path(self.out) / arm.folder(recipe.seed))
+            words = ["waveletgpt", "train", self.data, "--out", out, "--arm", arm.name, "--resume"]
+            lines.append(shlex.join(words + options(recipe)))
+        return lines
 
 
 @dataclass(frozen=True)
@@ -141,6 +175,9 @@ class Lra:
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
+    workers: str = "auto"
+    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
+    many as GPUs; 1 on CPUs)."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -150,12 +187,16 @@ class Lra:
     def run(self) -> None:
         from waveletgpt.classify.long_range_arena import TASKS, prepare_task
 
-        if self.task not in TASKS:
-            raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
-        if self.settings.modality not in (None, TASKS[self.task].modality):
-            raise UserError(f"lra {self.task} has a modality of its own, not {self.settings.modality}; leave it out")
+        with processes.agreed():
+            if self.task not in TASKS:
+                raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
+            other = self.settings.modality
+            if other not in (None, TASKS[self.task].modality):
+                raise UserError(f"lra {self.task} has a modality of its own, not {other}; leave it out")
         out = self.out or f"runs/lra-{self.task}"
-        train_arms(self, lambda: prepare_task(self.task, self.data, self.settings.source), self.task, out)
+        train_arms(
+            self, lambda: prepare_task(self.task, self.data, self.settings.source, processes.first()), self.task, out
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +214,9 @@ class Classify:
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
+    workers: str = "auto"
+    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
+    many as GPUs; 1 on CPUs)."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -182,11 +226,12 @@ class Classify:
     def run(self) -> None:
         from waveletgpt.classify.clips import prepare_clips
 
-        if not self.data:
-            raise UserError("classify: name a folder of recordings, such as one folder per class")
-        if self.settings.modality not in (None, "audio"):
-            raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
-        train_arms(self, lambda: prepare_clips(self.data, self.settings.source), self.data, self.out)
+        with processes.agreed():
+            if not self.data:
+                raise UserError("classify: name a folder of recordings, such as one folder per class")
+            if self.settings.modality not in (None, "audio"):
+                raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
+        train_arms(self, lambda: prepare_clips(self.data, self.settings.source, processes.first()), self.data, self.out)
 
 
 @dataclass(frozen=True)
@@ -423,10 +468,27 @@ def plain(settings: Recipe) -> Any:
     return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
 
 
+def options(recipe: Recipe) -> list[str]:
+    """The options of `waveletgpt train` that give this recipe."""
+    from waveletgpt.report.summary import flatten
+
+    default = flatten(Recipe().as_dict())
+    words = []
+    for name, value in flatten(recipe.as_dict()).items():
+        group, dot, last = name.removeprefix("source.").replace("_", "-").rpartition(".")
+        if value == default[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{group}{dot}{'' if value else 'no-'}{last}")
+        else:
+            words.append(f"--{group}{dot}{last}={value}")
+    return words
+
+
 def prepare_store(data: str, settings: Recipe) -> Any:
     from waveletgpt.data import prepare
 
-    return prepare(data, settings.modality, settings.source)
+    return prepare(data, settings.modality, settings.source, progress=processes.first())
 
 
 def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:
@@ -434,9 +496,11 @@ def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], da
     from waveletgpt.training.compare import compare, plan
 
     recipe = plain(command.settings)
-    planned: dict[str, Any] = {"arms": command.arms, "seeds": command.seeds, "resume": command.resume}
+    planned: dict[str, Any] = {name: getattr(command, name) for name in ("arms", "seeds", "resume", "workers")}
     plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
-    summary = compare(recipe, prepare(), out, data=data, **planned)
+    with processes.agreed():
+        store = prepare()
+    summary = compare(recipe, store, out, data=data, **planned)
     print_summary(summary)
     say(f"report: {Path(out) / 'report.html'}")
 
@@ -450,7 +514,9 @@ def is_classifier(folder: str) -> bool:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """Print a line; of several processes the first does."""
+    if processes.first():
+        print(text, flush=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -460,9 +526,13 @@ def print_summary(summary: dict[str, Any]) -> None:
 
     from waveletgpt.report import in_words
 
+    if not processes.first():
+        return
     header, rows, sentence = in_words(summary)
     table = Table(*header)
     for row in rows:
         table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     say(sentence)
+    if summary["at_once"] > 1:
+        say(f"Up to {summary['at_once']} runs at once shared the machine: time speed-ups mean little.")

@@ -8,12 +8,14 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from waveletgpt import __version__
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.training import processes
 from waveletgpt.training.recipe import load_recipe
 
 HELP: dict[str, str] = {
@@ -94,16 +96,22 @@ def main(arguments: list[str] | None = None) -> None:
             return
         if name not in commands:
             raise UserError(f'no command "{name}"; there are {", ".join(sorted(commands))}{suggest(name, commands)}')
-        import tyro
-
-        from waveletgpt.cli.commands import COMMANDS
-
-        kind = COMMANDS[name]
-        default = _defaults(kind, words[size:])
-        options: dict[str, Any] = {} if default is None else {"default": default}
-        with one_line_usage_errors(name):
-            command = tyro.cli(kind, prog=f"waveletgpt {name}", args=words[size:], **options)
+        with processes.agreed():
+            command = parse(name, words[size:])
         command.run()
+
+
+def parse(name: str, words: list[str]) -> Any:
+    """The command `name` with its options."""
+    import tyro
+
+    from waveletgpt.cli.commands import COMMANDS
+
+    kind = COMMANDS[name]
+    default = _defaults(kind, words)
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    with one_line_usage_errors(name):
+        return tyro.cli(kind, prog=f"waveletgpt {name}", args=words, **options)
 
 
 def _unstyled(told: io.StringIO) -> list[str]:
@@ -132,9 +140,14 @@ def one_line_usage_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; so is a full disk or a missing permission."""
+    """A user's mistake is one line and exit code 2; so is a full disk or a missing permission.
+
+    Of several processes the first tells what all of them know, and each what it alone knows.
+    """
     try:
         yield
+    except processes.Told:
+        _stop(None, 2)
     except UserError as error:
         _stop(str(error), 2)
     except KeyboardInterrupt:
@@ -148,13 +161,22 @@ def plain_errors() -> Iterator[None]:
         _stop(f"{error.filename or 'file'}: {error.strerror or error}", 2)
     except Exception as error:
         kind = type(error).__name__
+        told = processes.first()
         if kind == "Diverged":
-            _stop(str(error), 1)
+            _stop(str(error) if told else None, 1)
         if kind == "Interrupted":
-            _stop(f"{error}; go on with the same command and --resume", 130)
+            _stop(f"{error}; go on with the same command and --resume" if told else None, 130)
+        if processes.lost(error):
+            _stop("another process of this run has ended; go on with the same command and --resume", 1)
         raise
 
 
-def _stop(message: str, code: int) -> None:
-    print(f"waveletgpt: {' '.join(message.split())}", file=sys.stderr)
+def _stop(message: str | None, code: int) -> None:
+    """Print the message, if there is one to tell, and exit."""
+    if message is not None:
+        number = "" if processes.first() else f"process {processes.rank()} of {processes.count()}: "
+        print(f"waveletgpt: {number}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    if processes.count() > 1:
+        # torchrun ends the others as soon as one has ended; they are about to end by themselves, with this code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)

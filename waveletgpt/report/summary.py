@@ -154,7 +154,7 @@ def read_records(runs: Iterable[RunFolder]) -> list[Record]:
         by_arm.setdefault(record.arm, []).append(record)
     grouped: list[Record] = []
     for name, group in by_arm.items():
-        same_recipe = all(settings_of(r.info) == settings_of(group[0].info) for r in group)
+        same_recipe = all(_training_of(r.info) == _training_of(group[0].info) for r in group)
         if same_recipe and len({r.seed for r in group}) == len(group):
             grouped += sorted(group, key=lambda r: r.seed)
         else:
@@ -219,6 +219,13 @@ def settings_of(info: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in _INCIDENTAL and value is not None}
 
 
+def _training_of(info: dict[str, Any]) -> dict[str, Any]:
+    """`settings_of`, but of the size of a batch only what all processes together make of it."""
+    settings = settings_of(info)
+    dealt = [settings.pop(key, 1) for key in ("batch_size", "training.accumulation")]
+    return {**settings, "sequences": math.prod([*dealt, (info.get("environment") or {}).get("processes", 1)])}
+
+
 def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
     """Numbers of all arms against the baseline: the content of summary.json.
 
@@ -277,6 +284,7 @@ def assemble(
         "data": first.info.get("data") or {},
         "recipe": first.info.get("recipe") or {},
         "environment": first.info.get("environment") or {},
+        "at_once": max(map(_at_once, records)),
         "arms": {},
     }
     for name, group in arms.items():
@@ -428,12 +436,23 @@ def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[in
         values = {str((r.info.get("environment") or {}).get(key)) for r in everyone}
         if len(values) > 1:
             notes.append(f"The runs differ in {key} ({', '.join(sorted(values))}): do not compare their seconds.")
+    at_once = max(map(_at_once, everyone), default=1)
+    if at_once > 1:
+        notes.append(
+            f"Up to {at_once} runs at once shared the machine and slowed each other down: believe the steps; time "
+            "speed-ups mean little."
+        )
     # The median over the logging intervals is what the machine can do; a mean far below it shared it with other work.
     busy = dict.fromkeys(r.arm for r in everyone if r.was_disturbed)
     if busy:
         names = ", ".join(f"`{arm}`" for arm in busy)
         notes.append(f"The machine was busy with other things at times ({names}): believe the steps, not the seconds.")
     return notes
+
+
+def _at_once(record: Record) -> int:
+    """How many runs shared the machine."""
+    return int((record.info.get("environment") or {}).get("at_once", 1))
 
 
 def _bits_per_byte(record: Record) -> float | None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import sys
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 from waveletgpt.errors import UserError
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
-from waveletgpt.runs.folder import RunFolder
+from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe, mixing_names
 from waveletgpt.training.resuming import check_comparison_folder
+from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
 
 if TYPE_CHECKING:
     from waveletgpt.classify.examples import ExampleStore
     from waveletgpt.data import TokenStore
+    from waveletgpt.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,44 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
     return arms
 
 
+def with_seeds(arms: list[Arm], seeds: int) -> list[tuple[Arm, Recipe]]:
+    """The runs of a comparison, in the order in which they are trained: every arm with a seed, then with the next.
+
+    Raises:
+        UserError: no seed.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    first = arms[0].recipe.seed
+    return [
+        (arm, arm.recipe.override({"seed": seed}, "--seeds")) for seed in range(first, first + seeds) for arm in arms
+    ]
+
+
 def plan(
-    recipe: Recipe, out: str | Path, *, arms: list[str] | tuple[str, ...], seeds: int = 1, resume: bool = False
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    arms: list[str] | tuple[str, ...],
+    seeds: int = 1,
+    resume: bool = False,
+    workers: str | int = 1,
 ) -> list[Arm]:
     """The arms of a comparison that may begin or go on in `out`: all that can be checked before data is prepared.
 
     Raises:
-        UserError: bad arms or seeds, an `out` that holds something else, or a comparison and no `resume`.
+        UserError: bad arms, seeds or workers, an `out` that holds something else, or a comparison and no `resume`.
     """
-    parsed = parse_arms(arms, recipe)
-    if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {seeds}")
-    names = {arm.folder(seed) for arm in parsed for seed in range(recipe.seed, recipe.seed + seeds)}
-    check_comparison_folder(Path(out), names, resume)
+
+    def decide() -> list[Arm]:
+        parsed = parse_arms(arms, recipe)
+        names = {arm.folder(settings.seed) for arm, settings in with_seeds(parsed, seeds)}
+        worker_count(workers, "cpu", len(names))
+        check_comparison_folder(Path(out), names, resume)
+        return parsed
+
+    parsed = processes.from_first(decide)
+    processes.check_shared(Path(out))
     return parsed
 
 
@@ -101,11 +129,16 @@ def compare(
     arms: list[str] | tuple[str, ...],
     seeds: int = 1,
     resume: bool = False,
+    workers: str | int = 1,
 ) -> dict[str, Any]:
     """Train every arm with every seed, and write summary.json, curves.csv and report.html in `out`.
 
     Finished runs are kept and unfinished ones go on, so an interrupted comparison continues with `resume=True`. The
     report is renewed after every run. An arm that diverges is reported as failed; the others go on.
+
+    Args:
+        workers: runs at a time, each in a process of its own; "auto": one for each GPU, without GPUs one. Workers know
+            the package, but nothing that was registered with it from outside.
 
     Returns:
         The summary, as in summary.json.
@@ -115,34 +148,49 @@ def compare(
         Interrupted: Ctrl-C; what was trained is saved.
         Diverged: every run did.
     """
-    from waveletgpt.training.trainer import Diverged, task_of, train
+    from waveletgpt.training.trainer import Diverged, task_of
 
     out = Path(out)
-    parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume)
+    parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers)
+    processes.from_first(lambda: check_models(parsed, task_of(store)))
+    runs = with_seeds(parsed, seeds)
+    count = processes.from_first(lambda: worker_count(workers, recipe.device, len(runs)))
+    if count > 1:  # runs that share the machine share its cores, too
+        share = max(1, cores() // count)
+        runs = [(arm, r.override({"threads": r.training.threads or share}, "--workers")) for arm, r in runs]
+    jobs = [Job(r, store, out / arm.folder(r.seed), data, arm.name, resume, count) for arm, r in runs]
+    ended: set[Path] = set()
+    summary: dict[str, Any] = {}
+
+    def renew() -> dict[str, Any]:
+        """The results of what has been trained; none without the baseline."""
+        baseline, begun = parsed[0].name, [job.run for job in jobs if job.folder in ended and job.run.exists()]
+        return write_results(out, begun, baseline) if any(run.info["arm"] == baseline for run in begun) else {}
+
+    with contextlib.closing(side_by_side(jobs, count) if count > 1 else one_by_one(jobs)) as engine:
+        for job, error in engine:
+            if error is not None and processes.first():
+                print(f"waveletgpt: {job.title}: {error}", file=sys.stderr)
+            ended.add(job.folder)
+            gc.collect()
+            summary = processes.from_first(renew)
+    if not processes.from_first(lambda: any(job.run.finished for job in jobs)):
+        raise Diverged("no run came to its end: see above")
+    return summary
+
+
+def check_models(arms: list[Arm], task: Task) -> None:
+    """Build the model of each arm, to be told of what does not go before hours are spent.
+
+    Raises:
+        UserError: settings that the model does not take, or arms that are measured on other windows than the first.
+    """
     windows = []
-    for arm in parsed:  # tells of settings that do not go before hours are spent
-        model = task_of(store).build_model(arm.recipe)
+    for arm in arms:
+        model = task.build_model(arm.recipe)
         windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": model.config.n_positions}}))
         if windows[-1] != windows[0]:
             raise UserError(
-                f"--arms {arm.name} cannot be compared with {parsed[0].name}: their evaluation windows would differ "
+                f"--arms {arm.name} cannot be compared with {arms[0].name}: their evaluation windows would differ "
                 f"({windows[-1]} and {windows[0]}); set these for the comparison, not for an arm"
             )
-
-    runs: list[RunFolder] = []
-    summary: dict[str, Any] = {}
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        for arm in parsed:
-            folder = out / arm.folder(seed)
-            settings = arm.recipe.override({"seed": seed}, "--seeds")
-            try:
-                runs.append(train(settings, store, folder, data=data, arm=arm.name, resume=resume))
-            except Diverged as error:
-                print(f"waveletgpt: {arm.name} seed {seed}: {error}", file=sys.stderr)
-                runs.append(RunFolder(folder))
-            gc.collect()
-            if any(run.info["arm"] == parsed[0].name for run in runs):
-                summary = write_results(out, runs, parsed[0].name)
-    if not any(run.finished for run in runs):
-        raise Diverged("no run came to its end: see above")
-    return summary

@@ -11,6 +11,7 @@ from typing import Any
 from waveletgpt.errors import UserError
 from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, find_runs
 from waveletgpt.runs.locks import locked
+from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe
 
 
@@ -90,7 +91,18 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
         return None
     info = run.info
     recorded = {k: v for k, v in info["recipe"].items() if k != "data"}
+    began, here = info["environment"].get("processes", 1), processes.count()
+    before, after = global_batch(recorded, began), global_batch(recipe.as_dict(), here)
+    if before != after and began != here:
+        fitting, rest = divmod(before, recipe.training.accumulation * here)
+        mend = f"give batch_size {fitting}" if fitting and not rest else f"use {began} again"
+        raise UserError(
+            f"--resume with another number of processes, {here}: a step would have {after} sequences, in {run.path}, "
+            f"of {began}, it has {before}; {mend}, or another --out"
+        )
     for name, now, then in differences(recipe.as_dict(), recorded):
+        if name in _BATCH and before == after:
+            continue  # the batches are the same, dealt to the processes in another way
         raise UserError(
             f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
             "use its settings, or another --out"
@@ -110,6 +122,14 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
             f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before"
         )
     return step, folder
+
+
+_BATCH = ("batch_size", "training.accumulation")
+
+
+def global_batch(recipe: dict[str, Any], processes: int) -> int:
+    """Sequences of a step, in all processes together, of a recipe as a dict."""
+    return int(recipe["batch_size"] * recipe["training"]["accumulation"] * processes)
 
 
 # Settings that change where and how fast a run computes, not what it computes.

@@ -16,6 +16,7 @@ from typing import Any
 from waveletgpt.errors import UserError
 from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
 from waveletgpt.runs.folder import write_json
+from waveletgpt.training import processes
 from waveletgpt.training.compare import compare, parse_arms
 from waveletgpt.training.recipe import Recipe
 
@@ -98,11 +99,13 @@ def sweep(
     grid: dict[str, list[str]],
     steps: int | None = None,
     resume: bool = False,
+    workers: str | int = 1,
 ) -> list[str]:
     """Try every arm with every combination of `grid`, and give each arm its best by loss on the validation split.
 
     Args:
         out: folder of the comparison that the sweep is for; trials go to `sweep_folder(out)`, with the recipe's seed.
+        workers: trials at a time, see `compare`.
         steps: length of a trial; None: as long as the comparison's runs, of which the best trials then are the first.
 
     Returns:
@@ -112,31 +115,35 @@ def sweep(
     Raises:
         UserError: see `parse_grid`, `variants`, `choose` and `compare`.
     """
-    named = {arm: variants(arm, grid) for arm in arms}
+    named = processes.from_first(lambda: {arm: variants(arm, grid) for arm in arms})
     trials = [variant for combinations in named.values() for variant in combinations.values()]
     shortened = recipe if steps is None else recipe.override({"max_steps": steps}, "sweep")
-    parse_arms(trials, shortened)  # tells of a mistake before the first step
+    processes.from_first(lambda: parse_arms(trials, shortened))  # tells of a mistake before the first step
     place = sweep_folder(out)
-    summary = compare(shortened, store, place, data=data, arms=trials, resume=resume)
-    found = {
-        arm: choose({key: _final_loss(summary, variant) for key, variant in combinations.items()}, grid)
-        for arm, combinations in named.items()
-    }
-    best = {arm: named[arm][tuple(entry["best"].values())] for arm, entry in found.items()}
-    if steps is None:
-        for arm in parse_arms(list(best.values()), recipe):  # the trial is that arm's run of the first seed
-            _copy_run(place / arm.folder(recipe.seed), Path(out) / arm.folder(recipe.seed))
-    write_json(
-        place / SWEEP_FILE,
-        {
-            "grid": grid,
-            "steps": shortened.max_steps,
-            "seed": recipe.seed,
-            "fingerprint": store.fingerprint,
-            "arms": {best[arm]: entry for arm, entry in found.items()},
-        },
-    )
-    return list(best.values())
+    summary = compare(shortened, store, place, data=data, arms=trials, resume=resume, workers=workers)
+
+    def record() -> list[str]:
+        found = {
+            arm: choose({key: _final_loss(summary, variant) for key, variant in combinations.items()}, grid)
+            for arm, combinations in named.items()
+        }
+        best = {arm: named[arm][tuple(entry["best"].values())] for arm, entry in found.items()}
+        if steps is None:
+            for arm in parse_arms(list(best.values()), recipe):  # the trial is that arm's run of the first seed
+                _copy_run(place / arm.folder(recipe.seed), Path(out) / arm.folder(recipe.seed))
+        write_json(
+            place / SWEEP_FILE,
+            {
+                "grid": grid,
+                "steps": shortened.max_steps,
+                "seed": recipe.seed,
+                "fingerprint": store.fingerprint,
+                "arms": {best[arm]: entry for arm, entry in found.items()},
+            },
+        )
+        return list(best.values())
+
+    return processes.from_first(record)
 
 
 def _copy_run(source: Path, target: Path) -> None:

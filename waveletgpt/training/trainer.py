@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -37,9 +36,10 @@ from waveletgpt.model.cost import describe
 from waveletgpt.model.mixing import Mixer
 from waveletgpt.runs.environment import command, environment, peak_flops
 from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, publish, write_json
+from waveletgpt.training import processes
 from waveletgpt.training.progress import ProgressBar
 from waveletgpt.training.recipe import Recipe
-from waveletgpt.training.resuming import claimed, find_start
+from waveletgpt.training.resuming import claimed, find_start, global_batch
 from waveletgpt.training.task import LanguageModeling, Task
 
 
@@ -137,14 +137,14 @@ class RunTrainer(Trainer):
             finally:
                 self._output_dir = None
             self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                folder = staging / f"checkpoint-{step}"
-                write_json(folder / "clock.json", {"seconds": seconds})
-                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-                publish(folder, self.run.path / folder.name)
-                for _, old in self.run.checkpoints()[: -self.recipe.training.keep_checkpoints]:
-                    shutil.rmtree(old, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+            processes.from_first(lambda: self._publish_checkpoint(staging / f"checkpoint-{step}", seconds))
+
+    def _publish_checkpoint(self, folder: Path, seconds: float) -> None:
+        write_json(folder / "clock.json", {"seconds": seconds})
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        publish(folder, self.run.path / folder.name)
+        for _, old in self.run.checkpoints()[: -self.recipe.training.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class Recorder(TrainerCallback):
@@ -158,7 +158,9 @@ class Recorder(TrainerCallback):
         self.trainer.clock.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.interrupted:
+        # A signal may have reached one process only, or several of them in different steps: they stop together.
+        if processes.any_of(self.interrupted):
+            self.interrupted = True
             control.should_save = control.should_training_stop = True
         if control.should_save or control.should_evaluate:
             # A loss that is no number is noticed before it is saved.
@@ -204,6 +206,7 @@ def train(
     arm: str | None = None,
     resume: bool = False,
     show_progress: bool = True,
+    at_once: int = 1,
 ) -> RunFolder:
     """Train one model and leave a run folder at `out`.
 
@@ -212,6 +215,7 @@ def train(
         data: the name or path the store was made of, for the record.
         arm: name of the arm in a comparison; default: the mixing.
         resume: go on from the newest checkpoint of `out`; a finished run is left as it is.
+        at_once: how many runs share the machine meanwhile, for the record.
 
     Raises:
         UserError: bad settings, too little data, an `out` that holds another run, resuming with other settings, a
@@ -220,9 +224,9 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was saved first.
     """
     run = RunFolder(out)
-    main = int(os.environ.get("RANK", 0)) == 0
-    with claimed(run.path) if main else contextlib.nullcontext():
-        return _train(recipe, store, run, data, arm or recipe.mixing, resume, show_progress, main)
+    with contextlib.ExitStack() as ours:
+        processes.from_first(lambda: ours.enter_context(claimed(run.path)))
+        return _train(recipe, store, run, data, arm or recipe.mixing, resume, show_progress, at_once)
 
 
 def _train(
@@ -233,30 +237,37 @@ def _train(
     arm: str,
     resume: bool,
     show_progress: bool,
-    main: bool,
+    at_once: int,
 ) -> RunFolder:
     """`train` in a folder that is ours alone."""
     transformers_logging.disable_progress_bar()
     # A comparison trains arm after arm in one process; each starts from its own precision.
     AcceleratorState._reset_state(reset_partial_state=False)
-    device_arguments = choose_device(recipe)
+    with processes.agreed():
+        device_arguments = choose_device(recipe)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
     task = task_of(store)
     arguments = training_arguments(recipe, run.path, {**task.arguments(), **device_arguments})
     _ = arguments.device  # joins the process group, where there is one
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or a process that sees several would split and enlarge its batches
-    checkpoint = find_start(run, recipe, task.fingerprint, resume)
-    # All processes look at the folder before the first of them writes there.
-    PartialState().wait_for_everyone()
+    processes.check_shared(run.path)
+    checkpoint, finished, fingerprint = processes.from_first(
+        lambda: (find_start(run, recipe, task.fingerprint, resume), run.finished, task.fingerprint)
+    )
     # The start is evaluated once, not again at every resumption.
     arguments.eval_on_start = checkpoint is None
-    if run.finished:
-        return run
-
-    model = task.build_model(recipe)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    sequences = recipe.batch_size * recipe.training.accumulation * processes
+    with processes.agreed():
+        if task.fingerprint != fingerprint:
+            raise UserError(
+                f"{data} is not the data of process 0: {task.fingerprint[:12]}, not {fingerprint[:12]}; "
+                "give all machines the same"
+            )
+        if finished:
+            return run
+        model = task.build_model(recipe)
+    main = processes.first()
+    sequences = global_batch(recipe.as_dict(), processes.count())
     info: dict[str, Any] = {
         "status": "running",
         "task": task.name,
@@ -266,15 +277,19 @@ def _train(
         "recipe": {"data": data, **recipe.as_dict()},
         "data": task.describe(data),
         "model": describe(model),
-        "environment": environment(),
+        "environment": {**environment(), "at_once": at_once},
         "probe": task.probe(model),
     }
-    if main:
+
+    def begin() -> None:
+        if checkpoint:  # the most that ever shared the machine
+            info["environment"]["at_once"] = max(at_once, run.info["environment"].get("at_once", 1))
         with disk_errors(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(run.path / STAGING, ignore_errors=True)
             run.write_info(info)
             run.truncate_metrics(checkpoint[0] if checkpoint else -1)
+
+    processes.from_first(begin)
 
     trainer = RunTrainer(
         run,
@@ -305,32 +320,33 @@ def _train(
             run.update_info(status="failed", error=str(error))
         raise
     if recorder.interrupted and trainer.state.global_step < recipe.max_steps:
-        if main:
-            run.update_info(status="interrupted")
+        processes.from_first(lambda: run.update_info(status="interrupted"))
         raise Interrupted(f"saved {run.path} at step {trainer.state.global_step} of {recipe.max_steps}")
-    finish(trainer, main)
+    finish(trainer)
     return run
 
 
-def finish(trainer: RunTrainer, main: bool) -> None:
+def finish(trainer: RunTrainer) -> None:
     """Put the final model, what it makes, and the result into the run folder; `status` turns "finished" last."""
     run = trainer.run
     staging = run.path / STAGING
+
+    def complete() -> None:
+        # The weights move last: with them the folder counts as a model.
+        for file in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            # run.json says what the pickled arguments of transformers say, and is safe to read.
+            if file.is_file() and file.name != TRAINING_ARGS_NAME:
+                os.replace(file, run.path / file.name)
+        shutil.rmtree(staging, ignore_errors=True)
+        more = trainer.task.finish(run, trainer.recipe, trainer.args.device)
+        # Of this process: a resumed run does not know how long those before it waited.
+        waiting = trainer.waited / max(trainer.clock.read() - trainer.resumed_at, 1e-9)
+        run.update_info(status="finished", result={**result(run), "waiting_for_data": round(waiting, 4), **more})
+
     with disk_errors(run.path):
         trainer.save_model(str(staging))
         trainer.accelerator.wait_for_everyone()
-        if main:
-            # The weights move last: with them the folder counts as a model.
-            for file in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-                # run.json says what the pickled arguments of transformers say, and is safe to read.
-                if file.is_file() and file.name != TRAINING_ARGS_NAME:
-                    os.replace(file, run.path / file.name)
-            shutil.rmtree(staging, ignore_errors=True)
-            more = trainer.task.finish(run, trainer.recipe, trainer.args.device)
-            # Of this process: a resumed run does not know how long those before it waited.
-            waiting = trainer.waited / max(trainer.clock.read() - trainer.resumed_at, 1e-9)
-            run.update_info(status="finished", result={**result(run), "waiting_for_data": round(waiting, 4), **more})
-    trainer.accelerator.wait_for_everyone()
+        processes.from_first(complete)
 
 
 def result(run: RunFolder) -> dict[str, Any]:
