@@ -89,7 +89,14 @@ def styles_of(summary: dict[str, Any]) -> dict[str, int]:
     return {name: 1 + others.index(name) if name in others else 0 for name in names}
 
 
-def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], summary: dict[str, Any], runs: int) -> str:
+def frame(
+    title: str,
+    header: str,
+    sections: Sequence[tuple[str, str, str]],
+    summary: dict[str, Any],
+    runs: int,
+    files: str = "summary.json and curves.csv",
+) -> str:
     """The page around a header and sections (key, title, HTML); those without content are left out."""
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
@@ -102,7 +109,7 @@ def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], sum
             for key, heading, body in sections
         ),
         footer=f"Written by waveletgpt {escape(str(summary['environment'].get('waveletgpt') or ''))} from "
-        f"{plural(runs, 'run folder')}; summary.json and curves.csv hold the numbers.",
+        f"{plural(runs, 'run folder')}; {files} hold the numbers.",
     )
 
 

@@ -229,6 +229,7 @@ def _per_tenfold(rows: Sequence[tuple[str, float, float]]) -> float | None:
 # What is estimated, under names such as ("law", "none", "E"); a value may be missing (None) or infinite.
 Key = tuple[str, ...]
 Values = dict[Key, float | None]
+Estimates = dict[Key, dict[str, Any]]
 
 
 def _values(
@@ -282,7 +283,7 @@ def _laws(values: Values) -> dict[Key, Law]:
     return {key: Law(**{name: values[*key, name] for name in PARAMETERS}) for key in keys}  # type: ignore[arg-type]
 
 
-def estimate(points: Sequence[Point], baseline: str, replicates: int = 100, seed: int = 0) -> dict[Key, dict[str, Any]]:
+def estimate(points: Sequence[Point], baseline: str, replicates: int = 100, seed: int = 0) -> Estimates:
     """All that a ladder tells: value and 95 % interval of laws, gaps, multipliers, retention and trend.
 
     Multipliers are read off the baseline's law of sizes and tokens where there is one, else off its law of tokens at
