@@ -143,11 +143,11 @@ def _curves(rungs: Sequence[Rung], ladder: Ladder, styles: Styles) -> str:
             continue
         pad = 0.08 * (max(ends) - min(ends)) + 0.02
         said = "; ".join(
-            f"{rung.name} " + ", ".join(
-                f"{arm} {entry['final_nll']['mean']:.3f}" for arm, entry in entries[rung.name]["arms"].items() if entry["seeds"]
-            )
-            for rung in own
-        )  # fmt: skip
+            f"{name} {arm} {entry['final_nll']['mean']:.3f}"
+            for name in (rung.name for rung in own)
+            for arm, entry in entries[name]["arms"].items()
+            if entry["seeds"]
+        )
         charts.append(
             chart(lines, HALF, Axis("tokens", low, high, log_ticks(low, high)),
                   Axis(f"{size}: held-out loss, nats per token", min(ends) - pad, max(ends) + 2.5 * pad), height=300,
@@ -182,32 +182,25 @@ def _worth(ladder: Ladder) -> str:
                 f'{_key(sizes)}<div class="multiples">{drawn}</div>',
                 f"<b>{escape(arm)}</b>, a line for each size. {said}{bars}",
             )
-        by_size = [
-            with_interval(entry["retention_by_size"].get(size) or {"value": None, "ci95": None}, "{:.2f}")
-            for size in sizes
-        ]
-        rows.append(
-            [
-                escape(arm),
-                *by_size,
-                *_split(with_interval(entry["retention"], "{:.2f}")),
-                *_split(with_interval(entry["trend"], "×{:.2f}")),
-            ]
-        )
+        missing = {"value": None, "ci95": None}
+        kept = [entry["retention_by_size"].get(size, missing) for size in sizes]
+        cells = [_small(with_interval(value, "{:.2f}")) for value in [*kept, entry["retention"]]]
+        rows.append([escape(arm), *cells, _small(with_interval(entry["trend"], "×{:.2f}"))])
     if not rows:
         return ""
     head = ["arm", *(f"retention, {escape(size)}" for size in sizes), "retention, all sizes", "trend of the multiplier"]
     text = (
-        '<p class="small">Retention: what is left of the gap when the tokens are ten times as many (1: all of it). Trend: '
-        "the factor by which the compute multiplier changes when the compute is ten times as much (1: it stays).</p>"
+        '<p class="small">Retention: what is left of the gap when the tokens are ten times as many (1: all of it). '
+        "Trend: the factor by which the compute multiplier changes when the compute is ten times as much "
+        "(1: it stays).</p>"
     )
     return html + text + table(head, rows, "arms", "Retention and trend")
 
 
-def _split(text: str) -> list[str]:
+def _small(text: str) -> str:
     """A number, and its interval under it in small print."""
     number, _, interval = text.partition(" [")
-    return [number + (f"<small>[{interval}</small>" if interval else "")]
+    return number + (f"<small>[{interval}</small>" if interval else "")
 
 
 def _by_size(ladder: Ladder, arm: str, sizes: Styles, across: str, what: str) -> list[Line]:
@@ -286,7 +279,7 @@ def _law(ladder: Ladder, styles: Styles) -> str:
     for arm, entry in ladder["arms"].items():
         for size, law in [("all", entry["law"]), *entry["size_laws"].items()]:
             if law is not None:
-                cells = [_split(with_interval(law[name], form))[0] for name, form in forms.items()]
+                cells = [_small(with_interval(law[name], form)) for name, form in forms.items()]
                 if size != "all":
                     cells[1] = cells[2] = "–"
                 rows.append([f"{swatch(styles[arm])}{escape(arm)}", escape(size), *cells])

@@ -261,10 +261,12 @@ def train_ladder(
 
 
 def _finished(rung: Rung, store: TokenStore, folder: Path, arms: Sequence[str], seeds: int) -> bool:
-    """Whether all runs of a rung are done, with these settings and this data.
+    """Whether all runs of a rung are done, and reported, with these settings and this data.
 
     Raises UserError for others.
     """
+    if not (folder / "report.html").is_file():  # a sweep has put runs there
+        return False
     for seed in range(rung.recipe.seed, rung.recipe.seed + seeds):
         for arm in parse_arms(list(arms), rung.recipe):
             run = RunFolder(folder / arm.folder(seed))
