@@ -152,7 +152,7 @@ def _fit(points: Sequence[Point], arm: str, sized: bool, start: Law | None) -> L
         starts = [np.array(begin)]
     else:
         starts = sorted(_starts(np.exp(losses), axes[1:]), key=cost)[:2]
-    exact = 1e-10 if start is None else 1e-6
+    exact, most = (1e-10, 500) if start is None else (1e-6, 50)
     found = [
         least_squares(
             residuals,
@@ -164,7 +164,7 @@ def _fit(points: Sequence[Point], arm: str, sized: bool, start: Law | None) -> L
             ftol=exact,
             xtol=exact,
             gtol=1e-12,
-            max_nfev=500,
+            max_nfev=most,
         )
         for begin in starts
     ]
