@@ -118,8 +118,8 @@ class Ladder:
     """Compare arms at every size of model and number of tokens, and tell what their lead is worth and whether it lasts.
 
     Each rung (a size and a number of tokens) is a comparison with its own learning-rate decay. From three sizes and
-    three numbers of tokens on, a law L = E + A / N^a + B / D^b is fitted. Rungs set the steps and the models' depth, width
-    and heads; --max-steps and the settings of these have no effect.
+    three numbers of tokens on, a law L = E + A / N^a + B / D^b is fitted. Rungs set the steps and the models' depth,
+    width and heads; --max-steps and the settings of these have no effect.
     """
 
     data: Positional[str] = DEFAULT_DATA
