@@ -18,6 +18,7 @@ from waveletgpt.report.scaling import (
     fit_tokens,
     multiplier,
     retention,
+    trend,
 )
 
 TRUE = Law(E=1.1, A=18.0, a=0.25, B=260.0, b=0.34)
@@ -105,7 +106,7 @@ def test_an_arm_worth_more_tokens_is_worth_that(gain: float) -> None:
     for index in range(len(points)):
         assert found["tokens", "fixed", str(index)]["value"] == pytest.approx(gain, rel=0.01)
         assert found["compute", "fixed", str(index)]["value"] == pytest.approx(0.9 * gain, rel=0.01)
-    assert found["trend", "fixed"]["value"] == pytest.approx(1, abs=0.01)
+    assert found["trend", "fixed", "compute"]["value"] == pytest.approx(1, abs=0.01)
 
 
 def test_the_baseline_is_worth_itself_though_the_law_does_not_fit_it() -> None:
@@ -147,8 +148,22 @@ def test_a_trend_by_hand() -> None:
     for d, worth in ((1e6, 2.0), (1e7, 1.5), (1e8, 1.125)):
         points.append(Point("s", 1e6, d, 6e6 * d, {"none": {0: base.loss(1, d)}, "arm": {0: base.loss(1, worth * d)}}))
     found = estimate(points, "none", replicates=0)
-    assert found["trend", "arm"]["value"] == pytest.approx(0.75, rel=1e-3)
+    assert found["trend", "arm", "tokens"]["value"] == pytest.approx(0.75, rel=1e-3)
+    assert found["trend", "arm", "compute"]["value"] == pytest.approx(0.75, rel=1e-3)
+    assert found["trend", "arm", "parameters"]["value"] is None
     assert ("law", "none", "E") not in found  # one size
+
+
+def test_a_trend_along_tokens_is_not_hidden_by_larger_models() -> None:
+    """Half for tenfold tokens, the same for every size: over compute alone it would look like more than half."""
+    rows = [(n, d, 4.0 * (d / 1e6) ** math.log10(0.5)) for n in (1e5, 1e6, 1e7) for d in (1e6, 1e7)]
+    found = trend(rows)
+    assert found["tokens"] == pytest.approx(0.5)
+    assert found["parameters"] == pytest.approx(1)
+    assert found["compute"] == pytest.approx(math.sqrt(0.5))
+    # Sizes and tokens that grow together tell neither apart, and an infinite multiplier tells nothing.
+    for bad in ([(1e5, 1e6, 2.0), (1e6, 1e7, 1.5), (1e7, 1e8, 1.2)], [*rows, (1e8, 1e7, math.inf)], []):
+        assert set(trend(bad).values()) == {None}
 
 
 def test_intervals_hold_the_truth_and_narrow_with_less_noise() -> None:

@@ -7,7 +7,8 @@ beside them; the fits are those of `scaling.py`.
     gap                 the baseline's final loss minus the arm's, in nats, over the seeds that both have
     data multiplier     how many times as many tokens the baseline of the same size needs for the arm's final loss
     compute multiplier  the same, times the arm's tokens per second over the baseline's
-    trend               factor by which the compute multiplier changes when the compute is ten times as much
+    trend               factor by which the compute multiplier changes: per tenfold tokens at the same size, per tenfold
+                        parameters at the same tokens, and per tenfold compute where both have the same share in it
     retention           what is left of the gap when the tokens are ten times as many
 """
 
@@ -279,7 +280,9 @@ def _arm(arm: str, baseline: str, found: Estimates, points: Sequence[Point]) -> 
     if arm != baseline:
         entry["retention"] = _finite(found.get(("retention", arm)))
         entry["retention_by_size"] = {size: _finite(found.get(("retention", arm, size))) for size in sizes}
-        entry["trend"] = _finite(found.get(("trend", arm)))
+        entry["trend"] = {
+            over: _finite(found.get(("trend", arm, over))) for over in ("tokens", "parameters", "compute")
+        }
     return entry
 
 
@@ -309,9 +312,14 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
         notes.append(text)
     if all(len(losses) == 1 for point in points for losses in point.losses.values()):
         notes.append("One seed only: no interval has in it what a seed does.")
-    for entry in ladder["rungs"]:
-        if (entry["epochs"] or 0) > 1.005:
-            notes.append(f"Rung {entry['rung']} reads the training data {entry['epochs']:.1f} times.")
+    repeated = [entry for entry in ladder["rungs"] if (entry["epochs"] or 0) > 1.005]
+    if repeated:
+        names = ", ".join(entry["rung"] for entry in repeated)
+        most = max(entry["epochs"] for entry in repeated)
+        notes.append(
+            f"{names}: the training data is read more than once, up to {most:.1f} times, which is worth less than new "
+            f"data."
+        )
     for arm in ladder["arms"]:
         if arm == baseline:
             continue
@@ -398,11 +406,11 @@ def arm_sentence(ladder: dict[str, Any], arm: str) -> str:
     side = "below" if gap > 0 else "above"
     text = f"`{arm}` ends {abs(gap):.3f} nats {side} the baseline at the top rung, {top['rung']}"
     if worth["value"] is not None:
-        text += f", worth {with_interval(worth, '{:.2f}x')} of compute"
-    if entry["trend"]["value"] is not None:
-        text += f", {with_interval(entry['trend'], '{:.2f} times')} that at ten times the compute"
+        text += f", worth {worth['value']:.2f}x of compute"
+    if entry["trend"]["compute"]["value"] is not None:
+        text += f" ({entry['trend']['compute']['value']:.2f} times that at ten times the compute)"
     if entry["retention"]["value"] is not None:
-        text += f"; of the gap {with_interval(entry['retention'], '{:.2f}')} is left per tenfold data"
+        text += f"; {entry['retention']['value']:.0%} of the gap is left per tenfold data"
     return f"{text}."
 
 

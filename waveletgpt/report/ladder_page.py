@@ -78,8 +78,8 @@ def _tiles(ladder: Ladder, best: str) -> list[tuple[str, str, str]]:
     found = [tile("Gap at the top rung", at["gap"], "{:.3f}", "nats per token below the baseline")]
     if at["compute_multiplier"]["value"] is not None:
         found.append(tile("Compute multiplier", at["compute_multiplier"], "{:.2f}×", f"at {top['rung']}"))
-    if entry["trend"]["value"] is not None:
-        found.append(tile("Its trend", entry["trend"], "×{:.2f}", "per tenfold compute"))
+    if entry["trend"]["compute"]["value"] is not None:
+        found.append(tile("Its trend", entry["trend"]["compute"], "×{:.2f}", "per tenfold compute"))
     if entry["retention"]["value"] is not None:
         found.append(tile("Retention", entry["retention"], "{:.2f}", "of the gap per tenfold data"))
     return found
@@ -185,14 +185,17 @@ def _worth(ladder: Ladder) -> str:
         missing = {"value": None, "ci95": None}
         kept = [entry["retention_by_size"].get(size, missing) for size in sizes]
         cells = [_small(with_interval(value, "{:.2f}")) for value in [*kept, entry["retention"]]]
-        rows.append([escape(arm), *cells, _small(with_interval(entry["trend"], "×{:.2f}"))])
+        trends = [entry["trend"][over] for over in ("tokens", "parameters", "compute")]
+        rows.append([escape(arm), *cells, *(_small(with_interval(value, "×{:.2f}")) for value in trends)])
     if not rows:
         return ""
-    head = ["arm", *(f"retention, {escape(size)}" for size in sizes), "retention, all sizes", "trend of the multiplier"]
+    head = ["arm", *(f"retention, {escape(size)}" for size in sizes), "retention, all sizes"]
+    head += ["trend, 10× tokens", "trend, 10× size", "trend, 10× compute"]
     text = (
         '<p class="small">Retention: what is left of the gap when the tokens are ten times as many (1: all of it). '
-        "Trend: the factor by which the compute multiplier changes when the compute is ten times as much "
-        "(1: it stays).</p>"
+        "Trend: the factor by which the compute multiplier changes (1: it stays) when the tokens are ten times as many "
+        "at the same size, the model is ten times as large at the same tokens, and the compute is ten times as much, "
+        "half of that growth in each.</p>"
     )
     return html + text + table(head, rows, "arms", "Retention and trend")
 
@@ -260,7 +263,7 @@ def _rungs(ladder: Ladder, styles: Styles) -> str:
     return (
         table(head, shapes, "arms", "Models and data of the rungs")
         + "<h3>What came of them</h3>"
-        + table(list(map(escape, header)), cells, "arms", "Losses, gaps and multipliers of the rungs")
+        + table(list(map(escape, header)), cells, "arms rungs", "Losses, gaps and multipliers of the rungs")
     )
 
 
@@ -331,6 +334,8 @@ loss. The arm has not decayed its learning rate there, so this is on the low sid
 for the arm's final loss: its law is moved to go through its own loss at the rung, and asked along the tokens.</dd>
 <dt>Compute multiplier</dt><dd>The data multiplier times the arm's tokens per second over the baseline's. Above 1, the
 arm saves compute.</dd>
-<dt>Trend</dt><dd>10 to the slope of log multiplier over log10 of the baseline's FLOPs, over all rungs.</dd>
+<dt>Trend</dt><dd>Least squares of log multiplier over log parameters and log tokens, over all rungs. Over compute alone
+the two would be mixed, and a lead that is lost along the tokens look lasting because larger models are in the
+picture.</dd>
 <dt>Retention</dt><dd>10 to the slope of log10 gap over log10 tokens, each size with its own level: gap(10 D) /
 gap(D).</dd> </dl>"""

@@ -206,17 +206,12 @@ def retention(points: Sequence[Point], arm: str, baseline: str) -> float | None:
     Slope of log gap over log10 tokens, each size with a level of its own. None where no size has two numbers of tokens,
     or where some gap is not positive: then the arm does not lead, and there is nothing to retain.
     """
-    rows = [(point.size, math.log10(point.tokens), point.gap(arm, baseline)) for point in points]
-    return _per_tenfold([(size, x, gap) for size, x, gap in rows if gap is not None])
-
-
-def _per_tenfold(rows: Sequence[tuple[str, float, float]]) -> float | None:
-    """10^slope of log10 y over x in (group, x, y), each group with a level of its own."""
-    if any(not y > 0 or not math.isfinite(y) for _, _, y in rows):
+    rows = [(p.size, p.tokens, gap) for p in points if (gap := p.gap(arm, baseline)) is not None]
+    if any(not gap > 0 for _, _, gap in rows):
         return None
     xs, ys = [], []
-    for group in dict.fromkeys(row[0] for row in rows):
-        x, y = np.array([(x, math.log10(y)) for name, x, y in rows if name == group]).T
+    for size in dict.fromkeys(row[0] for row in rows):
+        x, y = np.log10(np.array([row[1:] for row in rows if row[0] == size])).T
         xs.append(x - x.mean())
         ys.append(y - y.mean())
     if not xs:
@@ -224,6 +219,31 @@ def _per_tenfold(rows: Sequence[tuple[str, float, float]]) -> float | None:
     x, y = np.concatenate(xs), np.concatenate(ys)
     spread = float(x @ x)
     return 10 ** float(x @ y / spread) if spread > 1e-12 else None
+
+
+def trend(rows: Sequence[tuple[float, float, float]]) -> dict[str, float | None]:
+    """By which factor a multiplier changes, from (parameters, tokens, multiplier) of rungs.
+
+    Least squares of log multiplier over log parameters and log tokens. Over compute alone the two would be mixed: a
+    lead that is lost along the tokens looks lasting as soon as larger models are in the picture.
+
+    Returns:
+        "tokens": when they are ten times as many at the same size. "parameters": when they are, at the same tokens.
+        "compute": when it is ten times as much, and both have the same share of that, or the one of them that varies.
+        None for what does not vary, or not apart from the other, and for all where a multiplier is infinite.
+    """
+    found: dict[str, float | None] = {"tokens": None, "parameters": None, "compute": None}
+    if not rows or any(not math.isfinite(worth) or not worth > 0 for _, _, worth in rows):
+        return found
+    n, d, y = (column - column.mean() for column in np.log10(np.array(rows, dtype=float)).T)
+    varying = {name: x for name, x in (("parameters", n), ("tokens", d)) if float(np.abs(x).max()) > 1e-9}
+    columns = np.stack(list(varying.values()), 1) if varying else np.zeros((len(y), 0))
+    if not varying or np.linalg.matrix_rank(columns) < len(varying):
+        return found
+    slopes = np.linalg.lstsq(columns, y, rcond=None)[0]
+    found |= {name: 10 ** float(slope) for name, slope in zip(varying, slopes, strict=True)}
+    found["compute"] = 10 ** float(slopes.mean())
+    return found
 
 
 # What is estimated, under names such as ("law", "none", "E"); a value may be missing (None) or infinite.
@@ -239,7 +259,7 @@ def _values(
 
     `by_size`: also what is told of each size alone. Keys: ("law", arm, name), ("size law", arm, size, name),
     ("gap", arm, index), ("tokens", arm, index), ("compute", arm, index), ("retention", arm), ("retention", arm, size),
-    ("trend", arm); index is that of a rung in `at`.
+    ("trend", arm, "tokens" | "parameters" | "compute"); index is that of a rung in `at`.
     """
     values: Values = {}
     arms = list(dict.fromkeys(arm for point in at for arm in point.losses))
@@ -259,7 +279,7 @@ def _values(
     for arm in arms:
         if arm == baseline:
             continue
-        compute = []
+        worths = []
         for index, point in enumerate(at):
             law_ = found.get(("law", baseline)) or found.get(("size law", baseline, point.size))
             gap = point.gap(arm, baseline)
@@ -269,12 +289,12 @@ def _values(
             worth = None if tokens is None else tokens * point.throughput.get(arm, 1.0)
             values["compute", arm, str(index)] = worth
             if worth is not None:
-                compute.append(("", math.log10(point.compute), worth))
+                worths.append((point.parameters, point.tokens, worth))
         values["retention", arm] = retention(points, arm, baseline)
         for size in sizes if by_size else []:
             own = [point for point in points if point.size == size]
             values["retention", arm, size] = retention(own, arm, baseline)
-        values["trend", arm] = _per_tenfold(compute)
+        values |= {("trend", arm, over): value for over, value in trend(worths).items()}
     return values
 
 
