@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,3 +344,44 @@ def test_sounds_and_pictures_travel_inside_the_page(tmp_path: Path) -> None:
     assert "outside the run folder" in page
     assert "samples/2.wav" in page
     assert "samples/gone.mid" in page
+
+
+def broken_down(seen: float, new: float, near: float) -> dict[str, Any]:
+    return {
+        "pairs": {"seen": {"nll": seen, "tokens": 300}, "new": {"nll": new, "tokens": 100}},
+        "positions": [
+            {"first": 1, "last": 1, "nll": new, "tokens": 100},
+            {"first": 2, "last": 2, "nll": None, "tokens": 0},
+            {"first": 3, "last": 4, "nll": seen, "tokens": 300},
+        ],
+        "near_attention": {"share": near, "by_block": [near, near], "windows": 4},
+    }
+
+
+def test_where_the_loss_is_stands_in_a_table_and_a_figure_for_each_arm(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{arm}{seed}", arm, seed, curve(1.5))
+        for arm in ("none", "fixed", "ema")
+        for seed in (0, 1)
+    ]
+    for run, found in zip(
+        runs, [(1.0, 3.0, 0.5), (1.2, 3.0, 0.5), (0.9, 2.5, 0.25), (1.1, 2.5, 0.25), None, (1.0, 2.0, 0.3)], strict=True
+    ):
+        if found is not None:
+            run.update_info(result={**run.info["result"], "breakdown": broken_down(*found)})
+    text, page = report(tmp_path, runs, "none")
+    assert '<section id="breakdown"' in text
+    rows = re.search(r'aria-label="Loss by kind of token">(.*?)</table>', text)
+    assert rows is not None
+    # Means over seeds, and minus the baseline's: 1.1 and 1.0.
+    for cell in ("75%", "1.100", "1.000<small>(−0.100)</small>", "2.500<small>(−0.500)</small>", "25.0%"):
+        assert cell in rows[1]
+    assert "ema" not in rows[1]  # one of its runs is of an earlier version
+    names = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "position" in (a.get("aria-label") or "")]
+    assert names == ["loss, nats per token by position, none: 1 3.000, 3 1.100",
+                     "loss minus the baseline's by position, fixed: 1 -0.500, 3 -0.100"]  # fmt: skip
+
+
+def test_runs_of_earlier_versions_have_no_such_section(tmp_path: Path) -> None:
+    text, _ = report(tmp_path, comparison(tmp_path), "none")
+    assert 'id="breakdown"' not in text

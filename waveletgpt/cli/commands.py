@@ -152,6 +152,51 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """Compare arms at every size of model and number of tokens, and tell what their lead is worth and whether it lasts.
+
+    Each rung (a size and a number of tokens) is a comparison with its own learning-rate decay. From three sizes and
+    three numbers of tokens on, a law L = E + A / N^a + B / D^b is fitted. Rungs set the steps and the models' depth,
+    width and heads; --max-steps and the settings of these have no effect.
+    """
+
+    data: Positional[str] = DEFAULT_DATA
+    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    out: str = "runs/ladder"
+    """Folder to write: report.html, ladder.json, ladder.csv, and a comparison per rung, SIZE-TOKENS."""
+    arms: tuple[str, ...] = ("none", "fixed")
+    """Arms, the baseline first, as in `waveletgpt compare`."""
+    sizes: tuple[str, ...] = ("0.1M", "0.3M", "1.2M")
+    """Parameters of the models' blocks, embeddings not counted; width and depth follow from them."""
+    tokens: tuple[str, ...] = ("0.5M", "1.5M", "5M")
+    """Tokens to train on, each in runs of its own."""
+    seeds: int = 1
+    """Seeds per arm and rung, from --seed on."""
+    sweep: tuple[str, ...] = ()
+    """Settings to try with every arm at every size, on the fewest tokens, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3."""
+    resume: bool = False
+    """Go on with the ladder in --out, or make it larger."""
+    recipe: str | None = None
+    """YAML file of settings; options given here win over it."""
+    settings: Annotated[Settings, Flat] = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from waveletgpt.training.ladder import check_data, plan, train_ladder
+        from waveletgpt.training.sweep import parse_grid
+
+        recipe = plain(self.settings)
+        planned: dict[str, Any] = {"arms": self.arms, "sizes": self.sizes, "tokens": self.tokens, "seeds": self.seeds}
+        planned |= {"grid": parse_grid(self.sweep), "resume": self.resume}
+        rungs = plan(recipe, self.out, **planned)  # tells of a mistake before minutes are spent on the data
+        store = prepare_store(self.data, self.settings)
+        check_data(store, rungs)
+        for rung in rungs:
+            shape = rung.shape
+            say(f"{rung.name}: {shape.n_layer} blocks of {shape.n_embd}, {rung.recipe.max_steps:,} steps")
+        print_ladder(train_ladder(recipe, store, self.out, data=self.data, **planned), Path(self.out))
+
+
+@dataclass(frozen=True)
 class ClassifierOptions(ClassifierRecipe):
     mixing: Mixing = ClassifierRecipe.mixing
     source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
@@ -353,7 +398,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.html (and summary.json, curves.csv) from run folders or comparisons, without training."""
+    """Write report.html (and summary.json, curves.csv) from run folders or comparisons, without training.
+
+    Of the folder of a ladder: report.html, ladder.json and ladder.csv.
+    """
 
     runs: Positional[tuple[str, ...]]
     """Run folders, or folders that hold them."""
@@ -364,10 +412,14 @@ class Report:
 
     def run(self) -> None:
         from waveletgpt.report import write_results
+        from waveletgpt.report.ladder import find_rungs, write_ladder
         from waveletgpt.runs.folder import RunFolder, find_runs
 
         if not self.runs:
             raise UserError("name at least one run folder")
+        if len(self.runs) == 1 and find_rungs(self.runs[0]):
+            print_ladder(write_ladder(self.runs[0], self.baseline, self.out), Path(self.out or self.runs[0]))
+            return
         # Where there is no run, `open` says why.
         found = [run for folder in self.runs for run in list(find_runs(folder)) or [RunFolder.open(folder)]]
         arms = list(dict.fromkeys(run.info["arm"] for run in found))
@@ -450,6 +502,7 @@ class DataPrepare:
 COMMANDS: dict[str, type] = {
     "train": Train,
     "compare": Compare,
+    "ladder": Ladder,
     "lra": Lra,
     "classify": Classify,
     "predict": Predict,
@@ -521,18 +574,33 @@ def say(text: str) -> None:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The table of arms, and the result in a sentence."""
-    from rich.console import Console
-    from rich.table import Table
-
     from waveletgpt.report import in_words
 
     if not processes.first():
         return
     header, rows, sentence = in_words(summary)
+    print_table(header, rows)
+    say(sentence)
+    if summary["at_once"] > 1:
+        say(f"Up to {summary['at_once']} runs at once shared the machine: time speed-ups mean little.")
+
+
+def print_ladder(ladder: dict[str, Any], out: Path) -> None:
+    """The table of rungs, what to keep in mind, the result in a sentence, and where the report is."""
+    from waveletgpt.report.ladder import headline, ladder_table
+
+    print_table(*ladder_table(ladder))
+    for note in ladder["notes"]:
+        say(f"note: {note}")
+    say(headline(ladder))
+    say(f"report: {out / 'report.html'}")
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(*header)
     for row in rows:
         table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    say(sentence)
-    if summary["at_once"] > 1:
-        say(f"Up to {summary['at_once']} runs at once shared the machine: time speed-ups mean little.")

@@ -21,6 +21,7 @@ from waveletgpt.training.recipe import load_recipe
 HELP: dict[str, str] = {
     "train DATA": "train one model",
     "compare DATA": "train arms side by side and report the speed-up",
+    "ladder DATA": "arms at several sizes and lengths of training: does a lead last?",
     "lra TASK": "the same for classifiers, on the Long Range Arena",
     "classify DATA": "the same for classifiers of recordings",
     "predict RUN FILE...": "classes of files",

@@ -30,7 +30,8 @@ class Line:
     """A curve; its label stands at its right end.
 
     `kind`: "mean" (bold, a marker now and then), "seed" (thin), "broken" (thin, ends in a cross: a run that stopped),
-    "plain" (bold, no markers), "fine" (lighter, with markers) or "taps" (the same, a marker at each point).
+    "plain" (bold, no markers), "fine" (lighter, with markers), "taps" (the same, a marker at each point) or "points"
+    (markers alone).
     """
 
     points: Sequence[Point]
@@ -248,14 +249,16 @@ def _curve(frame: Frame, line: Line) -> str:
     out = []
     shape = {"mean": "mean", "plain": "mean", "fine": "fine", "taps": "fine"}.get(line.kind, "seed")
     path = "".join(
-        f'<polyline class="{shape}" points="{" ".join(piece)}"{_dash(line.style)}/>' for piece in pieces if piece
+        f'<polyline class="{shape}" points="{" ".join(piece)}"{_dash(line.style)}/>'
+        for piece in pieces
+        if piece and line.kind != "points"
     )
     out.append(
         f'<svg x="{frame.left:.1f}" y="{frame.top:.1f}" width="{frame.width:.1f}" height="{frame.height:.1f}">'
         f"{path}</svg>"
     )
-    if line.kind == "taps":
-        out += [marker(line.style, *at, 3) for at in shown]
+    if line.kind in ("taps", "points"):
+        out += [marker(line.style, *at, 3 if line.kind == "taps" else 4) for at in shown]
     if line.kind in ("mean", "fine") and shown:
         # Markers at even distances, shifted by style so that those of close curves do not hide each other.
         gap = frame.width / 6

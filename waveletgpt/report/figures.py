@@ -192,6 +192,68 @@ def difference_figure(records: Sequence[Record], summary: dict[str, Any], styles
     return figure(drawing, caption, legend({n: s for n, s in styles.items() if n != summary["baseline"]}))
 
 
+def breakdown_figures(summary: dict[str, Any], styles: Styles) -> str:
+    """For every arm: its loss by position in the context, and how much attention stays near in each block."""
+    base = (summary["arms"].get(summary["baseline"]) or {}).get("breakdown") if len(styles) > 1 else None
+    charts = ""
+    for name, style in styles.items():
+        found = (summary["arms"].get(name) or {}).get("breakdown")
+        if not found:
+            continue
+        theirs = base if base and name != summary["baseline"] else None
+        charts += _position_chart(name, style, found["positions"], theirs and theirs["positions"])
+        near = found["near_attention"]
+        if near:
+            lines = [Line(_by_block(near), style, name, "taps")]
+            if theirs and theirs["near_attention"]:
+                lines.insert(0, Line(_by_block(theirs["near_attention"]), 0, str(summary["baseline"]), "taps"))
+            most = max(len(line.points) for line in lines)
+            ticks = [(float(b), str(b)) for b in range(1, most + 1, max(1, math.ceil(most / 8)))]
+            charts += chart(lines, HALF, Axis("block", 0.8, most + 0.2, ticks),
+                            Axis(f"{shorten(name, 24)}: attention within 2 tokens", 0, 1), height=210,
+                            name=f"Share of attention within 2 tokens by block of {name}")  # fmt: skip
+    if not charts:
+        return ""
+    key = "".join(f"<li>{swatch(style)}{escape(name)}</li>" for name, style in styles.items())
+    left = "the loss by how many tokens of context there are" + (
+        ", of the baseline itself, of the other arms minus the baseline's (below zero is better)" if base else ""
+    )
+    return figure(
+        f'<ul class="legend">{key}</ul><div class="multiples">{charts}</div>',
+        f"Left of each pair: {left}. Right: share of the attention of each block that goes to the token itself and the "
+        "two before it, over heads and the later half of a few windows.",
+    )
+
+
+def _by_block(near: dict[str, Any]) -> list[Point]:
+    return [(float(block), share) for block, share in enumerate(near["by_block"], 1)]
+
+
+def _position_chart(
+    arm: str, style: int, places: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]] | None
+) -> str:
+    """Loss of an arm, or its difference to the baseline's, at the middle of each bin of positions."""
+    points = [
+        (math.log2(math.sqrt(place["first"] * place["last"])), place["nll"] - (base[i]["nll"] if base else 0.0))
+        for i, place in enumerate(places)
+        if place["nll"] is not None and (base is None or base[i]["nll"] is not None)
+    ]
+    if not points:
+        return ""
+    values = [y for _, y in points]
+    low, high = min(values + [0.0] * bool(base)), max(values + [0.0] * bool(base))
+    pad = 0.08 * (high - low) or 0.1
+    last = places[-1]["last"]
+    every = max(1, math.ceil(math.log2(last) / 8)) if last > 1 else 1
+    ticks = [(float(k), f"{2**k:,}") for k in range(0, int(math.log2(last)) + 1, every)]
+    what = "loss minus the baseline's" if base else "loss, nats per token"
+    return chart([Line(points, style, arm, "taps")], HALF, Axis("tokens of context", -0.2, math.log2(last) + 0.2,
+    ticks),
+                 Axis(f"{shorten(arm, 24)}: {what}", low - pad, high + pad), height=210,
+                 level=(0.0, "") if base else None,
+                 name=f"{what} by position, {arm}: " + ", ".join(f"{2**x:.0f} {y:.3f}" for x, y in points))  # fmt: skip
+
+
 def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
     """Window of every coordinate, one line per distinct schedule."""
     found: dict[tuple[int, ...], list[str]] = {}

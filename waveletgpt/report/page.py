@@ -19,6 +19,7 @@ from typing import Any
 
 from waveletgpt.report.charts import swatch
 from waveletgpt.report.figures import (
+    breakdown_figures,
     difference_figure,
     embedding_figure,
     kernel_figures,
@@ -29,6 +30,7 @@ from waveletgpt.report.summary import Record, flatten, read_records, settings_of
 from waveletgpt.report.wording import (
     TABLE_HEADER,
     arm_sentence,
+    breakdown_table,
     duration,
     gap_table,
     headline,
@@ -71,6 +73,7 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     sections = [
         ("curves", "Learning curves", _curves(records, summary, styles)),
         ("arms", "The arms in numbers", _arms(summary, styles)),
+        ("breakdown", "Where the loss is", _breakdown(summary, styles)),
         ("sweep", "Settings tried", _sweep(summary)),
         ("mixing", "What is mixed", schedule_figure(records, styles) + pictures["mixing"]),
         ("kernels", "Kernels", pictures["kernels"]),
@@ -89,7 +92,14 @@ def styles_of(summary: dict[str, Any]) -> dict[str, int]:
     return {name: 1 + others.index(name) if name in others else 0 for name in names}
 
 
-def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], summary: dict[str, Any], runs: int) -> str:
+def frame(
+    title: str,
+    header: str,
+    sections: Sequence[tuple[str, str, str]],
+    summary: dict[str, Any],
+    runs: int,
+    files: str = "summary.json and curves.csv",
+) -> str:
     """The page around a header and sections (key, title, HTML); those without content are left out."""
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
@@ -102,7 +112,7 @@ def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], sum
             for key, heading, body in sections
         ),
         footer=f"Written by waveletgpt {escape(str(summary['environment'].get('waveletgpt') or ''))} from "
-        f"{plural(runs, 'run folder')}; summary.json and curves.csv hold the numbers.",
+        f"{plural(runs, 'run folder')}; {files} hold the numbers.",
     )
 
 
@@ -193,6 +203,27 @@ def _gaps(summary: dict[str, Any], styles: dict[str, int]) -> str:
         '<p class="small">How far each arm is below the baseline at the same step, in nats per token, mean over seeds. '
         "A lead that shrinks is a head start that the baseline makes up for.</p>"
         + table(header, cells, "arms", "Lead over the baseline as training goes on")
+    )
+
+
+def _breakdown(summary: dict[str, Any], styles: dict[str, int]) -> str:
+    """Loss by kind of token and by position, and how near attention stays; nothing for runs that did not record it."""
+    header, rows = breakdown_table(summary)
+    if not rows:
+        return ""
+    cells = [
+        [
+            f"{swatch(styles[row[0]])}{escape(row[0])}",
+            row[1],
+            *(re.sub(r" (\(.*)$", r"<small>\1</small>", cell.replace("-", "−")) for cell in row[2:]),
+        ]
+        for row in rows
+    ]
+    return (
+        "<p>A token completes a seen pair if it and the token before it came after each other earlier in the same "
+        "window: what a model can copy from its context. In brackets: minus the baseline's.</p>"
+        + table(header, cells, "arms", "Loss by kind of token")
+        + breakdown_figures(summary, styles)
     )
 
 

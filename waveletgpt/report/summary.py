@@ -312,6 +312,34 @@ def _arm_numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, A
         "seeds": [r.seed for r in counted],
         "final_nll": spread([r.final_nll for r in counted]),
         "bits_per_byte": mean([_bits_per_byte(r) for r in counted]),
+        "breakdown": _mean_breakdown([result.get("breakdown") for result in results]),
+    }
+
+
+def _mean_breakdown(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Mean over seeds of `runs.breakdown.break_down`; None where a run has none, as those of earlier versions."""
+    if not found or any(entry is None for entry in found):
+        return None
+    parts: list[dict[str, Any]] = [entry for entry in found if entry is not None]
+    first = parts[0]
+    near = [entry["near_attention"] for entry in parts]
+    near_first = near[0]
+    return {
+        "pairs": {
+            kind: {**first["pairs"][kind], "nll": mean([entry["pairs"][kind]["nll"] for entry in parts])}
+            for kind in first["pairs"]
+        },
+        "positions": [
+            {**place, "nll": mean([entry["positions"][i]["nll"] for entry in parts])}
+            for i, place in enumerate(first["positions"])
+        ],
+        "near_attention": {
+            **near_first,
+            "share": mean([entry["share"] for entry in near]),
+            "by_block": [mean([entry["by_block"][i] for entry in near]) for i in range(len(near_first["by_block"]))],
+        }
+        if near_first and all(near)
+        else None,
     }
 
 

@@ -162,6 +162,35 @@ def gap_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["arm", "ahead at a quarter of the steps", "at half", "at the end", "left of the first"], rows
 
 
+def breakdown_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): loss on tokens that complete a pair seen before in the context and on the others, each with the
+    difference to the baseline, and how much attention stays near; no rows where no run recorded it."""
+    base = (summary["arms"].get(summary["baseline"]) or {}).get("breakdown")
+    rows = []
+    for name, arm in summary["arms"].items():
+        found = arm.get("breakdown")
+        if not found:
+            continue
+        cells = []
+        for kind in ("seen", "new"):
+            own = found["pairs"][kind]["nll"]
+            theirs = base["pairs"][kind]["nll"] if base and name != summary["baseline"] else None
+            text = "–" if own is None else f"{own:.3f}"
+            cells.append(text if own is None or theirs is None else f"{text} ({own - theirs:+.3f})")
+        tokens = {kind: found["pairs"][kind]["tokens"] for kind in ("seen", "new")}
+        near = found["near_attention"]
+        rows.append(
+            [
+                name,
+                f"{tokens['seen'] / max(1, sum(tokens.values())):.0%}",
+                *cells,
+                "–" if near is None else f"{near['share']:.1%}",
+            ]
+        )
+    header = ["arm", "tokens that complete a seen pair", "loss on these", "loss on the others"]
+    return [*header, "attention within 2 tokens"], rows
+
+
 def markdown_table(summary: dict[str, Any]) -> str:
     """`summary_table` as Markdown, without columns that say nothing."""
     header, rows = summary_table(summary)

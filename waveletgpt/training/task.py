@@ -158,12 +158,17 @@ class LanguageModeling:
         return self.store.load_tokenizer()
 
     def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+        from torch.utils.data import DataLoader
+
+        from waveletgpt.runs.breakdown import break_down
         from waveletgpt.runs.folder import write_json
         from waveletgpt.runs.sampling import sample_run
 
         # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
         model = WaveletGPTForCausalLM.from_pretrained(run.path).to(device)  # type: ignore[arg-type]
         write_json(run.path / "samples.json", sample_run(model, self.store, recipe, run.path))
+        windows = DataLoader(self.eval_data(recipe, model), batch_size=recipe.batch_size)
         nll = next(row["nll"] for row in reversed(run.metrics()) if "nll" in row)
         size = self.store.bytes_per_token("validation")
-        return {"bits_per_byte": nll / math.log(2) / size if size else None}
+        bits = nll / math.log(2) / size if size else None
+        return {"bits_per_byte": bits, "breakdown": break_down(model.eval(), windows)}

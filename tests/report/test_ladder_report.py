@@ -1,0 +1,147 @@
+"""ladder.json and the page of a made-up ladder whose law, multipliers and retention are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.report.synthetic_runs import make_run
+from tests.report.test_report import EVIL, Page
+from waveletgpt.report.ladder import arm_sentence, headline, read_ladder, write_ladder
+from waveletgpt.report.scaling import Law
+from waveletgpt.runs.folder import find_runs
+
+TRUE = Law(E=1.0, A=20.0, a=0.3, B=150.0, b=0.33)
+SIZES = {"0.3M": (4, 80, 300_000), "1.2M": (6, 128, 1_200_000), "5M": (8, 224, 5_000_000)}
+TOKENS = {"5M": 5_000_000, "15M": 15_000_000, "50M": 50_000_000}
+VOCABULARY, CONTEXT = 27, 256
+
+
+def make_ladder(
+    folder: Path, gain: float = 1.5, seeds: int = 1, arm: str = "fixed", rates: bool = False, **info: object
+) -> Path:
+    """Runs that end at `TRUE`, and at `TRUE` of `gain` times the tokens, with seeds 0.2 % apart; 10 % slower."""
+    for size, (n_layer, n_embd, n) in SIZES.items():
+        for budget, tokens in TOKENS.items():
+            steps = tokens // 4096
+            for name, worth in (("none", 1.0), (arm, gain)):
+                for seed in range(seeds):
+                    final = TRUE.loss(n, worth * steps * 4096) * (1 + 0.002 * seed)
+                    curve = [(step, final + 2 * (math.exp(-4 * step / steps) - math.exp(-4)))
+                             for step in range(0, steps, steps // 10)]  # fmt: skip
+                    own = f"{name}{',' if ':' in name else ':'}lr={4 if n < 1e6 else 2}e-3" if rates else name
+                    folder_name = f"{'none' if name == 'none' else 'arm'}-seed{seed}"
+                    run = make_run(
+                        folder / f"{size}-{budget}" / folder_name, own, seed, [*curve, (steps, final)],
+                        seconds_per_step=0.1 if name == "none" else 0.1 / 0.9, max_steps=steps, **info,
+                    )  # fmt: skip
+                    tables = (VOCABULARY + CONTEXT) * n_embd
+                    model = {"parameters": n + tables, "n_layer": n_layer, "n_embd": n_embd, "n_head": 4}
+                    run.update_info(model={**run.info["model"], **model, "flops_per_token": 6 * n})
+    return folder
+
+
+def test_the_numbers_are_those_it_was_made_of(tmp_path: Path) -> None:
+    ladder = write_ladder(make_ladder(tmp_path))
+    law = ladder["arms"]["none"]["law"]
+    for name in ("E", "A", "a", "B", "b"):
+        assert law[name]["value"] == pytest.approx(getattr(TRUE, name), rel=0.01)
+        low, high = law[name]["ci95"]
+        assert low <= law[name]["value"] * 1.001
+        assert high >= law[name]["value"] * 0.999
+    assert [rung["rung"] for rung in ladder["rungs"]] == [f"{s}-{t}" for s in SIZES for t in TOKENS]
+    for rung in ladder["rungs"]:
+        assert rung["parameters"] == SIZES[rung["size"]][2]
+        assert rung["compute"] == 6 * rung["parameters"] * rung["tokens"]
+        arm = rung["arms"]["fixed"]
+        assert arm["data_multiplier"]["value"] == pytest.approx(1.5, rel=0.01)
+        assert arm["throughput_ratio"] == pytest.approx(0.9)
+        assert arm["compute_multiplier"]["value"] == pytest.approx(1.35, rel=0.01)
+    arm = ladder["arms"]["fixed"]
+    for over in ("tokens", "parameters", "compute"):
+        assert arm["trend"][over]["value"] == pytest.approx(1, abs=0.02)
+    # The gap is B (1 - 1.5^-b) / D^b: a power law of its own.
+    assert arm["retention"]["value"] == pytest.approx(10**-TRUE.b, rel=0.01)
+    assert set(arm["retention_by_size"]) == set(SIZES)
+    assert headline(ladder).startswith("`fixed` ends 0.0")
+    assert "worth 1.35x" in headline(ladder)
+    notes = " ".join(ladder["notes"])
+    assert "cannot tell" not in notes
+    assert "read more than once, up to 5.6 times" in notes
+    assert json.loads((tmp_path / "ladder.json").read_text()) == json.loads(json.dumps(ladder))
+
+
+def test_the_page_has_all_of_it(tmp_path: Path) -> None:
+    ladder = write_ladder(make_ladder(tmp_path, seeds=3))
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    for section in ("curves", "worth", "rungs", "law", "setup", "terms"):
+        assert f'<section id="{section}"' in text
+    assert "ladder.json and ladder.csv hold the numbers" in page.text
+    pictures = [attributes["aria-label"] or "" for tag, attributes in page.tags if attributes.get("role") == "img"]
+    assert len(pictures) == 3 + 2
+    assert "nan" not in " ".join(pictures)
+    # Every gap and multiplier has an interval, in the table and as a bar.
+    assert all(rung["arms"]["fixed"]["gap"]["ci95"] for rung in ladder["rungs"])
+    assert len((tmp_path / "ladder.csv").read_text().splitlines()) == 1 + 9 * 2 * 3
+
+
+def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
+    make_ladder(tmp_path, arm=EVIL, recipe={"preset": EVIL}, command=EVIL)
+    write_ladder(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    Page(text)
+    assert "<script" not in text
+    assert "<img" not in text
+
+
+def test_arms_are_the_same_at_all_sizes_whatever_rate_they_have(tmp_path: Path) -> None:
+    """Without the sweep's record, too: the names differ in the rate alone."""
+    ladder = write_ladder(make_ladder(tmp_path, arm="fixed:max_window=4", rates=True))
+    assert list(ladder["arms"]) == ["none", "fixed:max_window=4"]
+    assert [rung["arms"]["none"]["settings"] for rung in ladder["rungs"][::3]] == ["lr=4e-3", "lr=2e-3", "lr=2e-3"]
+    assert ladder["arms"]["none"]["law"] is not None
+
+
+def test_unfinished_runs_are_left_out_and_said_to_be(tmp_path: Path) -> None:
+    make_ladder(tmp_path)
+    for run in find_runs(tmp_path / "5M-50M"):
+        run.update_info(status="interrupted")
+    ladder = write_ladder(tmp_path)
+    assert ladder["rungs"][-1]["arms"]["fixed"]["gap"]["value"] is None
+    assert "5M-50M: `none` seed 0 was interrupted" in " ".join(ladder["notes"])
+    assert "at the top rung, 5M-15M" in arm_sentence(ladder, "fixed")
+    assert ladder["rungs"][0]["arms"]["fixed"]["data_multiplier"]["value"] is not None
+
+
+def test_a_loss_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
+    make_ladder(tmp_path)
+    for run in find_runs(tmp_path / "5M-50M"):
+        if run.info["arm"] == "fixed":
+            run.update_info(result={**run.info["result"], "final_nll": 0.5})
+    ladder = write_ladder(tmp_path)
+    top = ladder["rungs"][-1]["arms"]["fixed"]
+    assert top["data_multiplier"]["value"] is None
+    assert top["data_multiplier"]["out_of_reach"]
+    assert ladder["arms"]["fixed"]["trend"]["compute"]["value"] is None
+    assert "At 5M-50M the baseline of the same size never gets to the loss of `fixed`" in " ".join(ladder["notes"])
+    assert "∞" in (tmp_path / "report.html").read_text()
+
+
+def test_an_arm_behind_has_no_retention(tmp_path: Path) -> None:
+    ladder = write_ladder(make_ladder(tmp_path, gain=0.8))
+    assert ladder["arms"]["fixed"]["retention"]["value"] is None
+    assert "`fixed` has no lead at" in " ".join(ladder["notes"])
+    assert "nats above the baseline" in headline(ladder)
+    assert ladder["rungs"][0]["arms"]["fixed"]["data_multiplier"]["value"] == pytest.approx(0.8, rel=0.01)
+
+
+def test_another_baseline(tmp_path: Path) -> None:
+    rungs = read_ladder(make_ladder(tmp_path), "fixed")
+    assert {rung.summary["baseline"] for rung in rungs} == {"fixed"}
+    ladder = write_ladder(tmp_path, "fixed", tmp_path / "elsewhere")
+    assert ladder["rungs"][0]["arms"]["none"]["data_multiplier"]["value"] == pytest.approx(1 / 1.5, rel=0.01)
+    assert not (tmp_path / "ladder.json").exists()

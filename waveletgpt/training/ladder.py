@@ -1,0 +1,299 @@
+"""A ladder: a comparison at every size of model and number of tokens, each run with its own learning-rate decay.
+
+One comparison tells how far an arm is ahead once; a ladder, what becomes of the lead as models and data grow. A rung is
+a comparison in a folder of its own, SIZE-TOKENS. With a sweep every arm gets its settings (a learning rate) at every
+size, by validation loss after the shortest training; `report/ladder.py` has the figures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from waveletgpt.errors import UserError
+from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name, write_ladder
+from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
+from waveletgpt.runs.folder import RunFolder
+from waveletgpt.training.compare import compare, parse_arms
+from waveletgpt.training.recipe import Recipe
+from waveletgpt.training.resuming import find_start
+from waveletgpt.training.sweep import sweep, variants
+
+if TYPE_CHECKING:
+    from waveletgpt.data import TokenStore
+
+# Up to four times through the data is about as good as new data: Muennighoff et al. 2023, arXiv 2305.16264.
+MOST_EPOCHS = 4
+
+_SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_inner")
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBG]?)$")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+def parse_count(text: str, what: str) -> int:
+    """ "1.2M" -> 1200000; `what` names it in the error.
+
+    Raises:
+        UserError: not a number such as 60k, 1.2M, 1e6; less than 1.
+    """
+    found = _COUNT.match(text.strip())
+    value = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if value < 1:
+        raise UserError(f"{what} {text}: give a number such as 60k, 1.2M or 1e6")
+    return value
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Depth, width and heads of a model, and the parameters of its blocks."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    parameters: int
+
+
+def shape_of(size: int, architecture: str) -> Shape:
+    """The model of about `size` parameters in its blocks; embeddings, norms and biases are not counted.
+
+    Width and depth grow together, the depth slowly: n_layer near 6 (size / 1.18e6)^0.162, on which lie the presets
+    `small` (6 blocks of 128) and `gpt2` (12 of 768). Of the depths within one of that and the widths allowed (multiples
+    of 8, from 64 on of 16, from 128 on of 32, from 512 on of 64) it is the pair with the smallest |log(parameters /
+    size)| + |log(depth / that)| / 2. Heads are as close as can be to 32 wide, from 512 on to 64, and at least two.
+
+    Raises:
+        UserError: too small for two blocks of width 8.
+    """
+    depth = 6 * (size / 1.18e6) ** (math.log(2) / math.log(72))
+
+    def parameters(n_layer: int, n_embd: int) -> int:
+        # The feed-forward widths are the defaults of WaveletGPTConfig.
+        inner = 2 * 4 * n_embd if architecture == "gpt2" else 3 * (-(-8 * n_embd // 96) * 32)
+        return n_layer * n_embd * (4 * n_embd + inner)
+
+    widths = [w for w in range(8, 16385, 8) if w % (8 if w < 64 else 16 if w < 128 else 32 if w < 512 else 64) == 0]
+    depths = range(max(2, math.floor(depth)), math.floor(depth) + 2)
+    n_layer, n_embd = min(
+        ((layers, width) for layers in depths for width in widths),
+        key=lambda p: abs(math.log(parameters(*p) / size)) + abs(math.log(p[0] / depth)) / 2,
+    )
+    if parameters(n_layer, n_embd) > 1.5 * size:
+        raise UserError(
+            f"sizes {count_name(size)}: the smallest model has {parameters(2, 8):,} parameters in its blocks"
+        )
+    wanted = max(2, n_embd / (32 if n_embd < 512 else 64))
+    # Rotary positions need an even head width.
+    heads = [h for h in range(1, n_embd // 2 + 1) if n_embd % h == 0 and n_embd // h % 2 == 0]
+    n_head = min(heads, key=lambda h: abs(math.log(h / wanted)))
+    return Shape(n_layer, n_embd, n_head, parameters(n_layer, n_embd))
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size and number of tokens: the recipe of its runs, and the folder of its comparison."""
+
+    size: int
+    tokens: int
+    shape: Shape
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return rung_name(self.size, self.tokens)
+
+
+def tokens_per_step(recipe: Recipe) -> int:
+    """Tokens of one optimiser step, over all processes."""
+    sequences = recipe.batch_size * recipe.training.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    return sequences * int(recipe.model_settings()["n_positions"])
+
+
+def make_rung(recipe: Recipe, size: int, tokens: int) -> Rung:
+    """The rung of `size` parameters and the whole number of steps closest to `tokens`, whatever the recipe has.
+
+    Raises:
+        UserError: fewer tokens than a batch has; see `shape_of`.
+    """
+    shape, step = shape_of(size, recipe.architecture), tokens_per_step(recipe)
+    if tokens < step:
+        raise UserError(f"tokens {count_name(tokens)}: one batch has {step:,} already; give more, or a smaller batch")
+    sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head}
+    settings = {**dict.fromkeys(_SHAPE), **sizes, "max_steps": round(tokens / step)}
+    return Rung(size, tokens, shape, recipe.override(settings, "ladder"))
+
+
+def plan(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    arms: Sequence[str],
+    sizes: Sequence[str],
+    tokens: Sequence[str],
+    seeds: int = 1,
+    grid: dict[str, list[str]] | None = None,
+    resume: bool = False,
+) -> list[Rung]:
+    """The rungs, by size and tokens: all that can be checked before data is prepared.
+
+    Raises:
+        UserError: a size or a number of tokens that is none, or given twice; one rung only; fewer tokens than a batch
+        has;
+            arms or a sweep that set what the rungs do; an `out` that holds something else, or a ladder and no `resume`.
+    """
+    counts: dict[str, list[int]] = {}
+    for what, texts in (("sizes", sizes), ("tokens", tokens)):
+        counts[what] = sorted(parse_count(text, what) for text in texts)
+        if not texts:
+            raise UserError(f"{what}: give one or more, such as 0.3M 1.2M")
+        if len(set(counts[what])) < len(texts):
+            raise UserError(f"{what} {' '.join(texts)}: one is given twice")
+    if len(sizes) * len(tokens) < 2:
+        raise UserError(
+            "one size and one number of tokens make one rung; give more of either, or use `waveletgpt compare`"
+        )
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    specs = [v for arm in arms for v in variants(arm, grid).values()] if grid else list(arms)
+    bare = recipe.override(dict.fromkeys(_SHAPE), "ladder")
+    parse_arms(list(arms), bare)
+    for arm in parse_arms(specs, bare):
+        given = [name for name in _SHAPE if getattr(arm.recipe.model, name) is not None]
+        given += ["max_steps"] if arm.recipe.max_steps != recipe.max_steps else []
+        if given:
+            raise UserError(
+                f"arm {arm.name} sets {', '.join(given)}, which a ladder takes from its rungs; leave it out"
+            )
+        if tokens_per_step(arm.recipe) != tokens_per_step(recipe):
+            raise UserError(
+                f"arm {arm.name}: all arms take steps of the same tokens; set the batch for the whole ladder"
+            )
+    rungs = [make_rung(recipe, size, count) for size in counts["sizes"] for count in counts["tokens"]]
+    for a, b in itertools.pairwise(rungs):
+        if a.size == b.size and a.recipe.max_steps == b.recipe.max_steps:
+            raise UserError(f"tokens {count_name(a.tokens)} and {count_name(b.tokens)} are the same number of steps")
+        if a.size != b.size and a.shape == b.shape:
+            raise UserError(f"sizes {count_name(a.size)} and {count_name(b.size)} give the same model, {a.shape}")
+    _check_folder(Path(out), resume)
+    return rungs
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; name a folder")
+    there = sorted(child.name for child in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in there if name not in FILES and parse_rung(name.removesuffix("-sweep")) is None]
+    if foreign:
+        raise UserError(f"--out {out} holds {foreign[0]}, which is no part of a ladder; name another folder")
+    if there and not resume:
+        raise UserError(f"--out {out} already holds a ladder; add --resume to go on with it, or name another folder")
+
+
+def check_data(store: TokenStore, rungs: Sequence[Rung]) -> None:
+    """Raises UserError where a rung would read the training data more than four times."""
+    have, most = len(store.split("train")), max(rung.tokens for rung in rungs)
+    if most > MOST_EPOCHS * have:
+        raise UserError(
+            f"tokens {count_name(most)}: the training data has {have:,}, and more than {MOST_EPOCHS} times through it "
+            f"is not like more data; give more data, or {count_name(MOST_EPOCHS * have)} tokens at most"
+        )
+
+
+def train_ladder(
+    recipe: Recipe,
+    store: TokenStore,
+    out: str | Path,
+    *,
+    data: str,
+    arms: Sequence[str],
+    sizes: Sequence[str],
+    tokens: Sequence[str],
+    seeds: int = 1,
+    grid: dict[str, list[str]] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train every arm at every rung, and write ladder.json, ladder.csv and report.html in `out` after each of them.
+
+    Finished runs are kept and unfinished ones go on with `resume=True`; the same call with more sizes, tokens, arms or
+    seeds makes a ladder larger. Sizes are independent of each other, so several processes may each train some of them
+    in one `out`.
+
+    Args:
+        sizes, tokens: such as "1.2M"; see `shape_of` for what a size is.
+        grid: settings to try with every arm at every size, as of `sweep.parse_grid`.
+
+    Returns:
+        The content of ladder.json.
+
+    Raises:
+        UserError: see `plan`, `check_data`, `sweep.sweep` and `compare`.
+        Interrupted: Ctrl-C; what was trained is saved.
+        Diverged: every run did.
+    """
+    from waveletgpt.training.trainer import Diverged
+
+    out = Path(out)
+    rungs = plan(recipe, out, arms=arms, sizes=sizes, tokens=tokens, seeds=seeds, grid=grid, resume=resume)
+    check_data(store, rungs)
+    ladder: dict[str, Any] = {}
+    for size in dict.fromkeys(rung.size for rung in rungs):
+        own = [rung for rung in rungs if rung.size == size]
+        chosen = _tuned(own[0], store, out, data, list(arms), grid) if grid else list(arms)
+        for rung in own:
+            folder = out / rung.name
+            if not _finished(rung, store, folder, chosen, seeds):
+                try:
+                    compare(rung.recipe, store, folder, data=data, arms=chosen, seeds=seeds, resume=True)
+                except Diverged as error:
+                    print(f"waveletgpt: {rung.name}: {error}", file=sys.stderr)
+                    continue
+            ladder = write_ladder(out)
+    if not ladder:
+        raise Diverged("no run of any rung came to its end: see above")
+    return ladder
+
+
+def _finished(rung: Rung, store: TokenStore, folder: Path, arms: Sequence[str], seeds: int) -> bool:
+    """Whether all runs of a rung are done, and reported, with these settings and this data.
+
+    Raises UserError for others.
+    """
+    if not (folder / "report.html").is_file():  # a sweep has put runs there
+        return False
+    for seed in range(rung.recipe.seed, rung.recipe.seed + seeds):
+        for arm in parse_arms(list(arms), rung.recipe):
+            run = RunFolder(folder / arm.folder(seed))
+            if not run.finished:
+                return False
+            find_start(run, arm.recipe.override({"seed": seed}, "--seeds"), store.fingerprint, True)
+    return True
+
+
+def _tuned(
+    rung: Rung, store: TokenStore, out: Path, data: str, arms: list[str], grid: dict[str, list[str]]
+) -> list[str]:
+    """The arms with the best of `grid` at a rung's size: that of its shortest training, which is swept once.
+
+    A ladder that is gone on with has its sweep already, perhaps at other tokens than the shortest of now.
+    """
+    swept = [parse_rung(folder.name.removesuffix("-sweep")) for folder in out.glob("*-sweep")]
+    tokens = [place[1] for place in swept if place is not None and place[0] == rung.size]
+    if tokens:
+        rung = make_rung(rung.recipe, rung.size, min(tokens))
+    folder = out / rung.name
+    try:
+        record = json.loads((sweep_folder(folder) / SWEEP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if record and record["grid"] == grid and record["fingerprint"] == store.fingerprint:
+        known = [[arm for arm in variants(name, grid).values() if arm in record["arms"]] for name in arms]
+        if all(known):
+            return [found[0] for found in known]
+    return sweep(rung.recipe, store, folder, data=data, arms=arms, grid=grid, resume=True)
