@@ -108,7 +108,11 @@ def compare(
     from waveletgpt.training.trainer import Diverged, task_of, train
 
     out = Path(out)
-    parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume)
+    planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume)
+    # All arms are measured alike, whatever they say of steps and batches, and as those that are there already.
+    begun = [run for arm in planned if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
+    measured = recipe.with_evaluations(begun[0].info["recipe"] if begun else None)
+    parsed = parse_arms(arms, recipe.override({"eval_windows": measured.eval_windows}, "compare"))
     windows = []
     for arm in parsed:  # tells of settings that do not go before hours are spent
         model = task_of(store).build_model(arm.recipe)
@@ -124,7 +128,8 @@ def compare(
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in parsed:
             folder = out / arm.folder(seed)
-            settings = arm.recipe.override({"seed": seed}, "--seeds")
+            there = RunFolder(folder).info["recipe"] if RunFolder(folder).exists() else measured.as_dict()
+            settings = arm.recipe.with_evaluations(there).override({"seed": seed}, "--seeds")
             try:
                 runs.append(train(settings, store, folder, data=data, arm=arm.name, resume=resume))
             except Diverged as error:
