@@ -11,6 +11,7 @@ import lzma
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import zstandard
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from tests.data.sources.test_files import tar
 from waveletgpt.data import MODALITIES, DataSettings, find, prepare
 from waveletgpt.data.modalities.text import TextModality
-from waveletgpt.data.sources.archives import Stream, expand
+from waveletgpt.data.sources.archives import Stream, broken, expand
 from waveletgpt.data.sources.hub import Hub
 from waveletgpt.data.sources.tables import rows
 from waveletgpt.errors import UserError
@@ -36,7 +37,20 @@ def texts(data: Path, **settings: str) -> list[bytes]:
 
 
 def read(name: str, content: bytes) -> list[bytes]:
-    return [stream.file.read() for stream in expand(Stream(name, io.BytesIO(content)))]
+    found = []
+    for stream in expand(Stream(name, io.BytesIO(content))):
+        with broken(stream.name):
+            found.append(stream.file.read())
+    return found
+
+
+def zipped(members: list[bytes], comment: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.comment = comment
+        for i, content in enumerate(members):
+            archive.writestr(f"{i}.txt", content)
+    return buffer.getvalue()
 
 
 @given(parts=st.lists(st.binary(max_size=300), min_size=1, max_size=4), suffix=st.sampled_from([*COMPRESS]))
@@ -51,11 +65,11 @@ def test_joined_streams_are_read_to_the_end(parts: list[bytes], suffix: str) -> 
     cut=st.integers(1, 10_000),
 )
 @hypothesis_settings(max_examples=200, deadline=None)
-def test_streams_that_are_cut_off_are_named(parts: list[bytes], suffix: str, cut: int) -> None:
+def test_streams_that_are_cut_off_are_called_truncated(parts: list[bytes], suffix: str, cut: int) -> None:
     whole = [COMPRESS[suffix](part) for part in parts]
     last = whole[-1]
     content = b"".join(whole[:-1]) + last[: 1 + cut % (len(last) - 1)]
-    with pytest.raises((UserError, EOFError, OSError)):
+    with pytest.raises(UserError, match=r"x\S* is truncated"):
         read(f"x{suffix}", content)
 
 
@@ -66,13 +80,76 @@ def test_joined_tars_give_all_their_members(parts: list[list[bytes]]) -> None:
     assert read("x.tar", content) == [member for part in parts for member in part]
 
 
-def test_joined_zips_are_named(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.txt", "text")
-    (tmp_path / "x.zip").write_bytes(buffer.getvalue() * 2)
-    with pytest.raises(UserError, match="several ZIPs joined"):
-        texts(tmp_path / "x.zip")
+MEMBERS = st.lists(st.binary(max_size=200), max_size=3)
+
+
+@given(parts=st.lists(MEMBERS, min_size=2, max_size=3), comment=st.binary(max_size=30), before=st.binary(max_size=99))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_joined_zips_lose_nothing_silently(parts: list[list[bytes]], comment: bytes, before: bytes) -> None:
+    content = before + b"".join(zipped(part, comment) for part in parts)
+    filled = [i for i, part in enumerate(parts) if part]
+    if filled in ([], [len(parts) - 1]):
+        assert read("x.zip", content) == parts[-1]
+    else:
+        with pytest.raises(UserError, match="several ZIPs joined"):
+            read("x.zip", content)
+
+
+@given(members=MEMBERS, comment=st.binary(max_size=30), cut=st.integers(1, 10_000), whole=st.booleans())
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_zips_that_are_cut_off_or_go_on_are_named(members: list[bytes], comment: bytes, cut: int, whole: bool) -> None:
+    content = zipped([*members, b"one more"])
+    part = content[: 4 + cut % (len(content) - 4)]
+    if whole:  # one archive, and the beginning of another behind it
+        with pytest.raises(UserError, match=r"several ZIPs joined|after its end|truncated|broken"):
+            read("x.zip", zipped(members, comment) + part)
+    else:
+        with pytest.raises(UserError, match=r"x\.zip is truncated"):
+            read("x.zip", part)
+    assert read("x.zip", content + bytes(cut % 9)) == [*members, b"one more"]
+
+
+@given(
+    parts=st.lists(st.lists(st.binary(max_size=600), min_size=1, max_size=3), min_size=1, max_size=3),
+    suffix=st.sampled_from([*COMPRESS]),
+    cut=st.integers(1, 100_000),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_compressed_tars_are_read_to_the_end_or_named(parts: list[list[bytes]], suffix: str, cut: int) -> None:
+    whole = [tar({f"{i}.txt": member for i, member in enumerate(part)}) for part in parts]
+    content = b"".join(map(COMPRESS[suffix], whole))
+    assert read(f"x.tar{suffix}", content) == [member for part in parts for member in part]
+    with pytest.raises(UserError, match="is truncated"):
+        read("x.tar", whole[-1][: 1 + cut % (512 + len(parts[-1][0]) - 1)] if parts[-1][0] else whole[-1][:100])
+
+
+def test_what_is_cut_off_between_members_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert read("x.tar", tar({"a.txt": b"a" * 512, "b.txt": b"b"})[:1024]) == [b"a" * 512]
+    assert "x.tar ends without the mark of its end: it may be truncated" in caplog.text
+
+
+def test_one_message_per_cause(tmp_path: Path) -> None:
+    text = b"some text " * 99
+    flipped = bytearray(gzip.compress(text))
+    flipped[-6] ^= 1
+    deflate64 = bytearray(zipped([text]))
+    for place in (8, deflate64.index(b"PK\1\2") + 10):
+        deflate64[place] = 9
+    random = Random(0)
+    dictionary = zstandard.train_dictionary(2000, [random.randbytes(20) * 9 for _ in range(200)])
+    for name, content, message in (
+        ("x.gz", gzip.compress(text)[:20], "x is truncated|x.gz is truncated"),
+        ("x.gz", bytes(flipped), "x.gz is broken|x is broken"),
+        ("x.gz", b"no gzip at all", "broken .*Not a gzipped file"),
+        ("x.zip", bytes(deflate64), "packed in a way that is not supported"),
+        ("x.zst", zstandard.ZstdCompressor(dict_data=dictionary).compress(text), "not supported .*[Dd]ictionary"),
+        ("x.zip", b"no zip at all", "x.zip is broken"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(name, content)
+    (tmp_path / "x.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(99))
+    with pytest.raises(UserError, match=r"x\.7z is packed in a way that is not supported: unpack it first"):
+        texts(tmp_path / "x.7z")
 
 
 @pytest.mark.parametrize("slash", ["/", "\\"])

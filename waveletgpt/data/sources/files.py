@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import tables
-from waveletgpt.data.sources.archives import Stream, broken, expand
+from waveletgpt.data.sources.archives import UNSUPPORTED, Stream, broken, expand
 from waveletgpt.data.sources.encodings import Peeked, as_utf8, marked
 from waveletgpt.errors import UserError
 
@@ -230,6 +230,8 @@ class Files:
         self.skipped = []
         for inside, path in self._paths:
             self._inside = inside
+            if path.suffix.lower() in UNSUPPORTED:
+                raise UserError(f"{inside} is packed in a way that is not supported: unpack it first, or --exclude it")
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")

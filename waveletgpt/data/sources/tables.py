@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -188,8 +189,13 @@ def _parquet(stream: Stream, column: str | None) -> Iterator[Row]:
                 if text := text_of(value, name, chosen):
                     yield name, text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{stream.name} cannot be read, it is broken or truncated ({reason}): get it again") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        stream.file.seek(0)
+        begins = stream.file.read(4) == b"PAR1"
+        stream.file.seek(-min(4, stream.file.seek(0, io.SEEK_END)), io.SEEK_END)
+        if begins and stream.file.read(4) not in (b"PAR1", b"PARE"):
+            raise UserError(f"{stream.name} is truncated, its end is missing: get it again") from error
+        raise UserError(f"{stream.name} is broken ({reason}): get it again") from error
 
 
 _READERS: dict[str, Callable[[Stream, str | None], Iterator[Row]]] = {
