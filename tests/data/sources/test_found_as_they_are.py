@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import functools
 import gzip
 import io
 import json
@@ -272,7 +273,6 @@ def test_unicode_is_read_by_its_mark(
     name, mark = encoding
     if form in ("jsonl", "json"):
         content = json.dumps({"text": text}, ensure_ascii=False) + "\n"
-        form = form if name == "utf-8" else "jsonl"
     elif form == "csv":
         content = 'id,text\n1,"' + text.replace('"', '""') + '"\n'
     else:
@@ -317,3 +317,70 @@ def test_json_with_a_record_a_line_is_records(tmp_path: Path) -> None:
     assert texts(tmp_path / "y.json") == [b'{\n "a": 1\n}\n']
     with pytest.raises(UserError, match=r'column is "url", but .* has no table'):
         texts(tmp_path / "y.json", column="url")
+
+
+RECORDS = st.lists(
+    st.dictionaries(st.sampled_from(["id", "url", "more"]), st.none() | st.integers() | st.text(max_size=8)).flatmap(
+        lambda rest: CHARACTERS.map(lambda text: {**rest, "text": text})
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(
+    records=RECORDS,
+    encoding=ENCODINGS,
+    indent=st.sampled_from([None, 0, 2]),
+    array=st.booleans(),
+    space=st.text(" \t\r\n", max_size=5),
+    packed=st.sampled_from(["", *COMPRESS]),
+    cut=st.integers(1, 10_000),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_records_in_json_however_they_are_written(
+    records: list[dict], encoding: tuple[str, bytes], indent: int | None, array: bool, space: str, packed: str,
+    cut: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    name, mark = encoding
+    dumps = functools.partial(json.dumps, ensure_ascii=False, indent=indent)
+    content = space + (dumps(records) if array else (space or "\n").join(map(dumps, records))) + space
+    path = tmp_path_factory.mktemp("x") / f"x.json{packed}"
+    pack = COMPRESS.get(packed, bytes)
+    path.write_bytes(pack(mark + content.encode(name)))
+    assert texts(path) == [record["text"].encode() for record in records]
+    if array:
+        end = len(content.rstrip())
+        part = content[: min(end - 1, content.index("{") + 1 + cut % end)]
+        path.write_bytes(pack(mark + part.encode(name)))
+        with pytest.raises(UserError, match="truncated"):
+            texts(path)
+
+
+def test_arrays_of_other_things(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('[{"text": "a"}, {"text": "b"}] {"text": "c"}')
+    with pytest.raises(UserError, match=r"x\.json goes on after the end of its array"):
+        texts(path)
+    path.write_text('[{"text": "a"}, 3]')
+    with pytest.raises(UserError, match=r"record 2 is not an object"):
+        texts(path)
+    path.write_text('[{"body": "a"}]')
+    with pytest.raises(UserError, match=r"no column text or content but body: name one with --column"):
+        texts(path)
+    assert texts(path, column="body") == [b"a"]
+    for raw in ("[1, 2]", '{"a": [1]}', "[]"):
+        path.write_text(raw)
+        assert texts(path) == [raw.encode()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("form", ["txt", "csv", "tsv", "jsonl", "json"])
+def test_utf16_without_a_mark_is_called_so_and_read_by_name(form: str, encoding: str, tmp_path: Path) -> None:
+    content = {"txt": "some text", "csv": "id,text\n1,some text\n", "tsv": "id\ttext\n1\tsome text\n"}
+    record = '{"text": "some text"}\n'
+    path = tmp_path / f"x.{form}"
+    path.write_bytes(content.get(form, record).encode(encoding))
+    with pytest.raises(UserError, match=rf"seems to be {encoding.upper()} without a mark: try --encoding {encoding}"):
+        texts(path)
+    assert texts(path, encoding=encoding) == [b"some text"]

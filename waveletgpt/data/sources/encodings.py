@@ -25,6 +25,21 @@ def marked(start: bytes) -> bool:
     return any(start.startswith(mark) for mark, name in _MARKS if name != "utf-8")
 
 
+def begin(start: bytes, encoding: str | None = None) -> str:
+    """The text that a file starts with, as far as it can be decoded."""
+    mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", encoding or "utf-8"))
+    return start[len(mark) :].decode(found, "ignore")
+
+
+def unmarked(start: bytes) -> str | None:
+    """The kind of UTF-16 that a file without mark is likely in: text of which every second byte is 0; else None."""
+    start = start[: min(_SAMPLE, len(start) // 2 * 2)]
+    for name, zeros, others in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):
+        if len(zeros) > 3 and zeros.count(0) > 0.7 * len(zeros) and b"\0" not in others:
+            return name
+    return None
+
+
 class Utf8File(io.RawIOBase):
     """A file as UTF-8 without mark, decoded by its mark, else from `encoding`, else from UTF-8.
 
@@ -38,6 +53,8 @@ class Utf8File(io.RawIOBase):
         while start and len(start) < 4 and (more := file.read(4)):
             start += more
         mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", None))
+        if not (found or encoding) and (likely := unmarked(start)):
+            raise UserError(f"{name} seems to be {likely.upper()} without a mark: try --encoding {likely}")
         self._encoding = found or encoding or "utf-8"
         self._decoder = codecs.getincrementaldecoder(self._encoding)("strict")
         self._next = start[len(mark) :]
