@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 """To be raised when the same data and settings come to mean other examples: stores made before are not found then."""
 LABELLED = ("fsdd",)
 """The named sets whose recordings have classes."""

@@ -49,7 +49,7 @@ class Train:
         from waveletgpt.training.trainer import train
 
         check_run_folder(RunFolder(self.out), self.resume)
-        store = prepare_store(self.data, self.settings)
+        store = prepare_store(self.data, self.settings, self.out)
         run = train(plain(self.settings), store, self.out, data=self.data, resume=self.resume)
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
@@ -92,14 +92,14 @@ class Compare:
         if not self.sweep:
             if self.sweep_steps is not None:
                 raise UserError("--sweep-steps has no effect without --sweep")
-            train_arms(self, lambda: prepare_store(self.data, self.settings), self.data, self.out)
+            train_arms(self, lambda: prepare_store(self.data, self.settings, self.out), self.data, self.out)
             return
         from waveletgpt.training.compare import plan
         from waveletgpt.training.sweep import parse_grid, sweep
 
         recipe, grid = plain(self.settings), parse_grid(self.sweep)
         plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume)
-        store = prepare_store(self.data, self.settings)
+        store = prepare_store(self.data, self.settings, self.out)
         best = sweep(
             recipe,
             store,
@@ -418,10 +418,15 @@ def plain(settings: Recipe) -> Any:
     return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
 
 
-def prepare_store(data: str, settings: Recipe) -> Any:
+def prepare_store(data: str, settings: Recipe, out: str) -> Any:
+    """The tokens of `data`: those that the runs in `out`, or its sweep's, have begun with, if they are of it."""
     from waveletgpt.data import prepare
+    from waveletgpt.report.summary import sweep_folder
+    from waveletgpt.runs.folder import find_runs
 
-    return prepare(data, settings.modality, settings.source)
+    named = (run.info.get("data") or {} for place in (out, sweep_folder(out)) for run in find_runs(place))
+    begun = dict.fromkeys(there["store"] for there in named if "store" in there)
+    return prepare(data, settings.modality, settings.source, begun=begun)
 
 
 def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:

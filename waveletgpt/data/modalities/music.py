@@ -47,6 +47,8 @@ VELOCITIES = 4
 """MIDI velocities (1 .. 127) to one of the 32 steps."""
 FILE_LIMIT = 64 << 20
 """Bytes of a file, beyond which it is skipped."""
+READ = {"music_reading": 2}
+"""Part of a store's fingerprint: raised when the same files come to mean other pieces."""
 HOURS = 24
 """Length of a piece, beyond which it is skipped: a few bytes can claim years of silence."""
 RENDER_SECONDS = 120
@@ -384,7 +386,8 @@ class MusicModality:
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """How training pieces are copied; raises UserError for a tokenizer of another's."""
-        return encoders.no_settings(settings) | {"transpose": settings.semitones(), "tempo_scale": settings.tempos()}
+        chosen = {"transpose": settings.semitones(), "tempo_scale": settings.tempos()}
+        return encoders.no_settings(settings) | chosen | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Write the events of all MIDI files, of the training pieces also the copies; others are skipped and named.

@@ -217,7 +217,7 @@ class Files:
             return json.dumps(Counter(Path(stream.name).suffix.lower() for stream in self._streams()))
 
         insides, paths = zip(*self._paths, strict=True)
-        what = ["suffixes", str(self.settings.include), str(self.settings.exclude), *insides]
+        what = ["suffixes 2", str(self.settings.include), str(self.settings.exclude), *insides]
         return Counter(json.loads(remembered(cache, what, paths, content)))
 
     @property
