@@ -524,6 +524,20 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
         prepared(tmp_path / "esc", chosen)
 
 
+def test_tables_in_other_encodings_are_read_by_their_mark_or_refused(tmp_path: Path, chosen: TaskSettings) -> None:
+    expected = {name: {label} for name, (_, label) in esc50(tmp_path / "esc").items()}
+    table = tmp_path / "esc" / "meta" / "esc50.csv"
+    text = table.read_text().replace("door_knock", "door_knöck")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        table.write_text(text, encoding=encoding)
+        found = labels(prepared(tmp_path / "esc", chosen))
+        wanted = {name: {label.replace("knock", "knöck") for label in given} for name, given in expected.items()}
+        assert {name: label for name, (_, label) in found.items()} == wanted
+    table.write_text(text, encoding="cp1252")
+    with pytest.raises(UserError, match=r"esc50\.csv has 10 bytes that are not UTF-8: save it as UTF-8"):
+        prepared(tmp_path / "esc", chosen)
+
+
 def test_tables_without_classes(tmp_path: Path, chosen: TaskSettings) -> None:
     fsd50k(tmp_path / "fsd")
     truth = tmp_path / "fsd" / "FSD50K.ground_truth"
