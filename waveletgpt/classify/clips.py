@@ -319,8 +319,7 @@ def find_layout(source: Source, fold: int) -> Layout:
 
 
 def _header(table: bytes) -> list[str]:
-    first = begin(table[:1000]).partition("\n")[0]
-    return next(csv.reader([first.rstrip("\r")]), [])
+    return next(csv.reader(begin(table[:1000]).splitlines()[:1]), [])
 
 
 def _text(tables: dict[str, bytes], name: str) -> str:

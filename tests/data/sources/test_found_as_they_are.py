@@ -124,6 +124,14 @@ def test_compressed_tars_are_read_to_the_end_or_named(parts: list[list[bytes]], 
         read("x.tar", whole[-1][: 1 + cut % (512 + len(parts[-1][0]) - 1)] if parts[-1][0] else whole[-1][:100])
 
 
+def test_a_zip_whose_directory_points_before_its_beginning_is_broken() -> None:
+    for field, more in ((12, 40), (16, 40)):  # the directory's size and its place
+        content = bytearray(zipped([b"text"]))
+        content[content.index(b"PK\5\6") + field] += more
+        with pytest.raises(UserError, match=r"x\.zip is broken"):
+            read("x.zip", bytes(content))
+
+
 def test_what_is_cut_off_between_members_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert read("x.tar", tar({"a.txt": b"a" * 512, "b.txt": b"b"})[:1024]) == [b"a" * 512]
     assert "x.tar ends without the mark of its end: it may be truncated" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import io
 import logging
@@ -124,9 +125,10 @@ def _zip_members(stream: Stream) -> Iterator[Stream]:
     with broken(stream.name):
         try:
             archive = zipfile.ZipFile(stream.file)
-        except zipfile.BadZipFile:
+        except zipfile.BadZipFile as error:
             stream.file.seek(0)
-            if stream.file.read(4) == _ZIP_MEMBER:  # its directory is at its end
+            # Its directory is at its end.
+            if "not a zip file" in str(error) and stream.file.read(4) == _ZIP_MEMBER:
                 raise EOFError("no directory at its end") from None
             raise
     with archive:
@@ -152,6 +154,8 @@ def _nothing_beside(stream: Stream, archive: zipfile.ZipFile) -> None:
     """
     file, directory = stream.file, archive.start_dir
     first = min((info.header_offset for info in archive.infolist()), default=directory)
+    if first < 0:
+        raise zipfile.BadZipFile("its directory is of another file")
     end = file.seek(0, io.SEEK_END)
     file.seek(directory)
     tail = file.read(end - directory)  # the directory, as it is in memory already
@@ -197,7 +201,7 @@ def broken(name: str) -> Iterator[None]:
         OSError, struct.error, UnicodeDecodeError,
     ) as error:  # fmt: skip
         reason = (str(error) or type(error).__name__).rstrip(".")
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a damaged length seeks before 0
             raise  # of the disk, not of the file's content
         if any(word in reason.lower() for word in ("encrypt", "password")):
             raise UserError(f"{name} is encrypted: unpack it with its password first") from error
