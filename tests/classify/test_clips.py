@@ -512,6 +512,7 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
     refused(truth / "eval.csv", None, r"eval\.csv is missing: add it")
     refused(truth / "eval.csv", "fname\n1\n", r"eval\.csv is not the official table: a row lacks one of fname, labels")
     refused(truth / "dev.csv", "fname,labels,split\n1,Dog\n", r"dev\.csv is not the official table: a row lacks")
+    refused(truth / "dev.csv", "fname\rlabels\r,split\n1,Dog,train\n", r"dev\.csv is not the official table")
     refused(truth / "dev.csv", "name,tags,split\n100,Dog,train\n", r"dev\.csv is not the official table of FSD50K")
     refused(table, "filename,fold,target,category\na.wav,7,0,cat\n", 'a fold is "7", not 1 to 5')
     refused(table, "sound\n1\n", r"esc50\.csv is not the official table: a row lacks one of filename, fold")
@@ -521,6 +522,22 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
         prepared(tmp_path / "esc", chosen)
     monkeypatch.setattr(clips, "TABLE_LIMIT", 10)
     with pytest.raises(UserError, match=r"csv is larger than 0 MB: it is not the official table"):
+        prepared(tmp_path / "esc", chosen)
+
+
+def test_tables_in_other_encodings_are_read_by_their_mark_or_refused(tmp_path: Path, chosen: TaskSettings) -> None:
+    expected = {name: {label} for name, (_, label) in esc50(tmp_path / "esc").items()}
+    table = tmp_path / "esc" / "meta" / "esc50.csv"
+    text = table.read_text().replace("door_knock", "door_knöck")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        table.write_text(text, encoding=encoding)
+        found = labels(prepared(tmp_path / "esc", chosen))
+        wanted = {name: {label.replace("knock", "knöck") for label in given} for name, given in expected.items()}
+        assert {name: label for name, (_, label) in found.items()} == wanted
+    table.write_bytes(text.replace("\n", "\r").encode())  # as spreadsheets on old Macs wrote
+    assert len(labels(prepared(tmp_path / "esc", chosen))) == len(expected)
+    table.write_text(text, encoding="cp1252")
+    with pytest.raises(UserError, match=r"esc50\.csv has 10 bytes that are not UTF-8: save it as UTF-8"):
         prepared(tmp_path / "esc", chosen)
 
 

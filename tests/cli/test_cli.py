@@ -92,6 +92,25 @@ def test_compare_then_every_other_command(trained: Path, capsys: pytest.CaptureF
     assert (tmp_path / "one" / "report.html").is_file()
 
 
+def test_a_run_of_another_reading_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", write_text(tmp_path / "words.txt"), "--modality", "chars", "--out", tmp_path / "run", *SMALL]
+    assert run(*words) == 0
+    monkeypatch.setattr("waveletgpt.data.READING", 99)
+    assert run(*words, "--resume") == 0
+    assert run("evaluate", tmp_path / "run", "--windows", 2) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_unknown_characters_of_a_prompt_are_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", trained / "none-seed0", "--prompt", "the CAT é", "--tokens", 4, "--device", "cpu") == 0
+    told = capsys.readouterr()
+    assert "the model does not know 'C', 'A', 'T', 'é': read as end of text" in told.err
+    assert run("generate", trained / "none-seed0", "--prompt", "the cat", "--tokens", 4, "--device", "cpu") == 0
+    assert "does not know" not in capsys.readouterr().err
+
+
 def test_recipe_file_gives_defaults_that_options_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_text(tmp_path / "words.txt")
     recipe = tmp_path / "r.yaml"

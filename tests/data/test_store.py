@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from waveletgpt.data import DataSettings, StoreWriter, TokenStore, prepare
+from waveletgpt.data.modalities.audio import write_wav
 from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.store import remove_leftovers
 from waveletgpt.errors import UserError, suggest
@@ -138,6 +139,27 @@ def test_content_and_settings_make_the_store(folder: Path, settings: DataSetting
     file.write_text(file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert path() != paths[0]
+
+
+@pytest.mark.parametrize("reading", ["waveletgpt.data.READING", "waveletgpt.data.modalities.audio.READ"])
+def test_another_reading_is_another_store_unless_a_run_has_begun_with_the_one_before(
+    reading: str, folder: Path, settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, modality = folder, "bytes"
+    if "audio" in reading:
+        data, modality = tmp_path / "sounds", "audio"
+        data.mkdir()
+        write_wav(data / "x", np.sin(np.arange(40_000) / 9), 16_000)
+    before = prepare(data, modality, settings, progress=False)
+    monkeypatch.setattr(reading, 99 if "READING" in reading else {"audio_reading": 99})
+    capsys.readouterr()
+    assert prepare(data, modality, settings, begun=[tmp_path, before.path]).path == before.path
+    assert "going on with the tokens of" in capsys.readouterr().err
+    after = prepare(data, modality, settings, progress=False)
+    assert after.fingerprint != before.fingerprint
+    other = DataSettings(cache_dir=settings.cache_dir, validation_fraction=0.2)
+    assert prepare(data, modality, other, progress=False, begun=[before.path]).path != before.path
 
 
 def test_unknown_modality(folder: Path, settings: DataSettings) -> None:

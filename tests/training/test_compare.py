@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,38 @@ def test_arms_are_measured_alike(store: TokenStore, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{arm} cannot be compared with none: their evaluation windows"):
             compare(tiny_recipe(max_steps=1), store, tmp_path / "out", data="words.txt", arms=["none", arm])
     assert not list(find_runs(tmp_path / "out"))
+
+
+def test_arms_of_other_lengths_and_batches_are_measured_alike(store: TokenStore, tmp_path: Path) -> None:
+    recipe = tiny_recipe(eval_every=None, eval_windows=None, max_steps=8)
+    arms = ["none", "none:max_steps=2", "fixed:batch_size=64"]
+    compare(recipe, store, tmp_path / "out", data="words.txt", arms=arms)
+    recorded = {run.info["recipe"]["training"]["eval_windows"] for run in find_runs(tmp_path / "out")}
+    assert recorded == {recipe.eval_windows}
+
+
+def test_a_comparison_of_before_goes_on_as_it_began(store: TokenStore, tmp_path: Path) -> None:
+    """Earlier versions recorded `eval_every: null` for a 40th of the run, and 128 windows, where nothing was set."""
+    recipe, out = tiny_recipe(eval_every=None, eval_windows=None, max_steps=12, save_every=6), tmp_path / "out"
+    then = tiny_recipe(eval_every=1, eval_windows=128, max_steps=12, save_every=6)
+    compare(then, store, out, data="words.txt", arms=["none", "fixed"])
+    for run in list(find_runs(out)):
+        info = json.loads((run.path / "run.json").read_text())
+        info["recipe"]["training"]["eval_every"] = None
+        (run.path / "run.json").write_text(json.dumps({**info, "status": "interrupted"}))
+        shutil.rmtree(run.path / "checkpoint-12")
+    before = {run.path.name: run.metrics() for run in find_runs(out)}
+    compare(recipe, store, out, data="words.txt", arms=["none", "fixed", "ema"], resume=True)
+    after = {run.path.name: run for run in find_runs(out)}
+    assert len(after) == 3
+    for name, run in after.items():
+        assert run.finished
+        evaluated = [row["step"] for row in run.metrics() if "nll" in row]
+        assert evaluated == list(range(13))
+        assert run.info["recipe"]["training"]["eval_windows"] == 128
+        if name in before:
+            rows = [row for row in run.metrics() if "nll" in row and row["step"] <= 6]
+            assert rows == [row for row in before[name] if "nll" in row and row["step"] <= 6]
 
 
 def test_data_may_be_called_otherwise(store: TokenStore, tmp_path: Path) -> None:

@@ -76,6 +76,28 @@ def test_mistakes_name_the_setting_the_value_and_the_mend(changes: dict, message
     assert "\n" not in str(error.value)
 
 
+@given(st.sampled_from([Recipe, ClassifierRecipe]), st.integers(100, 10**6), st.integers(4, 512), st.integers(1, 8))
+def test_evaluations_cost_under_five_percent(kind: type[Recipe], steps: int, batch: int, accumulation: int) -> None:
+    """A held-out sequence is read forwards only: a third of what one that is trained on costs."""
+    recipe = kind().override({"max_steps": steps, "batch_size": batch, "accumulation": accumulation}, "test")
+    evaluations = 1 + -(-steps // recipe.eval_every)
+    assert evaluations * recipe.eval_windows / 3 < 0.05 * steps * batch * accumulation
+    assert 3 <= evaluations <= 41
+    settled = recipe.with_evaluations()
+    assert (settled.training.eval_every, settled.training.eval_windows) == (recipe.eval_every, recipe.eval_windows)
+
+
+def test_long_runs_are_evaluated_as_ever() -> None:
+    assert (Recipe(max_steps=25_000).eval_every, Recipe(max_steps=25_000).eval_windows) == (625, 128)
+
+
+def test_what_is_set_wins_over_what_a_run_has_recorded_and_that_over_the_default() -> None:
+    recorded = {"training": {"eval_every": 7, "eval_windows": 128}}
+    found = Recipe().override({"eval_every": 3}, "test").with_evaluations(recorded)
+    assert (found.training.eval_every, found.training.eval_windows) == (3, 128)
+    assert Recipe().with_evaluations(recorded).training.eval_every == 7
+
+
 def test_mix_layers_takes_indices() -> None:
     assert Recipe().override({"mix_layers": "0,2"}, "t").model_settings()["mix_layers"] == [0, 2]
     assert Recipe().override({"mix_layers": [0, 2]}, "t").model_settings()["mix_layers"] == [0, 2]

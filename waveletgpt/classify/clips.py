@@ -41,6 +41,7 @@ from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data.modalities.audio import SUFFIXES, Unusable, libraries, recording
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources.encodings import begin, decoded
 from waveletgpt.data.sources.files import FOLDERS, Document, Files, Source, TooLarge, report_skipped
 from waveletgpt.data.sources.named import NAMED, fetch
 from waveletgpt.data.splits import point_of
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 """To be raised when the same data and settings come to mean other examples: stores made before are not found then."""
 LABELLED = ("fsdd",)
 """The named sets whose recordings have classes."""
@@ -318,8 +319,11 @@ def find_layout(source: Source, fold: int) -> Layout:
 
 
 def _header(table: bytes) -> list[str]:
-    first = table[:1000].decode("utf-8-sig", "replace").partition("\n")[0]
-    return next(csv.reader([first.rstrip("\r")]), [])
+    return next(csv.reader(begin(table[:1000]).splitlines()[:1]), [])
+
+
+def _text(tables: dict[str, bytes], name: str) -> str:
+    return decoded(tables.get(name, b""), name, choosable=False)
 
 
 def _rows(tables: dict[str, bytes], name: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -327,7 +331,7 @@ def _rows(tables: dict[str, bytes], name: str, columns: tuple[str, ...]) -> Iter
     if name not in tables:
         raise UserError(f"{name} is missing: add it, it says which recordings have which classes")
     try:
-        for row in csv.DictReader(io.StringIO(tables[name].decode("utf-8-sig", "replace"), newline="")):
+        for row in csv.DictReader(io.StringIO(_text(tables, name), newline="")):
             values = [row.get(column) for column in columns]
             if None in values:
                 raise UserError(f"{name} is not the official table: a row lacks one of {', '.join(columns)}")
@@ -343,7 +347,7 @@ def _fsd50k(tables: dict[str, bytes]) -> Layout:
         found[name] = "validation" if split == "val" else "train", list(filter(None, labels.split(",")))
     for name, labels in _rows(tables, "eval.csv", ("fname", "labels")):
         found[name] = "test", list(filter(None, labels.split(",")))
-    vocabulary = csv.reader(io.StringIO(tables.get("vocabulary.csv", b"").decode("utf-8-sig", "replace"), newline=""))
+    vocabulary = csv.reader(io.StringIO(_text(tables, "vocabulary.csv"), newline=""))
     classes = [row[1] for row in vocabulary if len(row) == 3]
     classes += sorted({label for _, labels in found.values() for label in labels} - set(classes))
     if not classes:
@@ -401,7 +405,7 @@ def _speech_commands(tables: dict[str, bytes], names: list[str], what: str) -> L
     listed = {
         line.strip(): split
         for table, split in (("validation_list.txt", "validation"), ("testing_list.txt", "test"))
-        for line in tables[table].decode("utf-8", "replace").splitlines()
+        for line in _text(tables, table).splitlines()
     }
     folders = _class_folders([name for name in names if "_background_noise_" not in name.split("/")], what)
 

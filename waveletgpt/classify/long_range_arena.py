@@ -27,7 +27,7 @@ import numpy as np
 
 from waveletgpt.classify.labelled import Item, Pool, check_classes, divide, limit
 from waveletgpt.classify.settings import TaskSettings
-from waveletgpt.data.modalities.images import FILE_LIMIT, Shape, Unusable, load, load_cifar, need_pillow
+from waveletgpt.data.modalities.images import FILE_LIMIT, READ, Shape, Unusable, load, load_cifar, need_pillow
 from waveletgpt.data.modalities.listops import EQUALS, IDS, OFFICIAL, WORDS, expressions, generate_listops
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
@@ -146,6 +146,7 @@ def prepare_task(
     else:
         if chosen.modality == "image":
             need_pillow()
+            identity |= READ
         with disk_errors(settings.cache):
             source = _source(chosen, data, settings, progress)
             identity["content"] = source.key(settings.cache)

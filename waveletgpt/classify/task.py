@@ -106,7 +106,7 @@ class Classification:
         held_out = self.store.split("validation")
         recordings = np.unique(held_out.clips)
         # Not evenly spread: examples may stand class after class in turn, and a stride would pick some classes only.
-        chosen = np.random.default_rng(0).permutation(recordings)[: recipe.training.eval_windows]
+        chosen = np.random.default_rng(0).permutation(recordings)[: recipe.eval_windows]
         indices = np.flatnonzero(np.isin(held_out.clips, chosen))
         self._clips = held_out.clips[indices]
         return Subset(held_out, indices.tolist())

@@ -59,7 +59,7 @@ class Train:
         processes.from_first(lambda: check_run_folder(run, self.resume))
         processes.check_shared(run.path)
         with processes.agreed():
-            store = prepare_store(self.data, self.settings)
+            store = prepare_store(self.data, self.settings, self.out)
         train(recipe, store, run.path, data=self.data, arm=self.arm, resume=self.resume)
         if not processes.first():
             return
@@ -114,7 +114,7 @@ class Compare:
         if not self.sweep:
             if self.sweep_steps is not None:
                 raise UserError("--sweep-steps has no effect without --sweep")
-            train_arms(self, lambda: prepare_store(self.data, self.settings), self.data, self.out)
+            train_arms(self, lambda: prepare_store(self.data, self.settings, self.out), self.data, self.out)
             return
         from waveletgpt.training.compare import plan
         from waveletgpt.training.sweep import parse_grid, sweep
@@ -122,7 +122,7 @@ class Compare:
         recipe, grid = plain(self.settings), processes.from_first(lambda: parse_grid(self.sweep))
         plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume, workers=self.workers)
         with processes.agreed():
-            store = prepare_store(self.data, self.settings)
+            store = prepare_store(self.data, self.settings, self.out)
         best = sweep(
             recipe,
             store,
@@ -188,7 +188,7 @@ class Ladder:
         planned: dict[str, Any] = {"arms": self.arms, "sizes": self.sizes, "tokens": self.tokens, "seeds": self.seeds}
         planned |= {"grid": parse_grid(self.sweep), "resume": self.resume}
         rungs = plan(recipe, self.out, **planned)  # tells of a mistake before minutes are spent on the data
-        store = prepare_store(self.data, self.settings)
+        store = prepare_store(self.data, self.settings, self.out)
         check_data(store, rungs)
         for rung in rungs:
             shape = rung.shape
@@ -538,10 +538,15 @@ def options(recipe: Recipe) -> list[str]:
     return words
 
 
-def prepare_store(data: str, settings: Recipe) -> Any:
+def prepare_store(data: str, settings: Recipe, out: str) -> Any:
+    """The tokens of `data`: those that the runs in `out`, or its sweep's, have begun with, if they are of it."""
     from waveletgpt.data import prepare
+    from waveletgpt.report.summary import sweep_folder
+    from waveletgpt.runs.folder import find_runs
 
-    return prepare(data, settings.modality, settings.source, progress=processes.first())
+    named = (run.info.get("data") or {} for place in (out, sweep_folder(out)) for run in find_runs(place))
+    begun = dict.fromkeys(there["store"] for there in named if "store" in there)
+    return prepare(data, settings.modality, settings.source, progress=processes.first(), begun=begun)
 
 
 def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:

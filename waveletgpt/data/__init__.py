@@ -8,13 +8,16 @@ A further kind of data is one file in this package, with a class like `Modality`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from waveletgpt.data.modalities.acoustic import ACOUSTIC
 from waveletgpt.data.modalities.audio import AUDIO
@@ -39,8 +42,9 @@ MODALITIES: dict[str, Modality] = {
     modality.name: modality for modality in (*TEXT, AUDIO, ACOUSTIC, IMAGES, MUSIC, LISTOPS)
 }
 DEFAULT_MODALITY = "chars"
-CHANGED = {".json", ".tsv"}
-"""Files whose documents are not what earlier versions made of them."""
+READING = 3
+"""How files, archives and tables become documents: raised when the same files come to mean others, so that stores made
+before are not found again. Modalities have a number of their own for what they make of a file."""
 MAJORITY = 2 / 3
 """The share of files of one kind from which on a folder is taken to be of that kind."""
 
@@ -50,21 +54,30 @@ def prepare(
     modality: str | None = None,
     settings: DataSettings | None = None,
     progress: bool = True,
+    begun: Iterable[str | os.PathLike[str]] = (),
 ) -> TokenStore:
     """The tokens of `data`: made once, and found again as long as neither its content nor the settings change.
 
     `data` is a file, a folder, a name in `NAMED`, or `hf:owner/name`; `modality` a name in `MODALITIES` (default: that
     of the named set, else what `detect` finds). With `progress`, bars and what was taken are shown on standard error.
-    Any number of processes may ask at once. Raises UserError for what cannot be used.
+    `begun` are stores that runs have begun with: one of the same data and settings is kept, even if this version reads
+    the data in another way than the one that made it. Any number of processes may ask at once. Raises UserError for
+    what cannot be used.
     """
     settings = settings or DataSettings()
     if modality is not None and modality not in MODALITIES:
         raise UserError(f'no modality "{modality}": there are {", ".join(MODALITIES)}{suggest(modality, MODALITIES)}')
     with disk_errors(settings.cache):
-        return _prepare(str(data), modality, settings, progress)
+        return _prepare(str(data), modality, settings, progress, begun)
 
 
-def _prepare(data: str, modality: str | None, settings: DataSettings, progress: bool) -> TokenStore:
+def _prepare(
+    data: str,
+    modality: str | None,
+    settings: DataSettings,
+    progress: bool,
+    begun: Iterable[str | os.PathLike[str]],
+) -> TokenStore:
     source = find(data, settings, progress)
     named = NAMED.get(source.name)
     chosen = modality or ("bpe" if settings.tokenizer else named.modality if named else "")
@@ -88,12 +101,18 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
             name: getattr(settings, name)
             for name in ("column", "include", "exclude", "validation_fraction", "test_fraction")
         },
-        # These were read in another way once.
-        **({"reading": 2} if isinstance(source, Files) and source.suffixes(settings.cache).keys() & CHANGED else {}),
+        **({"reading": READING} if isinstance(source, Files) else {}),
         # Only where it is given: stores made before there was this setting stay what they are.
         **({"encoding": settings.encoding} if settings.encoding else {}),
         **kind.identity(settings),
     }
+    for place in begun:
+        with contextlib.suppress(UserError):
+            there = TokenStore.open(place)
+            if _but_reading(there.meta.get("identity") or {}) == _but_reading(identity):
+                if there.meta["identity"] != json.loads(json.dumps(identity)):
+                    _say(progress, f"{data}: going on with the tokens of {place}, though it would be read anew now")
+                return there
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data).name.split(".")[0])[:40].strip("-") or "data"
     path = settings.cache / "stores" / f"{name}-{chosen}-{fingerprint[:16]}"
@@ -103,6 +122,12 @@ def _prepare(data: str, modality: str | None, settings: DataSettings, progress: 
             kind.prepare(source, settings, writer, progress)
 
     return made_once(path, TokenStore.open, make)
+
+
+def _but_reading(identity: dict[str, Any]) -> dict[str, Any]:
+    """What a store is of, as JSON has it, whichever version read it."""
+    whole: dict[str, Any] = json.loads(json.dumps(identity))
+    return {name: value for name, value in whole.items() if not name.endswith("reading")}
 
 
 def detect(source: Source, settings: DataSettings) -> str:

@@ -69,7 +69,7 @@ def load_store(run: RunFolder) -> TokenStore:
         store = prepare(recipe["data"], recipe["modality"], DataSettings(**recipe["source"]))
     if store.fingerprint != data["fingerprint"]:
         raise UserError(
-            f"{data['name']} has changed since {run.path} was trained on it "
+            f"{data['name']}, or how it is read, has changed since {run.path} was trained on it "
             f"({data['fingerprint'][:12]} then, {store.fingerprint[:12]} now)"
         )
     return store

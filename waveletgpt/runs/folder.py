@@ -83,6 +83,10 @@ class RunFolder:
             raise UserError(f"{self.path / 'run.json'} cannot be read ({error}); the run cannot be used") from None
         if not isinstance(value, dict) or value.get("schema") != SCHEMA:
             raise UserError(f"{self.path / 'run.json'} has schema {value.get('schema')!r}; this version reads {SCHEMA}")
+        training = (value.get("recipe") or {}).get("training") or {}
+        if "eval_every" in training and training["eval_every"] is None:
+            # Earlier versions recorded what was set only, and evaluated at every 40th of the run where nothing was.
+            training["eval_every"] = max(1, value["recipe"]["max_steps"] // 40)
         return value
 
     def write_info(self, info: dict[str, Any]) -> None:

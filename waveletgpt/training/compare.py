@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from waveletgpt.errors import UserError
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
+from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe, mixing_names
 from waveletgpt.training.resuming import check_comparison_folder
@@ -151,9 +152,17 @@ def compare(
     from waveletgpt.training.trainer import Diverged, task_of
 
     out = Path(out)
-    parsed = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers)
+    planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers)
+    # All arms are measured alike, whatever they say of steps and batches, and as those that are there already.
+    begun = [run for arm in planned if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
+    measured = recipe.with_evaluations(begun[0].info["recipe"] if begun else None)
+    parsed = parse_arms(arms, recipe.override({"eval_windows": measured.eval_windows}, "compare"))
+    runs = [
+        (arm, r.with_evaluations(there.info["recipe"] if there.exists() else measured.as_dict()))
+        for arm, r in with_seeds(parsed, seeds)
+        for there in [RunFolder(out / arm.folder(r.seed))]
+    ]
     processes.from_first(lambda: check_models(parsed, task_of(store)))
-    runs = with_seeds(parsed, seeds)
     count = processes.from_first(lambda: worker_count(workers, recipe.device, len(runs)))
     if count > 1:  # runs that share the machine share its cores, too
         share = max(1, cores() // count)

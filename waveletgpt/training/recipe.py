@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data.settings import DataSettings
@@ -177,9 +177,9 @@ class TrainingSettings:
     fsdp: bool = False
     """Shard the model over several GPUs (FSDP 2); without, each holds a copy (DDP)."""
     eval_every: int | None = None
-    """Steps between evaluations; default: a 40th of the run."""
-    eval_windows: int = 128
-    """Held-out windows of one context each that every evaluation reads."""
+    """Steps between evaluations; default: a 40th of the run, more where that would cost over 5 % of it."""
+    eval_windows: int | None = None
+    """Held-out windows of one context each that every evaluation reads; default: 128, fewer in short runs."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int | None = None
@@ -222,6 +222,8 @@ class Recipe:
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     source: DataSettings = field(default_factory=DataSettings)
+
+    most_eval_windows: ClassVar[int] = 128
 
     def presets(self) -> dict[str, dict[str, Any]]:
         """Sizes of the model by name."""
@@ -268,7 +270,32 @@ class Recipe:
 
     @property
     def eval_every(self) -> int:
-        return self.training.eval_every or max(1, self.max_steps // 40)
+        """So that all evaluations together cost under 5 %: 40 of them, or as few as `_evaluated` pays for."""
+        times = min(40, max(1, self._evaluated // self.eval_windows - 1))  # one more is before the first step
+        return self.training.eval_every or -(-self.max_steps // times)
+
+    @property
+    def eval_windows(self) -> int:
+        """A power of two, about three times as many as there are evaluations: 32 in a run of 300 batches of 16."""
+        suits = 1 << (max(1, math.isqrt(3 * self._evaluated)).bit_length() - 1)
+        return self.training.eval_windows or min(self.most_eval_windows, max(8, suits))
+
+    @property
+    def _evaluated(self) -> int:
+        """Sequences that all evaluations together may read. One costs a third of one that is trained on: 3.3 %."""
+        return self.max_steps * self.batch_size * self.training.accumulation // 10
+
+    def with_evaluations(self, recorded: dict[str, Any] | None = None) -> Recipe:
+        """A copy that says when and on how many windows it is evaluated, so that these no longer follow other settings.
+
+        What is not set is as in the recipe that a run has `recorded`, else the default.
+        """
+        then = (recorded or {}).get("training") or {}
+        numbers = {
+            name: getattr(self.training, name) or then.get(name) or getattr(self, name)
+            for name in ("eval_windows", "eval_every")
+        }
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, **numbers))
 
     @property
     def save_every(self) -> int:
@@ -382,8 +409,9 @@ class ClassifierSettings(ModelSettings):
 class ClassifierTraining(TrainingSettings):
     """Optimiser, schedule, evaluation, checkpoints, augmentation."""
 
-    eval_windows: int = 500
-    """Held-out examples that the evaluations on the way read; the one at the end reads all."""
+    eval_windows: int | None = None
+    """Held-out examples that the evaluations on the way read (default: 500, fewer in short runs); the one at the end
+    reads all."""
     samples: int = 6
     """Examples of the test split that the report shows, with what the model says of them."""
     gain: float = 0.0
@@ -412,6 +440,8 @@ class ClassifierRecipe(Recipe):
     model: ClassifierSettings = field(default_factory=ClassifierSettings)
     training: ClassifierTraining = field(default_factory=ClassifierTraining)
     source: TaskSettings = field(default_factory=TaskSettings)  # type: ignore[assignment]
+
+    most_eval_windows: ClassVar[int] = 500
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return CLASSIFIER_PRESETS

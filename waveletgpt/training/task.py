@@ -144,7 +144,7 @@ class LanguageModeling:
         return RandomWindows(self.store.split("train"), model.config.n_positions, count, recipe.seed, self.record)
 
     def eval_data(self, recipe: Recipe, model: Any) -> FixedWindows:
-        held_out, windows = self.store.split("validation"), recipe.training.eval_windows
+        held_out, windows = self.store.split("validation"), recipe.eval_windows
         return FixedWindows(held_out, model.config.n_positions, windows, self.record)
 
     def arguments(self) -> dict[str, Any]:

@@ -240,6 +240,7 @@ def _train(
     at_once: int,
 ) -> RunFolder:
     """`train` in a folder that is ours alone."""
+    recipe = recipe.with_evaluations(run.info["recipe"] if run.exists() else None)
     transformers_logging.disable_progress_bar()
     # A comparison trains arm after arm in one process; each starts from its own precision.
     AcceleratorState._reset_state(reset_partial_state=False)

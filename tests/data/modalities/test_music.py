@@ -431,6 +431,27 @@ def test_a_million_notes() -> None:
     assert time.process_time() - began < 30
 
 
+def test_the_table_of_splits_in_other_encodings(tmp_path: Path, settings: DataSettings) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    rows = ["canonical_title,split,midi_filename"]
+    for index in range(6):
+        (home / f"{index}.mid").write_bytes(midi(piece(index, 20)))
+        rows.append(f"Prélude,{SPLITS[index % 3]},2004/{index}.mid")
+    (home / "notes.csv").write_bytes(b"name,about\nx,\xe9\xff\n")  # no table of splits
+    table, cache = home / "table.csv", settings.cache_dir
+    for encoding, chosen in (("utf-8", None), ("utf-16", None), ("cp1252", "cp1252")):
+        table.write_text("\n".join(rows), encoding=encoding)
+        store = prepare(home, "music", DataSettings(cache_dir=cache, encoding=chosen), progress=False)
+        assert store.meta["split"] == "given"
+        assert [store.meta["splits"][split]["documents"] for split in SPLITS] == [2, 2, 2]
+    with pytest.raises(UserError, match=r"table\.csv has 6 bytes that are not UTF-8: try --encoding"):
+        prepare(home, "music", settings, progress=False)
+    table.write_text("split,midi_filename\ntest," + "x" * 200_000)
+    with pytest.raises(UserError, match=r"table\.csv is broken \(field larger"):
+        prepare(home, "music", settings, progress=False)
+
+
 def test_maestro_by_name(pieces: Path, settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its table, which stands behind the files, gives the splits."""
     home = pieces.parent / "copies"

@@ -121,7 +121,7 @@ def test_truncated(suffix: str, tmp_path: Path) -> None:
     whole = whole or COMPRESS[suffix.removeprefix(".txt")](content)
     path = tmp_path / f"x{suffix}"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"^x\S* cannot be read, it is broken or truncated"):
+    with pytest.raises(UserError, match=r"^x\S* is truncated"):
         texts(path)
 
 
@@ -129,7 +129,7 @@ def test_tar_damaged_after_its_first_member(tmp_path: Path) -> None:
     whole = tar({"a.txt": b"a" * 600, "b.txt": b"b" * 600, "c.txt": b"c" * 600})
     for damaged in (whole[:1536] + b"?" * 512 + whole[2048:], whole[:1700]):
         (tmp_path / "x.tar").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"x\.tar cannot be read"):
+        with pytest.raises(UserError, match=r"x\.tar is (broken|truncated)"):
             texts(tmp_path / "x.tar")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import functools
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import lzma
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import zstandard
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from tests.data.sources.test_files import tar
 from waveletgpt.data import MODALITIES, DataSettings, find, prepare
 from waveletgpt.data.modalities.text import TextModality
-from waveletgpt.data.sources.archives import Stream, expand
+from waveletgpt.data.sources.archives import Stream, broken, expand
 from waveletgpt.data.sources.hub import Hub
 from waveletgpt.data.sources.tables import rows
 from waveletgpt.errors import UserError
@@ -36,7 +38,20 @@ def texts(data: Path, **settings: str) -> list[bytes]:
 
 
 def read(name: str, content: bytes) -> list[bytes]:
-    return [stream.file.read() for stream in expand(Stream(name, io.BytesIO(content)))]
+    found = []
+    for stream in expand(Stream(name, io.BytesIO(content))):
+        with broken(stream.name):
+            found.append(stream.file.read())
+    return found
+
+
+def zipped(members: list[bytes], comment: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.comment = comment
+        for i, content in enumerate(members):
+            archive.writestr(f"{i}.txt", content)
+    return buffer.getvalue()
 
 
 @given(parts=st.lists(st.binary(max_size=300), min_size=1, max_size=4), suffix=st.sampled_from([*COMPRESS]))
@@ -51,11 +66,11 @@ def test_joined_streams_are_read_to_the_end(parts: list[bytes], suffix: str) -> 
     cut=st.integers(1, 10_000),
 )
 @hypothesis_settings(max_examples=200, deadline=None)
-def test_streams_that_are_cut_off_are_named(parts: list[bytes], suffix: str, cut: int) -> None:
+def test_streams_that_are_cut_off_are_called_truncated(parts: list[bytes], suffix: str, cut: int) -> None:
     whole = [COMPRESS[suffix](part) for part in parts]
     last = whole[-1]
     content = b"".join(whole[:-1]) + last[: 1 + cut % (len(last) - 1)]
-    with pytest.raises((UserError, EOFError, OSError)):
+    with pytest.raises(UserError, match=r"x\S* is truncated"):
         read(f"x{suffix}", content)
 
 
@@ -66,13 +81,84 @@ def test_joined_tars_give_all_their_members(parts: list[list[bytes]]) -> None:
     assert read("x.tar", content) == [member for part in parts for member in part]
 
 
-def test_joined_zips_are_named(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.txt", "text")
-    (tmp_path / "x.zip").write_bytes(buffer.getvalue() * 2)
-    with pytest.raises(UserError, match="several ZIPs joined"):
-        texts(tmp_path / "x.zip")
+MEMBERS = st.lists(st.binary(max_size=200), max_size=3)
+
+
+@given(parts=st.lists(MEMBERS, min_size=2, max_size=3), comment=st.binary(max_size=30), before=st.binary(max_size=99))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_joined_zips_lose_nothing_silently(parts: list[list[bytes]], comment: bytes, before: bytes) -> None:
+    content = before + b"".join(zipped(part, comment) for part in parts)
+    filled = [i for i, part in enumerate(parts) if part]
+    if filled in ([], [len(parts) - 1]):
+        assert read("x.zip", content) == parts[-1]
+    else:
+        with pytest.raises(UserError, match="several ZIPs joined"):
+            read("x.zip", content)
+
+
+@given(members=MEMBERS, comment=st.binary(max_size=30), cut=st.integers(1, 10_000), whole=st.booleans())
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_zips_that_are_cut_off_or_go_on_are_named(members: list[bytes], comment: bytes, cut: int, whole: bool) -> None:
+    content = zipped([*members, b"one more"])
+    part = content[: 4 + cut % (len(content) - 4)]
+    if whole:  # one archive, and the beginning of another behind it
+        with pytest.raises(UserError, match=r"several ZIPs joined|after its end|truncated|broken"):
+            read("x.zip", zipped(members, comment) + part)
+    else:
+        with pytest.raises(UserError, match=r"x\.zip is truncated"):
+            read("x.zip", part)
+    assert read("x.zip", content + bytes(cut % 9)) == [*members, b"one more"]
+
+
+@given(
+    parts=st.lists(st.lists(st.binary(max_size=600), min_size=1, max_size=3), min_size=1, max_size=3),
+    suffix=st.sampled_from([*COMPRESS]),
+    cut=st.integers(1, 100_000),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_compressed_tars_are_read_to_the_end_or_named(parts: list[list[bytes]], suffix: str, cut: int) -> None:
+    whole = [tar({f"{i}.txt": member for i, member in enumerate(part)}) for part in parts]
+    content = b"".join(map(COMPRESS[suffix], whole))
+    assert read(f"x.tar{suffix}", content) == [member for part in parts for member in part]
+    with pytest.raises(UserError, match="is truncated"):
+        read("x.tar", whole[-1][: 1 + cut % (512 + len(parts[-1][0]) - 1)] if parts[-1][0] else whole[-1][:100])
+
+
+def test_a_zip_whose_directory_points_before_its_beginning_is_broken() -> None:
+    for field, more in ((12, 40), (16, 40)):  # the directory's size and its place
+        content = bytearray(zipped([b"text"]))
+        content[content.index(b"PK\5\6") + field] += more
+        with pytest.raises(UserError, match=r"x\.zip is broken"):
+            read("x.zip", bytes(content))
+
+
+def test_what_is_cut_off_between_members_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert read("x.tar", tar({"a.txt": b"a" * 512, "b.txt": b"b"})[:1024]) == [b"a" * 512]
+    assert "x.tar ends without the mark of its end: it may be truncated" in caplog.text
+
+
+def test_one_message_per_cause(tmp_path: Path) -> None:
+    text = b"some text " * 99
+    flipped = bytearray(gzip.compress(text))
+    flipped[-6] ^= 1
+    deflate64 = bytearray(zipped([text]))
+    for place in (8, deflate64.index(b"PK\1\2") + 10):
+        deflate64[place] = 9
+    random = Random(0)
+    dictionary = zstandard.train_dictionary(2000, [random.randbytes(20) * 9 for _ in range(200)])
+    for name, content, message in (
+        ("x.gz", gzip.compress(text)[:20], "x is truncated|x.gz is truncated"),
+        ("x.gz", bytes(flipped), "x.gz is broken|x is broken"),
+        ("x.gz", b"no gzip at all", "broken .*Not a gzipped file"),
+        ("x.zip", bytes(deflate64), "packed in a way that is not supported"),
+        ("x.zst", zstandard.ZstdCompressor(dict_data=dictionary).compress(text), "not supported .*[Dd]ictionary"),
+        ("x.zip", b"no zip at all", "x.zip is broken"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(name, content)
+    (tmp_path / "x.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(99))
+    with pytest.raises(UserError, match=r"x\.7z is packed in a way that is not supported: unpack it first"):
+        texts(tmp_path / "x.7z")
 
 
 @pytest.mark.parametrize("slash", ["/", "\\"])
@@ -195,7 +281,6 @@ def test_unicode_is_read_by_its_mark(
     name, mark = encoding
     if form in ("jsonl", "json"):
         content = json.dumps({"text": text}, ensure_ascii=False) + "\n"
-        form = form if name == "utf-8" else "jsonl"
     elif form == "csv":
         content = 'id,text\n1,"' + text.replace('"', '""') + '"\n'
     else:
@@ -240,3 +325,70 @@ def test_json_with_a_record_a_line_is_records(tmp_path: Path) -> None:
     assert texts(tmp_path / "y.json") == [b'{\n "a": 1\n}\n']
     with pytest.raises(UserError, match=r'column is "url", but .* has no table'):
         texts(tmp_path / "y.json", column="url")
+
+
+RECORDS = st.lists(
+    st.dictionaries(st.sampled_from(["id", "url", "more"]), st.none() | st.integers() | st.text(max_size=8)).flatmap(
+        lambda rest: CHARACTERS.map(lambda text: {**rest, "text": text})
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(
+    records=RECORDS,
+    encoding=ENCODINGS,
+    indent=st.sampled_from([None, 0, 2]),
+    array=st.booleans(),
+    space=st.text(" \t\r\n", max_size=5),
+    packed=st.sampled_from(["", *COMPRESS]),
+    cut=st.integers(1, 10_000),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_records_in_json_however_they_are_written(
+    records: list[dict], encoding: tuple[str, bytes], indent: int | None, array: bool, space: str, packed: str,
+    cut: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    name, mark = encoding
+    dumps = functools.partial(json.dumps, ensure_ascii=False, indent=indent)
+    content = space + (dumps(records) if array else (space or "\n").join(map(dumps, records))) + space
+    path = tmp_path_factory.mktemp("x") / f"x.json{packed}"
+    pack = COMPRESS.get(packed, bytes)
+    path.write_bytes(pack(mark + content.encode(name)))
+    assert texts(path) == [record["text"].encode() for record in records]
+    if array:
+        end = len(content.rstrip())
+        part = content[: min(end - 1, content.index("{") + 1 + cut % end)]
+        path.write_bytes(pack(mark + part.encode(name)))
+        with pytest.raises(UserError, match="truncated"):
+            texts(path)
+
+
+def test_arrays_of_other_things(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('[{"text": "a"}, {"text": "b"}] {"text": "c"}')
+    with pytest.raises(UserError, match=r"x\.json goes on after the end of its array"):
+        texts(path)
+    path.write_text('[{"text": "a"}, 3]')
+    with pytest.raises(UserError, match=r"record 2 is not an object"):
+        texts(path)
+    path.write_text('[{"body": "a"}]')
+    with pytest.raises(UserError, match=r"no column text or content but body: name one with --column"):
+        texts(path)
+    assert texts(path, column="body") == [b"a"]
+    for raw in ("[1, 2]", '{"a": [1]}', "[]"):
+        path.write_text(raw)
+        assert texts(path) == [raw.encode()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("form", ["txt", "csv", "tsv", "jsonl", "json"])
+def test_utf16_without_a_mark_is_called_so_and_read_by_name(form: str, encoding: str, tmp_path: Path) -> None:
+    content = {"txt": "some text", "csv": "id,text\n1,some text\n", "tsv": "id\ttext\n1\tsome text\n"}
+    record = '{"text": "some text"}\n'
+    path = tmp_path / f"x.{form}"
+    path.write_bytes(content.get(form, record).encode(encoding))
+    with pytest.raises(UserError, match=rf"seems to be {encoding.upper()} without a mark: try --encoding {encoding}"):
+        texts(path)
+    assert texts(path, encoding=encoding) == [b"some text"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from waveletgpt.data.modalities import encoders
-from waveletgpt.data.modalities.audio import excerpt, tokenise, write_wav
+from waveletgpt.data.modalities.audio import READ, excerpt, tokenise, write_wav
 from waveletgpt.data.modalities.modality import SampleFile, counted, spread
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Source
@@ -169,7 +169,7 @@ class AcousticModality:
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """The codec, by name on the hub or the content of its folder, and how many codebooks."""
         codec_settings = {"codec": encoders.known_by(settings.codec), "codebooks": settings.codebooks}
-        return encoders.no_settings(settings) | codec_settings
+        return encoders.no_settings(settings) | codec_settings | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Read the recordings and write tokens and tokenizer; files that are none are skipped, named and counted.

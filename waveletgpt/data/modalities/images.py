@@ -45,6 +45,8 @@ SUFFIXES = frozenset(
      ".pnm", ".tga", ".jp2", ".j2k", ".avif")
 )  # fmt: skip
 """How files of these formats are called."""
+READ = {"images_reading": 2}
+"""Part of a store's fingerprint: raised when the same files come to mean other pictures."""
 _FILES_AT_ONCE = 256
 _BYTES_AT_ONCE = 64 << 20
 _CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin")
@@ -180,7 +182,8 @@ class ImagesModality:
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """Size and mode; raises UserError for a tokenizer of another's."""
-        return encoders.no_settings(settings) | {"image_size": settings.image_size, "image_mode": settings.image_mode}
+        chosen = {"image_size": settings.image_size, "image_mode": settings.image_mode}
+        return encoders.no_settings(settings) | chosen | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Write the pixels of pictures and of CIFAR-10's batches; what cannot be read is skipped, named and counted.

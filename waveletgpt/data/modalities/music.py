@@ -30,6 +30,7 @@ from waveletgpt.data.modalities import encoders
 from waveletgpt.data.modalities.modality import SampleFile, counted
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.sources.encodings import begin, decoded
 from waveletgpt.data.sources.files import Document, Source, TooLarge, report_skipped
 from waveletgpt.data.splits import Spool, point_of, split_of
 from waveletgpt.data.store import SPLITS, StoreWriter
@@ -47,6 +48,8 @@ VELOCITIES = 4
 """MIDI velocities (1 .. 127) to one of the 32 steps."""
 FILE_LIMIT = 64 << 20
 """Bytes of a file, beyond which it is skipped."""
+READ = {"music_reading": 2}
+"""Part of a store's fingerprint: raised when the same files come to mean other pieces."""
 HOURS = 24
 """Length of a piece, beyond which it is skipped: a few bytes can claim years of silence."""
 RENDER_SECONDS = 120
@@ -384,7 +387,8 @@ class MusicModality:
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """How training pieces are copied; raises UserError for a tokenizer of another's."""
-        return encoders.no_settings(settings) | {"transpose": settings.semitones(), "tempo_scale": settings.tempos()}
+        chosen = {"transpose": settings.semitones(), "tempo_scale": settings.tempos()}
+        return encoders.no_settings(settings) | chosen | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
         """Write the events of all MIDI files, of the training pieces also the copies; others are skipped and named.
@@ -393,7 +397,7 @@ class MusicModality:
         symusic is missing, if no file can be read, or if there are too few different pieces.
         """
         library()
-        table = _table(source)
+        table = _table(source, settings)
         own = source.own_splits or set(table.values())
         with Spool(writer.scratch) as spool:
             with bar(f"reading {source.name}", source.size, progress) as advance:
@@ -464,24 +468,29 @@ class MusicModality:
         return SampleFile("music", path, repaired=counted(repaired))
 
 
-def _table(source: Source) -> dict[str, str]:
-    """The splits that a table among the files gives those that are there, as MAESTRO's does: file name -> split."""
+def _table(source: Source, settings: DataSettings) -> dict[str, str]:
+    """The splits that a table among the files gives those that are there, as MAESTRO's does: file name -> split.
+
+    Raises UserError for such a table that is broken, or in another encoding than the one of the settings, or UTF-8.
+    """
     found: dict[str, str] = {}
     there: set[str] = set()
     for document in source.files():
         there.add(document.name.rpartition("/")[2])
         if document.name.lower().endswith(".csv"):
             try:
-                text = document.read(FILE_LIMIT).decode("utf-8", "replace")
+                content = document.read(FILE_LIMIT)
             except TooLarge:
                 continue
-            rows = csv.DictReader(io.StringIO(text))
-            if {"midi_filename", "split"} <= set(rows.fieldnames or ()):
-                found |= {
-                    row["midi_filename"].rpartition("/")[2]: row["split"]
-                    for row in rows
-                    if row["midi_filename"] and row["split"] in SPLITS
-                }
+            header = begin(content[:4000], settings.encoding).splitlines()[:1]
+            if not all(column in "".join(header) for column in ("midi_filename", "split")):
+                continue
+            try:
+                for row in csv.DictReader(io.StringIO(decoded(content, document.name, settings.encoding), newline="")):
+                    if row.get("midi_filename") and row.get("split") in SPLITS:
+                        found[row["midi_filename"].rpartition("/")[2]] = row["split"]
+            except csv.Error as error:
+                raise UserError(f"{document.name} is broken ({error}): get it again, or leave it out") from None
     return {name: split for name, split in found.items() if name in there}
 
 

@@ -25,19 +25,38 @@ def marked(start: bytes) -> bool:
     return any(start.startswith(mark) for mark, name in _MARKS if name != "utf-8")
 
 
+def begin(start: bytes, encoding: str | None = None) -> str:
+    """The text that a file starts with, as far as it can be decoded."""
+    mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", encoding or "utf-8"))
+    return start[len(mark) :].decode(found, "ignore")
+
+
+def unmarked(start: bytes) -> str | None:
+    """The kind of UTF-16 that a file without mark is likely in: text of which every second byte is 0; else None."""
+    start = start[: min(_SAMPLE, len(start) // 2 * 2)]
+    for name, zeros, others in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):
+        if len(zeros) > 3 and zeros.count(0) > 0.7 * len(zeros) and b"\0" not in others:
+            return name
+    return None
+
+
 class Utf8File(io.RawIOBase):
     """A file as UTF-8 without mark, decoded by its mark, else from `encoding`, else from UTF-8.
 
     Reading raises UserError, with the count and a guess, at bytes that are not of the encoding.
     """
 
-    def __init__(self, file: IO[bytes], name: str, encoding: str | None) -> None:
+    def __init__(self, file: IO[bytes], name: str, encoding: str | None, choosable: bool = True) -> None:
         self._file = file
         self._name = name
+        self._choosable = choosable
         start = file.read(_STEP)
         while start and len(start) < 4 and (more := file.read(4)):
             start += more
         mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", None))
+        if not (found or encoding) and (likely := unmarked(start)):
+            mend = f"try --encoding {likely}" if choosable else "save it as UTF-8"
+            raise UserError(f"{name} seems to be {likely.upper()} without a mark: {mend}")
         self._encoding = found or encoding or "utf-8"
         self._decoder = codecs.getincrementaldecoder(self._encoding)("strict")
         self._next = start[len(mark) :]
@@ -83,11 +102,12 @@ class Utf8File(io.RawIOBase):
             sample += b"" if len(sample) >= _SAMPLE else block[: _SAMPLE - len(sample)]
         decoder.decode(b"", final=True)
         guess = _guess(b"\n".join(line for line in sample.splitlines() if not line.isascii()))
-        mend = f"try --encoding {guess}, " if guess else "name its encoding with --encoding, "
-        return UserError(
-            f"{self._name} has {wrong:,} bytes that are not {self._encoding.upper()}: {mend}"
-            "leave it out with --exclude, or mend it"
-        )
+        if self._choosable:
+            mend = f"try --encoding {guess}" if guess else "name its encoding with --encoding"
+            mend += ", leave it out with --exclude, or mend it"
+        else:
+            mend = f"save it as UTF-8{f' (it seems to be {guess})' if guess else ''}"
+        return UserError(f"{self._name} has {wrong:,} bytes that are not {self._encoding.upper()}: {mend}")
 
 
 def _guess(sample: bytes) -> str | None:
@@ -103,6 +123,14 @@ def _guess(sample: bytes) -> str | None:
 def as_utf8(file: IO[bytes], name: str, encoding: str | None) -> IO[bytes]:
     """`file`, named `name` in messages, as UTF-8 without mark."""
     return io.BufferedReader(Utf8File(file, name, encoding), _STEP)
+
+
+def decoded(content: bytes, name: str, encoding: str | None = None, choosable: bool = True) -> str:
+    """A whole table as text, by its mark, else from `encoding`, else from UTF-8.
+
+    Raises UserError as `Utf8File` does; `choosable` says whether the user can name an encoding.
+    """
+    return Utf8File(io.BytesIO(content), name, encoding, choosable).readall().decode()
 
 
 class Peeked(io.RawIOBase):

@@ -21,8 +21,8 @@ from typing import IO, Any, Protocol
 
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import tables
-from waveletgpt.data.sources.archives import Stream, broken, expand
-from waveletgpt.data.sources.encodings import Peeked, as_utf8, marked
+from waveletgpt.data.sources.archives import UNSUPPORTED, Stream, broken, expand
+from waveletgpt.data.sources.encodings import Peeked, as_utf8, marked, unmarked
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Files:
             return json.dumps(Counter(Path(stream.name).suffix.lower() for stream in self._streams()))
 
         insides, paths = zip(*self._paths, strict=True)
-        what = ["suffixes", str(self.settings.include), str(self.settings.exclude), *insides]
+        what = ["suffixes 2", str(self.settings.include), str(self.settings.exclude), *insides]
         return Counter(json.loads(remembered(cache, what, paths, content)))
 
     @property
@@ -230,6 +230,8 @@ class Files:
         self.skipped = []
         for inside, path in self._paths:
             self._inside = inside
+            if path.suffix.lower() in UNSUPPORTED:
+                raise UserError(f"{inside} is packed in a way that is not supported: unpack it first, or --exclude it")
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")
@@ -270,13 +272,13 @@ class Files:
             raise UserError(f"no text in {self.name}{skipped}: --modality bytes takes any file")
 
     def _by_content(self, stream: Stream) -> tuple[Stream, bool]:
-        # JSON lines are often called .json.
+        # Records, one a line or in an array, are often called .json.
         if not stream.name.lower().endswith(".json"):
             return stream, False
         with broken(stream.name):
             start = stream.file.read(CHUNK)
         found = Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
-        return found, tables.has_records(start)
+        return found, tables.has_records(start, self.settings.column, self.settings.encoding)
 
     def _whole(self, stream: Stream, binary: bool) -> Document | None:
         if not binary or self.settings.encoding:
@@ -294,6 +296,8 @@ class Files:
             return None
         if not binary and not looks_like_text(first):
             if not self.path.is_dir() and "/" not in stream.name:
+                if likely := unmarked(first):
+                    raise UserError(f"{self.name} seems to be {likely.upper()} without a mark: try --encoding {likely}")
                 raise UserError(
                     f"{self.name} looks like a binary file, not like UTF-8 text: convert it, or use --modality bytes"
                 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from waveletgpt.data.sources.archives import Stream, broken
-from waveletgpt.data.sources.encodings import as_utf8
+from waveletgpt.data.sources.encodings import as_utf8, begin
 from waveletgpt.errors import UserError, suggest
 
 GUESSES = ("text", "content")
@@ -25,33 +27,35 @@ def rows(
     """The records that have text in `column`; None if the file is not of this kind, by its name.
 
     Tables of text are UTF-8, or what their mark says, or in `encoding`.
-    `records`: it is JSON lines, whatever its name.
+    `records`: it is JSON with records (see `has_records`), whatever its name.
 
     Raises UserError for a column that is not there, and for a broken line, with its number.
     """
-    suffix = "jsonl" if records else stream.name.lower().rpartition(".")[2]
-    reader = _READERS.get(suffix)
+    suffix = "json" if records else stream.name.lower().rpartition(".")[2]
+    reader = _READERS.get(suffix) if suffix != "json" or records else None
     if reader and suffix != "parquet":
         with broken(stream.name):
             stream = Stream(stream.name, as_utf8(stream.file, stream.name, encoding))
     return reader(stream, column) if reader else None
 
 
-def has_records(start: bytes) -> bool:
-    """Whether a file that starts so has one JSON object a line: its first line is one, and the next begins one."""
-    lines = [line for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
-    if not lines or not lines[0].lstrip().startswith(b"{"):
-        return False
-    if len(lines) > 1:
-        try:
-            return isinstance(json.loads(lines[0]), dict) and lines[1].lstrip().startswith(b"{")
-        except (ValueError, RecursionError):
-            return False
+def has_records(start: bytes, column: str | None = None, encoding: str | None = None) -> bool:
+    """Whether a file of JSON that starts so holds records: an array of objects, objects in a row, or one with a text.
+
+    What else is JSON is text by itself. An object is a text with what goes with it if it has the `column`, or one of
+    `GUESSES`.
+    """
+    text = begin(start, encoding).lstrip()
+    if text.startswith("["):
+        return text[1:].lstrip().startswith("{")
     try:
-        record = json.loads(lines[0])
+        record, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and any(isinstance(record.get(guess), str) for guess in GUESSES)
+    names = GUESSES if column is None else (*GUESSES, column)
+    return isinstance(record, dict) and (
+        any(isinstance(record.get(name), str) for name in names) or text[end:].lstrip().startswith("{")
+    )
 
 
 def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
@@ -128,6 +132,65 @@ def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
             yield name, text
 
 
+class _Text:
+    """A stream as text of which a part is at hand: `text` from `place` on. Broken bytes raise UserError."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.name, self._file, self._decode = stream.name, stream.file, codecs.getincrementaldecoder("utf-8")().decode
+        self.text, self.place, self.ended = "", 0, False
+
+    def more(self) -> None:
+        """Have at least twice as much at hand, so that something long is not looked at over and over."""
+        self.text, self.place = self.text[self.place :], 0
+        with broken(self.name):
+            block = self._file.read(max(1 << 16, len(self.text)))
+        self.text, self.ended = self.text + self._decode(block, final=not block), not block
+        if len(self.text) > LONGEST:
+            raise UserError(f"{self.name} has a record of more than {LONGEST >> 20} MB: is it what its name says?")
+
+    def next(self, passed: str = " \t\r\n") -> str:
+        """The next character that is not `passed` over; nothing at the end."""
+        while True:
+            while self.place < len(self.text) and self.text[self.place] in passed:
+                self.place += 1
+            if self.place < len(self.text) or self.ended:
+                return self.text[self.place : self.place + 1]
+            self.more()
+
+
+def _json_values(stream: Stream, column: str | None) -> Iterator[Row]:
+    """The objects of an array, or in a row, however they are broken into lines."""
+    text, decode, number = _Text(stream), json.JSONDecoder().raw_decode, 0
+    in_array = text.next() == "["
+    text.place += in_array
+    while (following := text.next()) and not (in_array and following == "]"):
+        number += 1
+        name = f"{stream.name} record {number}"
+        if in_array and number > 1:
+            if following != ",":
+                raise UserError(f"{name} is not JSON (no comma before it): mend or remove it")
+            text.place += 1
+            text.next()
+        while True:
+            try:
+                record, text.place = decode(text.text, text.place)
+                break
+            except (ValueError, RecursionError) as error:
+                if text.ended or isinstance(error, RecursionError):
+                    raise UserError(f"{name} is not JSON ({error}), or the file is truncated: mend it") from None
+            text.more()
+        if not isinstance(record, dict):
+            raise UserError(f'{name} is not an object like {{"text": "..."}}: mend or remove it')
+        chosen = choose(name, column, list(record))
+        if found := text_of(record[chosen], name, chosen):
+            yield name, found
+    if in_array and not following:
+        raise UserError(f"{stream.name} is truncated, the end of its array is missing: get it again")
+    text.place += in_array
+    if text.next():
+        raise UserError(f"{stream.name} goes on after the end of its array: make one array of it, or JSON lines")
+
+
 def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
     def read(stream: Stream, column: str | None) -> Iterator[Row]:
         csv.field_size_limit(LONGEST)
@@ -188,13 +251,19 @@ def _parquet(stream: Stream, column: str | None) -> Iterator[Row]:
                 if text := text_of(value, name, chosen):
                     yield name, text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{stream.name} cannot be read, it is broken or truncated ({reason}): get it again") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        stream.file.seek(0)
+        begins = stream.file.read(4) == b"PAR1"
+        stream.file.seek(-min(4, stream.file.seek(0, io.SEEK_END)), io.SEEK_END)
+        if begins and stream.file.read(4) not in (b"PAR1", b"PARE"):
+            raise UserError(f"{stream.name} is truncated, its end is missing: get it again") from error
+        raise UserError(f"{stream.name} is broken ({reason}): get it again") from error
 
 
 _READERS: dict[str, Callable[[Stream, str | None], Iterator[Row]]] = {
     "jsonl": _json_lines,
     "ndjson": _json_lines,
+    "json": _json_values,
     "csv": _separated(","),
     "tsv": _separated("\t"),
     "parquet": _parquet,
