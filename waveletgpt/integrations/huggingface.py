@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -82,8 +83,10 @@ def add_mixing(
         UserError: a model, or settings, that this can't do; nothing was changed then.
     """
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+    if not isinstance(model, PreTrainedModel):
         raise UserError(f"model is a {name}: add mixing to the transformers model itself, before PEFT or DDP wraps it")
+    if any(_is_from("unsloth", module.forward) for module in model.modules()):
+        raise UserError(f"{name} is patched by unsloth, which runs decoder layers by itself: load it with transformers")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} has a PEFT adapter already: add mixing first, then the adapter")
     config = model.config
@@ -125,6 +128,11 @@ def add_mixing(
     config._name_or_path = model.name_or_path = ""
     model.__class__ = mixed_root(type(model))
     return model
+
+
+def _is_from(package: str, function: Any) -> bool:
+    """Whether a package put this function where another was; what it compiled itself begins with its name too."""
+    return (getattr(function, "__module__", None) or "").startswith(package)
 
 
 def _is_loaded(model: nn.Module) -> bool:
@@ -208,6 +216,7 @@ def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     attention = owner.config._attn_implementation or ""
     if attention.startswith(("paged", "vllm", "sglang")):
         raise UserError(f"attention {attention!r} has a cache of its own, which keeps no mixing states: use generate()")
+    _check_whole_sequences(attention)
     cache = given.get("past_key_values")
     if cache is not None:
         upgrade_cache(cache)
@@ -239,6 +248,17 @@ def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
             bounds["mask"] = mask
     kwargs[REACH] = (reach_of(tokens, **bounds),)  # type: ignore[arg-type]
     return args, kwargs
+
+
+@torch.compiler.assume_constant_result
+def _check_whole_sequences(attention: str) -> None:
+    """Refuse to run where processes have parts of a sequence each; all ways to do so replace attention by their own."""
+    functions = (nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS.get(attention))
+    if any(_is_from(package, f) for package in ("torch.distributed", "deepspeed") for f in functions):
+        raise UserError(
+            "context and sequence parallelism give each process a part of the sequence, where mixing can't see the "
+            "tokens before: use data parallelism (DDP, FSDP) instead"
+        )
 
 
 # Decoder layers.
