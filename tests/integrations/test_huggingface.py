@@ -370,6 +370,22 @@ def test_some_mixings_start_where_the_model_is(name: str, mixing: str) -> None:
     assert torch.equal(add_mixing(stock(name), mixing=mixing)(x).logits, stock(name)(x).logits)
 
 
+@pytest.mark.parametrize("mixing", ["fixed", "learnable"])
+@torch.no_grad()
+def test_partial_edges(mixing: str, tmp_path: Path) -> None:
+    """What a window is divided by counts real tokens of the document: cached, padded, packed, saved and loaded."""
+    model, x = mixed("llama", mixing, mix_edge="partial"), tokens(2, 7)
+    assert (model(x).logits - mixed("llama", mixing)(x).logits).abs().max() > 1e-3
+    assert torch.equal(generate(model, x, num_beams=3), generate(model, x, num_beams=3, use_cache=False))
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}):
+        assert torch.equal(generate(model, x, **options), generate(model, x, use_cache=False))
+        check_padded(model, **options)
+    for got, alone in packed_and_separate(model):
+        close(got, alone)
+    model.save_pretrained(tmp_path)
+    close(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
+
+
 @torch.no_grad()
 def test_some_layers() -> None:
     model = add_mixing(stock("llama"), layers=[1])
@@ -505,6 +521,7 @@ SETTINGS_WRONG = {
     "layers": ({"layers": [0, 3]}, r"layers=\[0, 3\]: give \"all\" or numbers of blocks from 0 to 2"),
     "word": ({"layers": "first"}, "layers='first': give"),
     "pretrained": ({"pretrained": True}, "pretrained=True is unknown"),
+    "edge": ({"mix_edge": "none"}, "edge='none' is unknown"),
     "fraction": ({"mix_fraction": 2.0}, "mix_fraction=2.0 must be"),
 }
 

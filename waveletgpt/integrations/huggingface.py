@@ -13,7 +13,7 @@ token may look (`reach`), and hands it to the layers as a keyword argument: reco
 
 This file and `module.py` travel in checkpoints, with the operator's definition, and import nothing else.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates, S inputs that came before.
+Shapes: B batch, T tokens, E embedding, C mixed coordinates, S inputs that came before, D what each of them takes.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def add_mixing(
     mix_fraction: float = 0.5,
     layers: str | Iterable[int] = "all",
     pretrained: str | None = None,
+    mix_edge: str = "zero",
 ) -> PreTrainedModel:
     """Mix after the decoder blocks of a causal language model of transformers, in place.
 
@@ -75,6 +76,7 @@ def add_mixing(
         layers: "all", or the numbers of the blocks, from 0.
         pretrained: "replace" to put "fixed" or "learnable" into a model whose weights were loaded, which do not know
             it: the model must be trained again.
+        mix_edge: "zero" or "partial", what a window is divided by where a document begins; see `WaveletMixing`.
 
     Returns:
         The same model.
@@ -120,7 +122,8 @@ def add_mixing(
     if max_window < min_window:
         raise UserError(f"max_window={max_window} is smaller than min_window={min_window}")
     scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
-    settings = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
+    settings: dict[str, Any] = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
+    settings["edge"] = mix_edge
     _install(model, settings)
     config.__class__ = _known_to_auto_classes(mixed_config(type(config)))
     config.wavelet_mixing = settings
@@ -148,10 +151,11 @@ def _install(model: Any, settings: dict[str, Any]) -> None:
             f"{type(model).__name__} gives its decoder layers no keyword arguments, so that they cannot be told of "
             "padding and documents: mixing can't be added to it"
         )
-    layers, width = getattr(owner, name), model.config.hidden_size
+    layers, width, kernels = getattr(owner, name), model.config.hidden_size, MIXINGS[settings["mixing"]]
+    edge = settings.get("edge", "zero")  # models saved by earlier versions have none
     try:
         mixers = [
-            WaveletMixing(width, settings["windows"], MIXINGS[settings["mixing"]], settings["mix_fraction"])
+            WaveletMixing(width, settings["windows"], kernels, settings["mix_fraction"], edge)
             if settings["layers"] is None or i in settings["layers"]
             else None
             for i in range(len(layers))
@@ -328,16 +332,16 @@ def mixed_cache_layer(base: Any) -> type:
         # Inherited, it would put this class in transformers' table of all kinds of layers.
         _layer_type = None
         mixes = True
-        mix_state: Tensor | None = None  # (B, S, C), or all inputs since recording began
+        mix_state: Tensor | None = None  # (B, S, D), or all inputs since recording began
         mix_past = 0
         record_past = False
 
         def mix_update(self, hidden: Tensor, mixer: WaveletMixing, reach: Tensor | None) -> Tensor:
-            """Take in hidden (B, T, E); gives the inputs (B, S, C) before them."""
-            x, old, past = hidden[..., : mixer.n_mixed], self.mix_state, mixer.past
+            """Take in hidden (B, T, E); gives what is kept of the inputs before them, (B, S, D)."""
+            x, old, past = mixer.inputs(hidden), self.mix_state, mixer.past
             self.mix_past = past
             if old is None:
-                old = x.new_zeros(x.shape[0], past, mixer.n_mixed)
+                old = x.new_zeros(x.shape[0], past, x.shape[2])
             whole = torch.cat([old, x], dim=1)
             before = whole[:, old.shape[1] - past : old.shape[1]]  # of the copy: `old` may be written to below
             new = mixer.forget(whole, reach)
