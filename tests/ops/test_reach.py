@@ -175,12 +175,25 @@ def test_means_save_reach_only(backend: str) -> None:
 
 
 @each_backend
-def test_what_other_documents_hold_stays_there(backend: str) -> None:
-    x = torch.randn(1, 8, 2)
-    x[:, :4] = float("nan")
-    for kernels in (None, random_kernels([4, 8], torch.float32)):
-        y = wavelet_mix(x, [4, 8], kernels, reach=reach_of_lengths([[4, 4]]), backend=backend)
-        assert y[:, 4:].isfinite().all()
+@pytest.mark.parametrize("began_before", [False, True])
+def test_what_other_documents_hold_stays_there(backend: str, began_before: bool) -> None:
+    """What is not finite stays in its document, and in its coordinate and window there."""
+    x, reach = torch.randn(1, 40, 2), reach_of_lengths([[17, 23]])
+    clean = x.clone()
+    x[:, :15, 1] = float("nan")
+    if began_before:
+        reach[:, :17] = 1 << 30
+    for kernels in (None, random_kernels([4, 8], torch.float32), random_kernels([4, 32], torch.float32)):
+        windows = [4, 8] if kernels is None else [len(kernel) for kernel in kernels]
+        y, expected = (wavelet_mix(part, windows, kernels, reach=reach, backend=backend) for part in (x, clean))
+        torch.testing.assert_close(y[:, 17:], expected[:, 17:])
+        assert y[:, :17, 1].isnan().all()
+        if backend in ("cpp", "reference"):
+            torch.testing.assert_close(y[..., 0], expected[..., 0])
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(wavelet_mix(x, windows, kernels, reach=reach, backend=backend)[:, 17:].sum(), x)
+        assert grad.isfinite().all()
+        x = x.detach()
 
 
 @each_backend

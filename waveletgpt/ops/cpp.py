@@ -19,6 +19,7 @@ from torch import Tensor
 
 from waveletgpt.ops import fast
 from waveletgpt.ops.autograd import Windows, ahead, empty_result, tap_offsets
+from waveletgpt.ops.reference import UNLIMITED
 
 # Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
 DIRECT_TAPS = 1024
@@ -243,7 +244,7 @@ def _prepare(x: Tensor) -> Tensor:
 
 def _numbers(reach: Tensor | None) -> Tensor | None:
     """As the kernels take it; to be kept while they run."""
-    return None if reach is None else reach.to(torch.int64).contiguous()
+    return None if reach is None else reach.clamp(max=UNLIMITED).to(torch.int32).contiguous()
 
 
 def _limits(reach: Tensor | None) -> _Limits:

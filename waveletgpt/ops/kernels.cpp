@@ -86,33 +86,42 @@ template <class Element> struct Input {
 
 struct Shape { Index B, T, C; };
 
-// How many tokens before each one (after it, backwards) are of its document; no `data`: all.
+// How many tokens before each one (after it, backwards) are of its document; no `data`: all, and code of its own.
 struct Limits {
-    const Index* data;
+    const std::int32_t* data;
     Index row;  // stride of B
-    const Index* of(Index b) const { return data ? data + b * row : nullptr; }
+    const std::int32_t* of(Index b) const { return data + b * row; }
 };
 
-// Those of the 8 tokens from t on, as time runs, and the least and the most of them: most documents begin elsewhere.
-struct Near {
+// Those of the 8 tokens from t on, as time runs, and the least and the most of them; most documents begin elsewhere, so
+// that often the least is `enough`, and nothing else is needed.
+template <bool LIMITED> struct Near {
     Index limit[8], least, most;
-    INLINE_MEMBER Near(const Index* limits, Index T, bool backwards, Index t) : least(T), most(T) {
-        if (!limits) return;
+    INLINE_MEMBER Near(const std::int32_t* limits, Index T, bool backwards, Index t, Index enough) : least(T), most(T) {
+        if (!LIMITED) return;
+        if (T - t >= 8) {
+            const std::int32_t* from = limits + (backwards ? T - 8 - t : t);
+            std::int32_t low = from[0];
+            UNROLL for (Index i = 1; i < 8; i++) low = std::min(low, from[i]);
+            least = low;
+            if (least >= enough) return;
+        }
         for (Index i = 0; i < 8; i++) {
-            const Index at = std::min(t + i, T - 1), own = std::max(Index(0), limits[backwards ? T - 1 - at : at]);
-            limit[i] = own;
-            least = i ? std::min(least, own) : own;
-            most = i ? std::max(most, own) : own;
+            const Index at = std::min(t + i, T - 1);
+            limit[i] = std::max(0, limits[backwards ? T - 1 - at : at]);
+            least = i ? std::min(least, limit[i]) : limit[i];
+            most = i ? std::max(most, limit[i]) : limit[i];
         }
     }
 };
 
 // s(t) + s(t - distance) for 8 tokens; `ring` holds the `shift` values before them and gets the newest.
-template <Index shift, class V> INLINE void add_shifted(V (&s)[8], V* ring, Index distance, const Near& near) {
+template <Index shift, bool LIMITED, class V>
+INLINE void add_shifted(V (&s)[8], V* ring, Index distance, const Near<LIMITED>& near) {
     V before[8];
     UNROLL for (Index i = 0; i < 8; i++) before[i] = i < shift ? ring[i] : s[i - shift];
     UNROLL for (Index i = 0; i < shift; i++) ring[i] = s[8 - shift + i];
-    if (near.least >= distance) {
+    if (!LIMITED || near.least >= distance) {
         UNROLL for (Index i = 0; i < 8; i++) s[i] += before[i];
     } else if (near.most >= distance) {
         for (Index i = 0; i < 8; i++) if (near.limit[i] >= distance) s[i] += before[i];
@@ -122,7 +131,7 @@ template <Index shift, class V> INLINE void add_shifted(V (&s)[8], V* ring, Inde
 // Means over windows of powers of two, from token `past` on, of the n coordinates from c of sequence b:
 // s_0 = x / w, s_{k+1}(t) = s_k(t) + s_k(t - 2^k), the latter where it is of the same document. The last 2^k values of
 // s_k are in a ring at 2^k - 1.
-template <class E>
+template <class E, bool LIMITED>
 INLINE void mean(
     Input<E> x, E* y, Shape shape, const Sum<E>* windows, Limits limits, bool backwards, Index past, Index b, Index c,
     Index n
@@ -154,7 +163,7 @@ INLINE void mean(
         } else {
             for (Index i = 0; i < 8; i++) s[i] = i < shape.T - t ? load(from + forward * i * x.step, n) : Vector<E>{};
         }
-        const Near near(limits.of(b), shape.T, backwards, t);
+        const Near<LIMITED> near(limits.of(b), shape.T, backwards, t, (Index(1) << steps) / 2);
         UNROLL for (Index i = 0; i < 8; i++) result[i] = (Mask<E>)(s[i] *= scale) & done[0];
         for (Index k = 0; k < steps; k++) {
             const Index distance = Index(1) << k;
@@ -195,7 +204,7 @@ struct Layout {
 
 // y(t) = sum of taps[j] x(t - j) over j, those of the same document, for t >= past, of the n coordinates from c of
 // sequence b.
-template <class E>
+template <class E, bool LIMITED>
 INLINE void filter(
     Input<E> x, E* y, Shape shape, Layout layout, const Sum<E>* taps, Limits limits, bool backwards, Index past, Index b,
     Index c, Index n
@@ -211,8 +220,9 @@ INLINE void filter(
     };
     for (Index t = past; t < shape.T; t += 8) {
         Vector<E> sums[8] = {};
-        const Near near(limits.of(b), shape.T, backwards, t);
-        const Index most = std::min({longest, t + 8, near.most + 1}), least = std::min(most, near.least + 1);
+        const Near<LIMITED> near(limits.of(b), shape.T, backwards, t, longest - 1);
+        const Index most = std::min(longest, LIMITED ? std::min(t + 8, near.most + 1) : t + 8);
+        const Index least = LIMITED ? std::min(most, near.least + 1) : most;
         for (Index j = 0; j < least; j++)
             UNROLL for (Index i = 0; i < 8; i++) sums[i] += h[j] * rows[t + i - j];
         for (Index j = least; j < most; j++)
@@ -225,8 +235,7 @@ INLINE void filter(
         if (finite[i] == 0) continue;
         for (Index t = past; t < shape.T; t++) {
             Vector<E> sum{};
-            const Near near(limits.of(b), shape.T, backwards, t);
-            const Index own = limits.data ? near.limit[0] : t;
+            const Index own = LIMITED ? std::max(0, limits.of(b)[backwards ? shape.T - 1 - t : t]) : t;
             for (Index j = 0; j <= std::min({layout.windows[c + i] - 1, t, own}); j++)
                 sum[0] += h[j][i] * rows[t - j][i];
             store(place(t) + i, 1, sum);
@@ -238,7 +247,7 @@ constexpr Index PART = 64;  // taps whose gradients one call of `correlate` find
 
 // Gradients of taps j ... j + PART - 1 of the n coordinates from c: the sums of grad(t) x(t - j) over B and T, where
 // both are of one document.
-template <class E>
+template <class E, bool LIMITED>
 INLINE void correlate(
     Input<E> grad, Input<E> x, Shape shape, Layout layout, Limits limits, Sum<E>* result, Index j, Index c, Index n
 ) {
@@ -247,15 +256,15 @@ INLINE void correlate(
     for (Index b = 0; b < shape.B && j < longest; b++) {
         const Vector<E>* late = unpack(grad, shape.T, false, b, c, n, 0);
         const Vector<E>* early = unpack(x, shape.T, false, b, c, n, 1);
-        const Index* limit = limits.of(b);
+        const std::int32_t* limit = limits.of(b);
         for (Index lag = j; lag < longest; lag += 8) {
             for (Index start = lag; start < shape.T; start += 1024) {  // longer sums would lose digits
                 Vector<E> sums[8] = {};
                 for (Index t = start; t < std::min(start + 1024, shape.T); t++) {
-                    if (!limit || limit[t] >= lag + 7) {
+                    if (!LIMITED || limit[t] >= lag + 7) {
                         UNROLL for (Index i = 0; i < 8; i++) sums[i] += late[t] * early[t - lag - i];
                     } else {
-                        const Index own = std::max(Index(0), limit[t]);
+                        const Index own = std::max(0, limit[t]);
                         for (Index i = 0; lag + i <= own; i++) sums[i] += late[t] * early[t - lag - i];
                     }
                 }
@@ -299,21 +308,24 @@ template <class E, class Work> void for_each(Index outer, Index C, int threads, 
 #define MIXING(TYPE, E)                                                                                               \
     CLONES(mean_##TYPE,                                                                                               \
            (Input<E> x, E* y, Shape s, const Sum<E>* w, Limits d, bool r, Index p, Index b, Index c, Index n),        \
-           mean<E>(x, y, s, w, d, r, p, b, c, n))                                                                     \
+           if (d.data) mean<E, true>(x, y, s, w, d, r, p, b, c, n);                                                   \
+           else mean<E, false>(x, y, s, w, d, r, p, b, c, n))                                                         \
     ENTRY(mean_##TYPE, (Input<E> x, E* y, Shape s, const Sum<E>* w, Limits d, bool r, Index p, int threads),          \
           for_each<E>(s.B, s.C, threads,                                                                              \
                       [=](Index b, Index c, Index n) { mean_##TYPE(x, y, s, w, d, r, p, b, c, n); }))                 \
     CLONES(filter_##TYPE,                                                                                             \
            (Input<E> x, E* y, Shape s, Layout l, const Sum<E>* h, Limits d, bool r, Index p, Index b, Index c,        \
             Index n),                                                                                                 \
-           filter<E>(x, y, s, l, h, d, r, p, b, c, n))                                                                \
+           if (d.data) filter<E, true>(x, y, s, l, h, d, r, p, b, c, n);                                              \
+           else filter<E, false>(x, y, s, l, h, d, r, p, b, c, n))                                                    \
     ENTRY(filter_##TYPE,                                                                                              \
           (Input<E> x, E* y, Shape s, Layout l, const Sum<E>* h, Limits d, bool r, Index p, int threads),             \
           for_each<E>(s.B, s.C, threads,                                                                              \
                       [=](Index b, Index c, Index n) { filter_##TYPE(x, y, s, l, h, d, r, p, b, c, n); }))            \
     CLONES(correlate_##TYPE,                                                                                          \
            (Input<E> g, Input<E> x, Shape s, Layout l, Limits d, Sum<E>* h, Index j, Index c, Index n),               \
-           correlate<E>(g, x, s, l, d, h, j, c, n))                                                                   \
+           if (d.data) correlate<E, true>(g, x, s, l, d, h, j, c, n);                                                 \
+           else correlate<E, false>(g, x, s, l, d, h, j, c, n))                                                       \
     ENTRY(correlate_##TYPE,                                                                                           \
           (Input<E> g, Input<E> x, Shape s, Layout l, Limits d, Index longest, Sum<E>* h, int threads),               \
           for_each<E>((longest + PART - 1) / PART, s.C, threads,                                                      \
