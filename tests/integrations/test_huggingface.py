@@ -344,14 +344,16 @@ def test_compiled_decoding(name: str) -> None:
     assert torch.equal(generate(model, x, mask=mask, **static), expected)
 
 
+@pytest.mark.parametrize("mixing", ["learnable", "delta", "gate"])
 @torch.no_grad()
-def test_offloaded_parameters_are_used() -> None:
+def test_offloaded_parameters_are_used(mixing: str) -> None:
     """Accelerate brings in what a module owns only when that module itself is called."""
-    model, x = mixed("llama", "learnable"), tokens(2, 9)
-    expected = model(x).logits
+    model, x = mixed("llama", mixing), tokens(2, 9)
+    expected, generated = model(x).logits, generate(model, x)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(mixer.deviation.device.type == "meta" for mixer in mixers(model))
+    assert all(parameter.device.type == "meta" for mixer in mixers(model) for parameter in mixer.parameters())
     close(model(x).logits, expected)
+    assert torch.equal(generate(model, x), generated)
 
 
 @torch.no_grad()
