@@ -6,7 +6,7 @@ For every shape each way to compute the same thing takes its turn in each round;
 printed, in microseconds, with the median ratio to a copy in brackets. No speed is printed before results and gradients
 agree with the definition, computed in float64 (`reference` applies F.conv1d to the coordinates of each window;
 `conv1d` pads all to the longest). Limits: means 3 copies forward and backward; learned kernels better than `conv1d`,
-20 times at 256 taps.
+20 times at 256 taps; packed documents 1.05 times one document.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
         print(f"without {name}: {reason}")
     backends = [name for name in ("cpp", "torch") if name in available_backends()]
     stopwatch = Stopwatch("cpu")
-    tables = 4 * len(SHAPES) + len(TAPS) + 1
+    tables = 4 * len(SHAPES) + len(TAPS) + 4
     each = options.seconds / tables
     for shape in SHAPES:
         rows = []
@@ -72,6 +72,7 @@ def main() -> None:
         columns = ["", "", "copy", *backends, "reference", "cumsum", "fft", "conv1d"]
         report.table(f"{' x '.join(map(str, shape))}: microseconds (copies of the same bytes)", columns, rows)
     learned_by_taps(report, backends, stopwatch, each)
+    packed(report, backends, stopwatch, each)
     with torch.no_grad():
         decoding(report, stopwatch, each)
 
@@ -109,6 +110,31 @@ def learned_by_taps(report: Report, backends: list[str], stopwatch: Stopwatch, s
     columns = ["taps", *backends, "fft", "conv1d", "conv1d / ours: forward", "backward", "both"]
     title = f"learned kernels, {' x '.join(map(str, shape))}: microseconds, forward + backward"
     report.table(title, columns, rows, "Limits: 1 at every length, 20 at 256 taps.")
+
+
+def packed(report: Report, backends: list[str], stopwatch: Stopwatch, seconds: float) -> None:
+    """Documents of 1 to 400 tokens in each row, beside rows of one document."""
+    shape, rows = (16, 1024, 384), []
+    x, grad = signal(shape, "cpu", torch.float32), torch.randn(shape)
+    reach = torch.stack(
+        [torch.cat([torch.arange(n) for n in torch.randint(1, 400, (1024,)).tolist()])[:1024] for _ in range(16)]
+    )
+    for label, windows in (("mean 2, 4", dyadic_windows(4, 384)), ("mean 2 ... 1024", dyadic_windows(1024, 384))):
+        for backend in backends:
+            both = [
+                Way(name, lambda x, w=windows, b=backend, r=r: wavelet_mix(x, w, reach=r, backend=b), [x])
+                for name, r in (("one", None), ("packed", reach))
+            ]
+            exact = Way("reference", lambda x, w=windows: wavelet_mix(x, w, reach=reach[:1], backend="reference"), [x])
+            check(both[1:], exact, grad, f"{label}, packed")
+            times = measure([copy(x), *both], grad, stopwatch, seconds)
+            cells = [microseconds(statistics.median(part)) for part in (*times["one"], *times["packed"])]
+            together = [[f + b for f, b in zip(*times[name], strict=True)] for name in ("packed", "one")]
+            ratios = [ratio(*pair) for pair in (*zip(times["packed"], times["one"], strict=True), together)]
+            rows.append([label, backend, *cells, *(round(value, 3) for value in ratios)])
+    columns = ["", "", "one: forward", "backward", "packed: forward", "backward"]
+    columns += ["packed / one: forward", "backward", "both"]
+    report.table(f"packed documents, {' x '.join(map(str, shape))}: microseconds", columns, rows, "Limit: 1.05 (cpp).")
 
 
 def decoding(report: Report, stopwatch: Stopwatch, seconds: float) -> None:

@@ -10,9 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import write_text
 from tests.integrations.test_huggingface import STOCK_CONFUSES
-from tests.integrations.tiny_models import SETTINGS, VOCAB
+from tests.integrations.tiny_models import SETTINGS, VOCAB, tokens
+from waveletgpt import WaveletMixing
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-model.md").read_text(encoding="utf-8")
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+MARK = "  # mixing\n"
+EXAMPLES = {"nanoGPT": 2, "nanochat": 3, "litgpt": 4, "torchtitan": 5}
 
 
 def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,17 +26,49 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_text(tmp_path / "text.txt", 400)
     names: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    assert len(blocks) == 4
-    for code in blocks:
+    assert len(BLOCKS) == 7
+    for code in (*BLOCKS[:2], BLOCKS[-1]):
         exec(compile(code, "docs/your-model.md", "exec"), names)
     assert type(names["model"]).__name__ == "WaveletQwen3ForCausalLM"
-    block, x = names["block"], torch.randn(1, 12, 64)
-    with torch.no_grad():
-        whole = block(x)
-        torch.testing.assert_close(block(x[:, :7]), whole[:, :7])  # no token looks ahead
-        block.mixing = torch.nn.Identity()
-        assert not torch.allclose(block(x), whole)
+
+
+def build(last: int, mixed: bool) -> Any:
+    """The model of an example, after those before it, whose imports it uses; the lines of mixing may be left out."""
+    names: dict[str, Any] = {"__name__": "example"}
+    for code in BLOCKS[EXAMPLES["nanoGPT"] : last + 1]:
+        if not mixed:
+            code = "".join(line for line in code.splitlines(keepends=True) if not line.endswith(MARK))
+        torch.manual_seed(0)
+        exec(compile(code, "docs/your-model.md", "exec", dont_inherit=True), names)
+    return names["model"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@torch.no_grad()
+def test_models_of_ones_own(name: str) -> None:
+    """At most five lines make of a stock model one that mixes, and no token looks ahead."""
+    assert f"### As in {name}\n" in PAGE
+    assert 0 < BLOCKS[EXAMPLES[name]].count(MARK) <= 5
+    model, plain, x = build(EXAMPLES[name], True), build(EXAMPLES[name], False), tokens(2, 12)
+    mixing = [module for module in model.modules() if isinstance(module, WaveletMixing)]
+    assert len(mixing) == 2
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if ".mixing." not in key})
+    whole = model(x)
+    assert whole.isfinite().all()
+    torch.testing.assert_close(model(x[:, :7]), whole[:, :7])
+    assert (plain(x) - whole).abs().max() > 1e-3
+    for mixer in mixing:
+        mixer.forward = lambda x, **more: x  # type: ignore[method-assign]
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@torch.no_grad()
+def test_the_example_with_documents_keeps_them_apart() -> None:
+    model, parts = build(EXAMPLES["torchtitan"], True), [tokens(1, n, seed=n) for n in (5, 1, 6)]
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    got = model(torch.cat(parts, 1), positions).split([5, 1, 6], 1)
+    for part, logits in zip(parts, got, strict=True):
+        torch.testing.assert_close(logits, model(part))
 
 
 def test_table() -> None:

@@ -17,9 +17,28 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
-from tests.integrations.tiny_models import MIXINGS, REFUSED, SETTINGS, VOCAB, close, mixed, stock, tokens
+from tests.integrations.tiny_models import (
+    BASE,
+    EXPERTS,
+    MIXINGS,
+    REFUSED,
+    SETTINGS,
+    VOCAB,
+    close,
+    mixed,
+    stock,
+    tokens,
+)
 from waveletgpt import add_mixing
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.huggingface import WaveletMixing, _find_layers, upgrade_cache
@@ -28,6 +47,7 @@ from waveletgpt.ops import reference
 FULL = ("llama", "qwen3", "gpt2", "gpt_neox")
 each_model = pytest.mark.parametrize("name", SETTINGS)
 each_full = pytest.mark.parametrize("name", FULL)
+each_cached = pytest.mark.parametrize("name", [*FULL, "mistral", "gemma3_text"])  # the last two have sliding caches
 each_mixing = pytest.mark.parametrize("mixing", MIXINGS)
 # Without mixing, too, transformers does not keep packed documents of these apart by their positions.
 STOCK_CONFUSES = {"gpt_oss", "opt", "lfm2", "falcon_h1", "qwen3_next"}
@@ -189,8 +209,9 @@ def test_chunks_with_padding_are_the_whole(name: str, mixing: str) -> None:
         close(whole[i, -len(row) :], model(row[None]).logits[0])
 
 
-@each_full
+@each_cached
 def test_static_cache(name: str) -> None:
+    """Also beyond a sliding window, where keys and values are overwritten."""
     model, x = mixed(name), tokens(2, 7)
     assert torch.equal(generate(model, x, cache_implementation="static"), generate(model, x))
     check_padded(model, cache_implementation="static")
@@ -206,13 +227,28 @@ def test_beams(name: str) -> None:
     assert torch.equal(generate(model, x, num_beams=3), generate(model, x, num_beams=3, use_cache=False))
 
 
-@each_full
+@each_cached
+def test_sampled(name: str) -> None:
+    """The same seed gives the same tokens with every cache and with none, rows padded on the left among them."""
+    model, (x, mask) = mixed(name), padded()
+
+    def sample(**options: Any) -> torch.Tensor:
+        torch.manual_seed(5)
+        return model.generate(x, attention_mask=mask, max_new_tokens=12, do_sample=True, top_k=20, **options)
+
+    expected = sample(use_cache=False)
+    assert not torch.equal(expected, generate(model, x, mask=mask))
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(sample(**options), expected), options
+
+
+@each_cached
 def test_prompt_in_chunks(name: str) -> None:
     model, x = mixed(name), tokens(2, 23)
     assert torch.equal(generate(model, x, prefill_chunk_size=5), generate(model, x))
 
 
-@each_full
+@each_cached
 def test_guessed_tokens(name: str) -> None:
     """Prompt lookup, and an assistant that is wrong at times."""
     model, assistant = mixed(name), mixed(name)
@@ -308,14 +344,16 @@ def test_compiled_decoding(name: str) -> None:
     assert torch.equal(generate(model, x, mask=mask, **static), expected)
 
 
+@pytest.mark.parametrize("mixing", ["learnable", "delta", "gate"])
 @torch.no_grad()
-def test_offloaded_parameters_are_used() -> None:
+def test_offloaded_parameters_are_used(mixing: str) -> None:
     """Accelerate brings in what a module owns only when that module itself is called."""
-    model, x = mixed("llama", "learnable"), tokens(2, 9)
-    expected = model(x).logits
+    model, x = mixed("llama", mixing), tokens(2, 9)
+    expected, generated = model(x).logits, generate(model, x)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(mixer.deviation.device.type == "meta" for mixer in mixers(model))
+    assert all(parameter.device.type == "meta" for mixer in mixers(model) for parameter in mixer.parameters())
     close(model(x).logits, expected)
+    assert torch.equal(generate(model, x), generated)
 
 
 @torch.no_grad()
@@ -332,6 +370,22 @@ def test_a_mixed_config_makes_a_mixed_model() -> None:
 def test_some_mixings_start_where_the_model_is(name: str, mixing: str) -> None:
     x = tokens(2, 9)
     assert torch.equal(add_mixing(stock(name), mixing=mixing)(x).logits, stock(name)(x).logits)
+
+
+@pytest.mark.parametrize("mixing", ["fixed", "learnable"])
+@torch.no_grad()
+def test_partial_edges(mixing: str, tmp_path: Path) -> None:
+    """What a window is divided by counts real tokens of the document: cached, padded, packed, saved and loaded."""
+    model, x = mixed("llama", mixing, mix_edge="partial"), tokens(2, 7)
+    assert (model(x).logits - mixed("llama", mixing)(x).logits).abs().max() > 1e-3
+    assert torch.equal(generate(model, x, num_beams=3), generate(model, x, num_beams=3, use_cache=False))
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}):
+        assert torch.equal(generate(model, x, **options), generate(model, x, use_cache=False))
+        check_padded(model, **options)
+    for got, alone in packed_and_separate(model):
+        close(got, alone)
+    model.save_pretrained(tmp_path)
+    close(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
 
 
 @torch.no_grad()
@@ -469,6 +523,7 @@ SETTINGS_WRONG = {
     "layers": ({"layers": [0, 3]}, r"layers=\[0, 3\]: give \"all\" or numbers of blocks from 0 to 2"),
     "word": ({"layers": "first"}, "layers='first': give"),
     "pretrained": ({"pretrained": True}, "pretrained=True is unknown"),
+    "edge": ({"mix_edge": "none"}, "edge='none' is unknown"),
     "fraction": ({"mix_fraction": 2.0}, "mix_fraction=2.0 must be"),
 }
 
@@ -484,7 +539,14 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_models_that_are_none_of_these() -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaForSequenceClassification,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     from tests.tiny import tiny_model
 
@@ -499,8 +561,61 @@ def test_models_that_are_none_of_these() -> None:
         add_mixing(LlamaForSequenceClassification(stock("llama").config))
     with pytest.raises(UserError, match="before PEFT or DDP wraps it"):
         add_mixing(get_peft_model(stock("llama"), LoraConfig(task_type="CAUSAL_LM")))
+    adapted = stock("llama")
+    adapted.add_adapter(LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(UserError, match="LlamaForCausalLM has a PEFT adapter already: add mixing first"):
+        add_mixing(adapted)
+    pictures = LlavaConfig(text_config=stock("llama").config.to_dict(), vision_config=CLIPVisionConfig().to_dict())
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=r"LlavaForConditionalGeneration is an .* composite model"),
+    ):
+        add_mixing(LlavaForConditionalGeneration(pictures))
     with pytest.raises(UserError, match="model is a Linear"):
         add_mixing(torch.nn.Linear(2, 2))
+
+
+def test_a_model_that_unsloth_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts functions of its own into the classes of transformers."""
+
+    def fast_forward(*args: Any, **kwargs: Any) -> None: ...
+
+    model = stock("llama")
+    for module in ("unsloth.models.llama", "unsloth_compiled_module_llama"):
+        fast_forward.__module__ = module
+        monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", fast_forward)
+        with pytest.raises(UserError, match=r"LlamaForCausalLM is patched by unsloth, .*: load it with transformers"):
+            add_mixing(model)
+    assert type(model) is LlamaForCausalLM
+
+
+@torch.no_grad()
+def test_parts_of_a_sequence_in_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Context parallelism of torch (and accelerate), and Ulysses of DeepSpeed, which registers its attention."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.experimental import context_parallel
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, x = mixed("llama"), tokens(1, 8)
+    expected = model(x).logits
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        with context_parallel(mesh, buffers=[x], buffer_seq_dims=[1]), pytest.raises(UserError, match=PARALLEL):
+            model(x)
+    finally:
+        dist.destroy_process_group()
+    close(model(x).logits, expected)
+
+    def wrapper(*args: Any, **kwargs: Any) -> None: ...
+
+    wrapper.__module__ = "deepspeed.runtime.sequence_parallel.ulysses_sp"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", wrapper)
+    with pytest.raises(UserError, match=PARALLEL):
+        model(x)
+
+
+PARALLEL = r"context and sequence parallelism give each process a part of the sequence, .*: use data parallelism"
 
 
 @torch.no_grad()
@@ -512,9 +627,10 @@ def test_inputs_that_do_not_say_enough() -> None:
     model(x, attention_mask=made, wavelet_padding=None)
     with pytest.raises(RuntimeError, match="LlamaDecoderLayer was called without its model's forward pass"):
         model.model.layers[0](torch.randn(1, 9, 32, dtype=torch.float64))
-    model.config._attn_implementation = "paged|sdpa"
-    with pytest.raises(UserError, match="has a cache of its own, which keeps no mixing states"):
-        model(x)
+    for attention in ("paged|sdpa", "vllm", "sglang"):
+        model.config._attn_implementation = attention
+        with pytest.raises(UserError, match="has a cache of its own, which keeps no mixing states"):
+            model(x)
 
 
 @torch.no_grad()
@@ -528,3 +644,24 @@ def test_caches_that_do_not_fit() -> None:
         cache.crop(-4)
     with pytest.raises(UserError, match="give how many tokens to remove"):
         cache.crop(4)
+    static = StaticCache(config=model.config, max_cache_len=16)
+    model(x, past_key_values=static)
+    with pytest.raises(UserError, match="StaticLayer cannot take tokens back: use a DynamicCache"):
+        static.crop(-1)
+    both = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    with pytest.raises(UserError, match="past_key_values is a EncoderDecoderCache: mixing needs a DynamicCache"):
+        model(x, past_key_values=both)
+
+
+@torch.no_grad()
+def test_a_cache_without_a_place_for_each_block() -> None:
+    """MiniMax keeps the states of its linear attention in a cache of its own; without one mixing works."""
+    config = AutoConfig.for_model(
+        "minimax", **BASE, **EXPERTS, head_dim=8, layer_types=["full_attention"] * 2 + ["linear_attention"]
+    )
+    model, x = add_mixing(AutoModelForCausalLM.from_config(config).eval()), tokens(1, 9)
+    assert model(x, use_cache=False).logits.isfinite().all()
+    with pytest.raises(
+        UserError, match=r"a MiniMaxCache, keeps nothing for block 2, .*: use this model with use_cache="
+    ):
+        model(x)

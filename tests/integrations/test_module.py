@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,43 @@ def test_parts_with_state_are_the_whole(kernels: str | None) -> None:
         torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
 
 
+@pytest.mark.parametrize("kernels", [None, "learnable", "gate"])
+@pytest.mark.parametrize("size", [1, 3, 5, 17])
+def test_partial_edges(kernels: str | None, size: int) -> None:
+    """Each token's sum over its document is divided by min(w, reach + 1), whole or in chunks with a state."""
+    torch.manual_seed(0)
+    made = WaveletMixing(12, windows=[2, 8], kernels=kernels, edge="partial").double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(3, 17, 12, dtype=torch.float64)
+    # One document; padding in front and two; three, which are not in step with the chunks.
+    documents = torch.tensor([[1] * 17, [0] * 4 + [1] * 3 + [2] * 10, [1] * 6 + [2] * 9 + [3] * 2])
+    values, numbers, expected = x.numpy(), documents.numpy(), x.numpy().copy()
+    taps = made.taps()
+    for b, t, c in np.ndindex(3, 17, made.n_mixed):
+        window, group = made.windows[c], c // 3
+        h = np.full(window, 1 / window) if taps is None else taps[group][c % 3].detach().numpy()
+        there = [j for j in range(window) if t >= j and (numbers[b, t - j : t + 1] == numbers[b, t]).all()]
+        mean = sum(h[j] * values[b, t - j, c] for j in there) * window / len(there)
+        g = made.gate[c].item() if kernels == "gate" else 1.0
+        expected[b, t, c] += g * (mean - values[b, t, c])
+    # Of a document that may have begun before, it says no more than that: the state tells how much there was.
+    reach, state, parts = reach_of(17, mask=documents), None, []
+    assert reach is not None
+    for first in range(0, 17, size):
+        part = slice(first, first + size)
+        parts.append(made(x[:, part], state, reach[:, part]))
+        state = made.remember(x[:, part], state, reach[:, part])
+        assert state.shape == (3, 7, 7)
+    real = documents > 0
+    torch.testing.assert_close(torch.cat(parts, 1)[real], torch.from_numpy(expected)[real])
+    # Without documents, also from the inputs themselves.
+    alone, half = made(x[:1]), made(x[:1, 9:], x[:1, :9, : made.n_mixed])
+    torch.testing.assert_close(alone, torch.from_numpy(expected[:1]))
+    torch.testing.assert_close(half, alone[:, 9:])
+
+
 @pytest.mark.parametrize("kernels", KINDS[1:])
 def test_all_parameters_get_gradients_and_are_vectors(kernels: str) -> None:
     made = mixer(kernels)
@@ -79,6 +117,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"windows": [2, 6]}, r"windows=\[2, 6\]: give powers of two"),
     "none": ({"windows": []}, r"windows=\[\]: give powers of two"),
     "kernels": ({"kernels": "fixed"}, "kernels='fixed' is unknown; use one of"),
+    "edge": ({"edge": "reflect"}, "edge='reflect' is unknown; use one of"),
+    "no average": ({"edge": "partial", "kernels": "delta"}, 'edge="partial" is for averages'),
     "fraction": ({"mix_fraction": 1.5}, "mix_fraction=1.5 must be more than 0"),
     "too many": ({"windows": [1, 2, 4, 8, 16, 32, 64]}, "7 windows for 6 mixed coordinates"),
 }

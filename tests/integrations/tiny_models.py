@@ -86,9 +86,9 @@ def stock(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     return model.to(dtype).eval()
 
 
-def mixed(name: str, mixing: str = "fixed", **settings: Any) -> Any:
+def mixed(name: str, mixing: str = "fixed", mix_edge: str = "zero", **settings: Any) -> Any:
     """With the mixers' parameters away from their start."""
-    model = add_mixing(stock(name, **settings), mixing=mixing)
+    model = add_mixing(stock(name, **settings), mixing=mixing, mix_edge=mix_edge)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from tests.ops.operator_oracle import BACKENDS, EDGES, Case, cases, ema, examples, mix, random_kernels
+from tests.ops.operator_oracle import BACKENDS, EDGES, FAST, Case, cases, ema, examples, mix, random_kernels, rounding
 from waveletgpt.ops import ema_mix, reach_of, wavelet_mix
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -100,13 +100,100 @@ def test_gradients(backend: str, edge: str, learned: bool) -> None:
         assert torch.autograd.gradgradcheck(run, (x, state))
 
 
+# Around the 8 tokens of a step and the vectors of coordinates of compiled kernels; kernels long enough for an FFT, for
+# which documents are set apart, or (many short ones) are not; one longer than compiled kernels take.
+ROWS = {
+    "long": [[100, 1, 150, 29], [7, 8, 9, 250, 6]],
+    "short": [[3] * 93 + [1], [1] * 40 + [8] * 30],
+    "padded": [[-200, 80], [-1, 270, -9]],
+}
+MEANS = [2, 64, 1, 4, 512, 16, 8, 2] * 5
+TAPS = [2, 40, 1, 3, 70, 17, 300, 8] * 3
+
+
+def reach_of_rows(rows: list[list[int]]) -> Tensor:
+    """A negative number is so much padding."""
+    return torch.tensor([[t if n > 0 else -1 for n in row for t in range(abs(n))] for row in rows])
+
+
 @each_backend
-def test_what_other_documents_hold_stays_there(backend: str) -> None:
-    x = torch.randn(1, 8, 2)
-    x[:, :4] = float("nan")
-    for kernels in (None, random_kernels([4, 8], torch.float32)):
-        y = wavelet_mix(x, [4, 8], kernels, reach=reach_of_lengths([[4, 4]]), backend=backend)
-        assert y[:, 4:].isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_results_and_gradients_are_the_exact_ones(
+    backend: str, dtype: torch.dtype, learned: bool, rows: list[list[int]]
+) -> None:
+    windows, reach = TAPS if learned else MEANS, reach_of_rows(rows)
+    kernels = random_kernels(windows, torch.promote_types(dtype, torch.float32)) if learned else []
+    inputs = [torch.randn(2, 280, len(windows)).to(dtype), torch.randn(2, 90, len(windows)).to(dtype), *kernels]
+    ours = [value.clone().requires_grad_() for value in inputs]
+    exact = [value.double().requires_grad_() for value in inputs]
+    grad = torch.randn(2, 280, len(windows)).to(dtype)
+    results = []
+    for values, name in ((ours, backend), (exact, "reference")):
+        x, state, *taps = values
+        y = wavelet_mix(x, windows, taps or None, state=state, reach=reach, backend=name)
+        results.append((y, *torch.autograd.grad(y, values, grad.to(y.dtype))))
+    for got, expected in zip(*results, strict=True):
+        relative, absolute = rounding(backend, got.dtype, learned)
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got.double(), expected, rtol=relative, atol=max(absolute, 2e-6) * scale)
+
+
+@each_backend
+def test_kernels_longer_than_compiled_ones_take(backend: str) -> None:
+    x = torch.randn(1, 1300, 3, dtype=torch.float64, requires_grad=True)
+    reach, windows = reach_of_rows([[100, 1200]]), [2000, 1100, 5]
+    kernels = [kernel.requires_grad_() for kernel in random_kernels(windows)]
+    results = []
+    for name in (backend, "reference"):
+        y = wavelet_mix(x, windows, kernels, reach=reach, backend=name)
+        results.append((y, *torch.autograd.grad(y, [x, *kernels], torch.ones_like(y))))
+    torch.testing.assert_close(*results)
+
+
+@each_backend
+def test_any_form_of_reach(backend: str) -> None:
+    """Of 32 bits, one row for all, not dense; limited to the longest window, or beyond all there is."""
+    x, rows = torch.randn(2, 18, 5, requires_grad=True), reach_of_lengths([list(LENGTHS)] * 2)
+    for kernels in (None, random_kernels(WINDOWS, torch.float32)):
+        results = []
+        for reach in (rows, rows[:1], rows.int(), rows.t().contiguous().t(), rows.clamp(max=7)):
+            y = wavelet_mix(x, WINDOWS, kernels, reach=reach, backend=backend)
+            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        for result in results[1:]:
+            assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_means_save_reach_only(backend: str) -> None:
+    saved: list[Tensor] = []
+    reach = reach_of_lengths([list(LENGTHS)])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        wavelet_mix(torch.randn(1, 18, 5, requires_grad=True), WINDOWS, reach=reach, backend=backend)
+    assert [value.data_ptr() for value in saved] == [reach.data_ptr()]
+
+
+@each_backend
+@pytest.mark.parametrize("began_before", [False, True])
+def test_what_other_documents_hold_stays_there(backend: str, began_before: bool) -> None:
+    """What is not finite stays in its document, and in its coordinate and window there."""
+    x, reach = torch.randn(1, 40, 2), reach_of_lengths([[17, 23]])
+    clean = x.clone()
+    x[:, :15, 1] = float("nan")
+    if began_before:
+        reach[:, :17] = 1 << 30
+    for kernels in (None, random_kernels([4, 8], torch.float32), random_kernels([4, 32], torch.float32)):
+        windows = [4, 8] if kernels is None else [len(kernel) for kernel in kernels]
+        y, expected = (wavelet_mix(part, windows, kernels, reach=reach, backend=backend) for part in (x, clean))
+        torch.testing.assert_close(y[:, 17:], expected[:, 17:])
+        assert y[:, :17, 1].isnan().all()
+        if backend in ("cpp", "reference"):
+            torch.testing.assert_close(y[..., 0], expected[..., 0])
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(wavelet_mix(x, windows, kernels, reach=reach, backend=backend)[:, 17:].sum(), x)
+        assert grad.isfinite().all()
+        x = x.detach()
 
 
 @each_backend

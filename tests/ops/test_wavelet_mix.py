@@ -314,9 +314,10 @@ def test_operators_are_well_formed() -> None:
     taps = torch.randn(sum(windows))
     ops = torch.ops.waveletgpt
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.mean.default, (x, [4, 2, 8], True, 0, "torch"), test_utils=checks)
-    torch.library.opcheck(ops.filter.default, (x, windows, taps, 5, "torch"), test_utils=checks)
-    torch.library.opcheck(ops.filter_backward.default, (x, x, windows, taps, "torch"), test_utils=checks)
+    for reach in (None, torch.arange(80)[None] % 50):
+        torch.library.opcheck(ops.mean.default, (x, [4, 2, 8], True, 0, "torch", reach), test_utils=checks)
+        torch.library.opcheck(ops.filter.default, (x, windows, taps, 5, "torch", reach), test_utils=checks)
+        torch.library.opcheck(ops.filter_backward.default, (x, x, windows, taps, "torch", reach), test_utils=checks)
     torch.library.opcheck(ops.decayed_sum.default, (x, torch.rand(3), True, "torch"), test_utils=checks)
 
 

@@ -13,7 +13,7 @@ token may look (`reach`), and hands it to the layers as a keyword argument: reco
 
 This file and `module.py` travel in checkpoints, with the operator's definition, and import nothing else.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates, S inputs that came before.
+Shapes: B batch, T tokens, E embedding, C mixed coordinates, S inputs that came before, D what each of them takes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -62,6 +63,7 @@ def add_mixing(
     mix_fraction: float = 0.5,
     layers: str | Iterable[int] = "all",
     pretrained: str | None = None,
+    mix_edge: str = "zero",
 ) -> PreTrainedModel:
     """Mix after the decoder blocks of a causal language model of transformers, in place.
 
@@ -74,6 +76,7 @@ def add_mixing(
         layers: "all", or the numbers of the blocks, from 0.
         pretrained: "replace" to put "fixed" or "learnable" into a model whose weights were loaded, which do not know
             it: the model must be trained again.
+        mix_edge: "zero" or "partial", what a window is divided by where a document begins; see `WaveletMixing`.
 
     Returns:
         The same model.
@@ -82,8 +85,10 @@ def add_mixing(
         UserError: a model, or settings, that this can't do; nothing was changed then.
     """
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+    if not isinstance(model, PreTrainedModel):
         raise UserError(f"model is a {name}: add mixing to the transformers model itself, before PEFT or DDP wraps it")
+    if any(_is_from("unsloth", module.forward) for module in model.modules()):
+        raise UserError(f"{name} is patched by unsloth, which runs decoder layers by itself: load it with transformers")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} has a PEFT adapter already: add mixing first, then the adapter")
     config = model.config
@@ -117,7 +122,8 @@ def add_mixing(
     if max_window < min_window:
         raise UserError(f"max_window={max_window} is smaller than min_window={min_window}")
     scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
-    settings = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
+    settings: dict[str, Any] = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
+    settings["edge"] = mix_edge
     _install(model, settings)
     config.__class__ = _known_to_auto_classes(mixed_config(type(config)))
     config.wavelet_mixing = settings
@@ -125,6 +131,11 @@ def add_mixing(
     config._name_or_path = model.name_or_path = ""
     model.__class__ = mixed_root(type(model))
     return model
+
+
+def _is_from(package: str, function: Any) -> bool:
+    """Whether a package put this function where another was; what it compiled itself begins with its name too."""
+    return (getattr(function, "__module__", None) or "").startswith(package)
 
 
 def _is_loaded(model: nn.Module) -> bool:
@@ -140,10 +151,11 @@ def _install(model: Any, settings: dict[str, Any]) -> None:
             f"{type(model).__name__} gives its decoder layers no keyword arguments, so that they cannot be told of "
             "padding and documents: mixing can't be added to it"
         )
-    layers, width = getattr(owner, name), model.config.hidden_size
+    layers, width, kernels = getattr(owner, name), model.config.hidden_size, MIXINGS[settings["mixing"]]
+    edge = settings.get("edge", "zero")  # models saved by earlier versions have none
     try:
         mixers = [
-            WaveletMixing(width, settings["windows"], MIXINGS[settings["mixing"]], settings["mix_fraction"])
+            WaveletMixing(width, settings["windows"], kernels, settings["mix_fraction"], edge)
             if settings["layers"] is None or i in settings["layers"]
             else None
             for i in range(len(layers))
@@ -208,6 +220,7 @@ def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     attention = owner.config._attn_implementation or ""
     if attention.startswith(("paged", "vllm", "sglang")):
         raise UserError(f"attention {attention!r} has a cache of its own, which keeps no mixing states: use generate()")
+    _check_whole_sequences(attention)
     cache = given.get("past_key_values")
     if cache is not None:
         upgrade_cache(cache)
@@ -239,6 +252,17 @@ def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
             bounds["mask"] = mask
     kwargs[REACH] = (reach_of(tokens, **bounds),)  # type: ignore[arg-type]
     return args, kwargs
+
+
+@torch.compiler.assume_constant_result
+def _check_whole_sequences(attention: str) -> None:
+    """Refuse to run where processes have parts of a sequence each; all ways to do so replace attention by their own."""
+    functions = (nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS.get(attention))
+    if any(_is_from(package, f) for package in ("torch.distributed", "deepspeed") for f in functions):
+        raise UserError(
+            "context and sequence parallelism give each process a part of the sequence, where mixing can't see the "
+            "tokens before: use data parallelism (DDP, FSDP) instead"
+        )
 
 
 # Decoder layers.
@@ -308,16 +332,16 @@ def mixed_cache_layer(base: Any) -> type:
         # Inherited, it would put this class in transformers' table of all kinds of layers.
         _layer_type = None
         mixes = True
-        mix_state: Tensor | None = None  # (B, S, C), or all inputs since recording began
+        mix_state: Tensor | None = None  # (B, S, D), or all inputs since recording began
         mix_past = 0
         record_past = False
 
         def mix_update(self, hidden: Tensor, mixer: WaveletMixing, reach: Tensor | None) -> Tensor:
-            """Take in hidden (B, T, E); gives the inputs (B, S, C) before them."""
-            x, old, past = hidden[..., : mixer.n_mixed], self.mix_state, mixer.past
+            """Take in hidden (B, T, E); gives what is kept of the inputs before them, (B, S, D)."""
+            x, old, past = mixer.inputs(hidden), self.mix_state, mixer.past
             self.mix_past = past
             if old is None:
-                old = x.new_zeros(x.shape[0], past, mixer.n_mixed)
+                old = x.new_zeros(x.shape[0], past, x.shape[2])
             whole = torch.cat([old, x], dim=1)
             before = whole[:, old.shape[1] - past : old.shape[1]]  # of the copy: `old` may be written to below
             new = mixer.forget(whole, reach)

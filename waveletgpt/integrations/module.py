@@ -2,8 +2,8 @@
 
 It needs torch alone. This file also travels in checkpoints of models that have mixing added.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S inputs that came before, n coordinates
-that share the window w.
+Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S inputs that came before, D what each
+of them takes (C, or C + 1), n coordinates that share the window w.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ except ImportError:
     from .reference import wavelet_mix  # type: ignore[import-not-found, no-redef]
 
 KERNELS = (None, "learnable", "delta", "gate")
+EDGES = ("zero", "partial")
 
 
 class WaveletMixing(nn.Module):
@@ -36,12 +37,14 @@ class WaveletMixing(nn.Module):
             "delta": a weighted sum that starts at the value itself; "gate": x + g (mean - x) with a trained g, at
             first 0.
         mix_fraction: C / E.
+        edge: "zero" takes what came before a document's first token as 0; "partial" divides by the number of tokens in
+            the window that the document has, min(w, reach + 1), instead of w. Not for "delta", which is no average.
 
     Trained weights are kept as what they differ from their start, in one vector: optimizers that treat matrices in a
     way of their own leave it alone, and weight decay pulls to the start instead of to 0.
 
     Raises:
-        ValueError: windows or fraction that cannot be.
+        ValueError: windows, fraction or edge that cannot be.
     """
 
     window: Tensor
@@ -52,6 +55,7 @@ class WaveletMixing(nn.Module):
         windows: Sequence[int] = (2, 4),
         kernels: str | None = None,
         mix_fraction: float = 0.5,
+        edge: str = "zero",
     ):
         super().__init__()
         scales = sorted({int(w) for w in windows})
@@ -59,13 +63,17 @@ class WaveletMixing(nn.Module):
             raise ValueError(f"windows={list(windows)}: give powers of two, such as [2, 4, 8]")
         if kernels not in KERNELS:
             raise ValueError(f"kernels={kernels!r} is unknown; use one of {KERNELS}")
+        if edge not in EDGES:
+            raise ValueError(f"edge={edge!r} is unknown; use one of {EDGES}")
+        if edge == "partial" and kernels == "delta":
+            raise ValueError('edge="partial" is for averages, which kernels="delta" does not start as: use edge="zero"')
         if not 0 < mix_fraction <= 1:
             raise ValueError(f"mix_fraction={mix_fraction} must be more than 0 and at most 1")
         self.n_mixed = round(mix_fraction * n_embd)
         if self.n_mixed < len(scales):
             what = f"{len(scales)} windows for {self.n_mixed} mixed coordinates"
             raise ValueError(f"{what} (mix_fraction={mix_fraction} of n_embd={n_embd}): give fewer, or a wider model")
-        self.n_embd, self.kernels = n_embd, kernels
+        self.n_embd, self.kernels, self.edge = n_embd, kernels, edge
         self.windows = tuple(scales[j * len(scales) // self.n_mixed] for j in range(self.n_mixed))
         self.groups = tuple((window, len(list(members))) for window, members in groupby(self.windows))
         self.past = scales[-1] - 1
@@ -106,7 +114,8 @@ class WaveletMixing(nn.Module):
 
         Args:
             x: (B, T, E).
-            state: (B, S, C) what `remember` gave for the tokens before; None at the start.
+            state: (B, S, D) what `remember` gave for the tokens before, or these themselves, (B, any, C); None at the
+                start.
             reach: (B or 1, T) how many tokens before each one belong to its document, of `waveletgpt.ops.reach_of`.
 
         Returns:
@@ -115,24 +124,40 @@ class WaveletMixing(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.n_embd:
             raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, tokens, {self.n_embd})")
         mixed, rest = x.split([self.n_mixed, self.n_embd - self.n_mixed], dim=2)
-        y = wavelet_mix(mixed, self.windows, self.taps(), state=state, reach=reach)
+        if state is not None and state.shape[2] > self.n_mixed:
+            state, there = state.split([self.n_mixed, 1], dim=2)
+            seen = there.sum(1, dtype=torch.int64) + torch.arange(x.shape[1], device=x.device)
+            reach = seen if reach is None else torch.minimum(reach, seen)
+        y = wavelet_mix(mixed, self.windows, self.taps(), edge=self.edge, state=state, reach=reach)
         if self.kernels == "gate":
             y = mixed + self.gate.to(x.dtype) * (y - mixed)
         return torch.cat([y, rest], dim=2)
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """(B, T, D) what is to be remembered of `x` (B, T, E).
+
+        That is the C mixed coordinates, and with `edge="partial"` a 1 that tells them from what never was.
+        """
+        mixed = x[..., : self.n_mixed]
+        return F.pad(mixed, (0, 1), value=1.0) if self.edge == "partial" else mixed
+
     def remember(self, x: Tensor, state: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
-        """(B, S, C) the inputs that tokens after `x` need, given those before it; S is always `past`.
+        """(B, S, D) what tokens after `x` need of the inputs, given those before it; S is always `past`.
 
         Arguments as for `forward`. What the last token does not reach is 0.
         """
-        mixed = x[..., : self.n_mixed]
+        new = self.inputs(x)
         if state is None:
-            state = mixed.new_zeros(x.shape[0], self.past, self.n_mixed)
-        return self.forget(torch.cat([state, mixed], dim=1), reach)[:, x.shape[1] + state.shape[1] - self.past :]
+            state = new[:, :0]
+        elif state.shape[2] < new.shape[2]:
+            state = F.pad(state, (0, 1), value=1.0)
+        if state.shape[1] < self.past:
+            state = F.pad(state, (0, 0, self.past - state.shape[1], 0))
+        return self.forget(torch.cat([state, new], dim=1), reach)[:, x.shape[1] + state.shape[1] - self.past :]
 
     @staticmethod
     def forget(inputs: Tensor, reach: Tensor | None) -> Tensor:
-        """`inputs` (B, any, C) up to the last token of `reach`; those beyond its reach are 0."""
+        """`inputs` (B, any, D) up to the last token of `reach`; those beyond its reach are 0."""
         if reach is None:
             return inputs
         ago = torch.arange(inputs.shape[1] - 1, -1, -1, device=inputs.device)
@@ -140,4 +165,5 @@ class WaveletMixing(nn.Module):
 
     def extra_repr(self) -> str:
         windows = [window for window, _ in self.groups]
-        return f"n_embd={self.n_embd}, n_mixed={self.n_mixed}, windows={windows}, kernels={self.kernels!r}"
+        shape = f"n_embd={self.n_embd}, n_mixed={self.n_mixed}, windows={windows}"
+        return f"{shape}, kernels={self.kernels!r}, edge={self.edge!r}"

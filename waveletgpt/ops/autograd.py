@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, C mixed coordinates, S tokens of state, n coordinates
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ Groups = dict[int, list[int]]  # window: its coordinates
 class Kernels(Protocol):
     """What a backend computes. `reverse` runs time backwards; the first `past` tokens are read and get no result.
 
+    `reach` (B or 1, T) is that of `reference.wavelet_mix`, of all tokens that are read; in reverse, of the tokens after
+    each one (see `ahead`). None: one document.
+
     `taps` holds the kernels of all coordinates one after the other, in the order of `group_windows` (windows
     ascending, each with its coordinates ascending), in the type that sums are in.
     """
@@ -34,13 +37,15 @@ class Kernels(Protocol):
     def unavailable(self, device: str | None = None) -> str | None:
         """Why it cannot be used here (for tensors on `device`); None if it can."""
 
-    def mean(self, x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
+    def mean(self, x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
         """(B, T, C) to (B, T - past, C): the mean over each coordinate's window, zeros before the first token."""
 
-    def filter(self, x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
+    def filter(self, x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor | None) -> Tensor:
         """(B, T, C) to (B, T - past, C): the sum of taps[j] x[t - j] over j."""
 
-    def filter_backward(self, grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
+    def filter_backward(
+        self, grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Of `filter` with past=0, the gradients of x (in its type) and of taps."""
 
     def decayed_sum(self, u: Tensor, a: Tensor, reverse: bool) -> Tensor:
@@ -59,7 +64,7 @@ def wavelet_mix(
     backend: str,
     reach: Tensor | None = None,
 ) -> Tensor:
-    """`reference.wavelet_mix` by the kernels of one of `KERNELS`; with `reach`, all by the same plain torch."""
+    """`reference.wavelet_mix` by the kernels of one of `KERNELS`."""
     check_mix(x, edge, state, reach)
     windows, groups = _grouped(windows, x.shape[2], kernels is None)
     signal, past = x, 0
@@ -73,12 +78,11 @@ def wavelet_mix(
     if kernels is not None:
         taps = torch.cat([kernel.reshape(-1) for kernel in group_kernels(kernels, groups, x.device)])
         taps = taps.to(torch.promote_types(signal.dtype, torch.float32))
-    if reach is not None:
-        y = _within(signal, windows, taps, _reach_with_past(reach, past))[:, past:]
-    elif taps is None:
-        y = _mean(signal, windows, False, past, backend)
+    limits = None if reach is None else _reach_with_past(reach, past)
+    if taps is None:
+        y = _mean(signal, windows, False, past, backend, limits)
     else:
-        y = _Filter.apply(signal, windows, taps, past, backend)
+        y = _Filter.apply(signal, windows, taps, past, backend, limits)
     if edge == "partial":
         seen = x.shape[1] if state is None else x.shape[1] + state.shape[1]
         count = torch.arange(seen - x.shape[1] + 1, seen + 1, device=x.device, dtype=y.dtype)
@@ -114,90 +118,12 @@ def _reach_with_past(reach: Tensor, past: int) -> Tensor:
     return torch.cat([reach[:, :1] - ago, reach], dim=1)
 
 
-def _within(x: Tensor, windows: Windows, taps: Tensor | None, reach: Tensor) -> Tensor:
-    """`Kernels.mean` or `.filter` of documents that lie one after the other, each by itself."""
-    layout = Sorted(windows)
-    signal = layout.sort(x).to(torch.promote_types(x.dtype, torch.float32))
-    spans = tuple(value for group in layout.groups for value in group)
-    if taps is None:
-        y = _MeanWithin.apply(signal, reach, spans, False)
-    else:
-        y = _FilterWithin.apply(signal, reach, spans, taps)
-    return layout.restore(y).to(x.dtype)
-
-
-def _levels(spans: Windows, tokens: int) -> Iterator[tuple[int, int]]:
-    """The steps of the cascade, (how far back, the first of the sorted coordinates that take part)."""
-    shift = 1
-    for window, start in zip(spans[::3], spans[1::3], strict=True):
-        while shift < min(window, tokens):
-            yield shift, start
-            shift *= 2
-
-
-class _MeanWithin(torch.autograd.Function):
-    """A trous with one mask a level: s_k(t) = s_{k-1}(t) + [reach(t) >= 2^(k-1)] s_{k-1}(t - 2^(k-1)).
-
-    The gradient is its transpose. Only `reach` is saved.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, reach: Tensor, spans: Windows, transposed: bool) -> Tensor:
-        ctx.save_for_backward(reach)
-        ctx.spans, ctx.transposed = spans, transposed
-        scales = [1 / w for w, i, j in zip(spans[::3], spans[1::3], spans[2::3], strict=True) for _ in range(i, j)]
-        s = x * torch.tensor(scales, dtype=x.dtype, device=x.device)
-        levels = list(_levels(spans, x.shape[1]))
-        for shift, first in reversed(levels) if transposed else levels:
-            inside = (reach[:, shift:] >= shift).unsqueeze(2)
-            late, early = s[:, shift:, first:], s[:, :-shift, first:]
-            # `where`, not a product: a NaN of another document stays there. It is a copy, so in place is safe.
-            if transposed:
-                early += torch.where(inside, late, 0)
-            else:
-                late += torch.where(inside, early, 0)
-        return s
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (reach,) = ctx.saved_tensors
-        return _MeanWithin.apply(grad, reach, ctx.spans, not ctx.transposed), None, None, None
-
-
-class _FilterWithin(torch.autograd.Function):
-    """Tap j counts where reach >= j. One pass over the tokens a tap: meant for kernels of tens of taps."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, reach: Tensor, spans: Windows, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(x, reach, taps)
-        ctx.spans = spans
-        y = torch.zeros_like(x)
-        for j, start, end, of in _taps_within(spans, x.shape[1]):
-            inside = (reach[:, j:] >= j).unsqueeze(2)
-            y[:, j:, start:end] += torch.where(inside, x[:, : x.shape[1] - j, start:end], 0) * taps[of]
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, reach, taps = ctx.saved_tensors
-        grad_x, grad_taps = torch.zeros_like(x), torch.zeros_like(taps)
-        for j, start, end, of in _taps_within(ctx.spans, x.shape[1]):
-            inside = (reach[:, j:] >= j).unsqueeze(2)
-            late = torch.where(inside, grad[:, j:, start:end], 0)
-            early = torch.where(inside, x[:, : x.shape[1] - j, start:end], 0)
-            grad_x[:, : x.shape[1] - j, start:end] += late * taps[of]
-            grad_taps[of] = (late * early).sum((0, 1))
-        return grad_x, None, None, grad_taps
-
-
-def _taps_within(spans: Windows, tokens: int) -> Iterator[tuple[int, int, int, slice]]:
-    """Each tap of each group, (j, first coordinate, the one after the last, where it lies in the tensor of all)."""
-    offset = 0
-    for window, start, end in zip(spans[::3], spans[1::3], spans[2::3], strict=True):
-        for j in range(min(window, tokens)):
-            yield j, start, end, slice(offset + j, offset + (end - start) * window, window)
-        offset += (end - start) * window
+def ahead(reach: Tensor) -> Tensor:
+    """(B, T) how many tokens after each one belong to its document: `reach`, for time that runs backwards."""
+    tokens = reach.shape[1]
+    t = torch.arange(tokens, device=reach.device)
+    ends = torch.cat([reach[:, 1:] <= 0, torch.ones_like(reach[:, :1], dtype=torch.bool)], 1)
+    return torch.where(ends, t, tokens).flip(1).cummin(1).values.flip(1) - t
 
 
 def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
@@ -238,72 +164,84 @@ def empty_result(x: Tensor, past: int = 0) -> Tensor:
     return torch.empty((x.shape[0], x.shape[1] - past, *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
-def _mean(x: Tensor, windows: Windows, reverse: bool, past: int, backend: str) -> Tensor:
+def _mean(x: Tensor, windows: Windows, reverse: bool, past: int, backend: str, reach: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Mean.apply(x, windows, reverse, past, backend)
-    return _mean_op(x, windows, reverse, past, backend)
+        return _Mean.apply(x, windows, reverse, past, backend, reach)
+    return _mean_op(x, windows, reverse, past, backend, reach if reach is None or not reverse else ahead(reach))
 
 
 class _Mean(torch.autograd.Function):
-    """The gradient is the same filter run backwards in time; nothing is saved for it."""
+    """The gradient is the same filter run backwards in time; nothing but `reach` is saved for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, windows: Windows, reverse: bool, past: int, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, windows: Windows, reverse: bool, past: int, backend: str, reach: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(reach)
         ctx.windows, ctx.reverse, ctx.past, ctx.backend = windows, reverse, past, backend
-        return _mean_op(x, windows, reverse, past, backend)
+        return _mean(x, windows, reverse, past, backend, reach)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = F.pad(grad, (0, 0, ctx.past, 0)) if ctx.past else grad
-        return _mean(grad, ctx.windows, not ctx.reverse, 0, ctx.backend), None, None, None, None
+        (reach,) = ctx.saved_tensors
+        return _mean(grad, ctx.windows, not ctx.reverse, 0, ctx.backend, reach), None, None, None, None, None
 
 
 @_opaque(
-    "mean(Tensor x, int[] windows, bool reverse, SymInt past, str backend) -> Tensor",
-    lambda x, windows, reverse, past, backend: empty_result(x, past),
+    "mean(Tensor x, int[] windows, bool reverse, SymInt past, str backend, Tensor? reach=None) -> Tensor",
+    lambda x, windows, reverse, past, backend, reach=None: empty_result(x, past),
 )
-def _mean_op(x: Tensor, windows: Sequence[int], reverse: bool, past: int, backend: str) -> Tensor:
-    return KERNELS[backend].mean(x, tuple(windows), reverse, past)
+def _mean_op(
+    x: Tensor, windows: Sequence[int], reverse: bool, past: int, backend: str, reach: Tensor | None = None
+) -> Tensor:
+    return KERNELS[backend].mean(x, tuple(windows), reverse, past, reach)
 
 
 class _Filter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, windows: Windows, taps: Tensor, past: int, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, windows: Windows, taps: Tensor, past: int, backend: str, reach: Tensor | None
+    ) -> Tensor:
         learning = ctx.needs_input_grad[2]
         if learning:  # a view would keep all that it is a view of: the coordinates that are not mixed, too
             x = x.contiguous()
-        ctx.save_for_backward(x if learning else None, taps)
+        ctx.save_for_backward(x if learning else None, taps, reach)
         ctx.windows, ctx.past, ctx.backend = windows, past, backend
-        return _filter_op(x, windows, taps, past, backend)
+        return _filter_op(x, windows, taps, past, backend, reach)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = F.pad(grad, (0, 0, ctx.past, 0)) if ctx.past else grad
-        x, taps = ctx.saved_tensors
+        x, taps, reach = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:  # the same filter run backwards in time
-            grad_x = _filter_op(grad.flip(1), ctx.windows, taps, 0, ctx.backend).flip(1)
-            return grad_x, None, None, None, None
-        grad_x, grad_taps = _filter_backward_op(grad, x, ctx.windows, taps, ctx.backend)
-        return grad_x, None, grad_taps, None, None
+            turned = None if reach is None else ahead(reach).flip(1)
+            grad_x = _filter_op(grad.flip(1), ctx.windows, taps, 0, ctx.backend, turned).flip(1)
+            return grad_x, None, None, None, None, None
+        grad_x, grad_taps = _filter_backward_op(grad, x, ctx.windows, taps, ctx.backend, reach)
+        return grad_x, None, grad_taps, None, None, None
 
 
 @_opaque(
-    "filter(Tensor x, int[] windows, Tensor taps, SymInt past, str backend) -> Tensor",
-    lambda x, windows, taps, past, backend: empty_result(x, past),
+    "filter(Tensor x, int[] windows, Tensor taps, SymInt past, str backend, Tensor? reach=None) -> Tensor",
+    lambda x, windows, taps, past, backend, reach=None: empty_result(x, past),
 )
-def _filter_op(x: Tensor, windows: Sequence[int], taps: Tensor, past: int, backend: str) -> Tensor:
-    return KERNELS[backend].filter(x, tuple(windows), taps, past)
+def _filter_op(
+    x: Tensor, windows: Sequence[int], taps: Tensor, past: int, backend: str, reach: Tensor | None = None
+) -> Tensor:
+    return KERNELS[backend].filter(x, tuple(windows), taps, past, reach)
 
 
 @_opaque(
-    "filter_backward(Tensor grad, Tensor x, int[] windows, Tensor taps, str backend) -> (Tensor, Tensor)",
-    lambda grad, x, windows, taps, backend: (empty_result(x), torch.empty_like(taps)),
+    "filter_backward(Tensor grad, Tensor x, int[] windows, Tensor taps, str backend, Tensor? reach=None)"
+    " -> (Tensor, Tensor)",
+    lambda grad, x, windows, taps, backend, reach=None: (empty_result(x), torch.empty_like(taps)),
 )
 def _filter_backward_op(
-    grad: Tensor, x: Tensor, windows: Sequence[int], taps: Tensor, backend: str
+    grad: Tensor, x: Tensor, windows: Sequence[int], taps: Tensor, backend: str, reach: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return KERNELS[backend].filter_backward(grad, x, tuple(windows), taps)
+    return KERNELS[backend].filter_backward(grad, x, tuple(windows), taps, reach)
 
 
 class _DecayedSum(torch.autograd.Function):

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from waveletgpt.ops import fast
-from waveletgpt.ops.autograd import Windows, empty_result, tap_offsets
+from waveletgpt.ops.autograd import Windows, ahead, empty_result, tap_offsets
+from waveletgpt.ops.reference import UNLIMITED
 
 # Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
 DIRECT_TAPS = 1024
 # That of the entries of kernels.cpp called below.
-VERSION = 2
+VERSION = 3
 
 
 class _Input(ctypes.Structure):
@@ -49,10 +50,14 @@ class _Layout(ctypes.Structure):
     _fields_ = (("windows", c_void_p), ("offsets", c_void_p))
 
 
+class _Limits(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("row", c_int64))
+
+
 _SIGNATURES = {
-    "mean": (_Input, c_void_p, _Shape, c_void_p, c_bool, c_int64, c_int),
-    "filter": (_Input, c_void_p, _Shape, _Layout, c_void_p, c_bool, c_int64, c_int),
-    "correlate": (_Input, _Input, _Shape, _Layout, c_int64, c_void_p, c_int),
+    "mean": (_Input, c_void_p, _Shape, c_void_p, _Limits, c_bool, c_int64, c_int),
+    "filter": (_Input, c_void_p, _Shape, _Layout, c_void_p, _Limits, c_bool, c_int64, c_int),
+    "correlate": (_Input, _Input, _Shape, _Layout, _Limits, c_int64, c_void_p, c_int),
     "decayed_sum": (_Input, c_void_p, _Shape, c_void_p, c_bool, c_int),
 }
 
@@ -89,28 +94,32 @@ def _entry(name: str, dtype: torch.dtype) -> Callable[..., None]:
     return entry
 
 
-def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
-    x, dtype = _prepare(x), x.dtype
+def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None = None) -> Tensor:
+    x, dtype, reach = _prepare(x), x.dtype, _numbers(reach)
     y = empty_result(x, past)
     sizes = _sizes(windows, torch.promote_types(dtype, torch.float32)).data_ptr()
-    _entry("mean", x.dtype)(_input(x), y.data_ptr(), _Shape(*x.shape), sizes, reverse, past, _threads(x))
+    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), sizes, _limits(reach), reverse, past)
+    _entry("mean", x.dtype)(*arguments, _threads(x))
     return y.to(dtype)
 
 
-def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
+def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor | None = None) -> Tensor:
     if min(max(windows), x.shape[1]) > DIRECT_TAPS:
-        return fast.filter(x, windows, taps, past)
-    return _filter(x, windows, taps, False, past)
+        return fast.filter(x, windows, taps, past, reach)
+    return _filter(x, windows, taps, False, past, reach)
 
 
-def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
+def filter_backward(
+    grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     longest = max(windows)
     if min(longest, x.shape[1]) > DIRECT_TAPS:
-        return fast.filter_backward(grad, x, windows, taps)
-    grad_x, grad_taps = _filter(grad, windows, taps, True, 0), torch.empty_like(taps)
+        return fast.filter_backward(grad, x, windows, taps, reach)
+    grad_x = _filter(grad, windows, taps, True, 0, None if reach is None else ahead(reach))
+    grad_taps, reach = torch.empty_like(taps), _numbers(reach)
     grad, signal = _prepare(grad), _prepare(x)
-    arguments = (_input(grad), _input(signal), _Shape(*x.shape), _layout(windows)[0], longest, grad_taps.data_ptr())
-    _entry("correlate", signal.dtype)(*arguments, _threads(x))
+    arguments = (_input(grad), _input(signal), _Shape(*x.shape), _layout(windows)[0], _limits(reach), longest)
+    _entry("correlate", signal.dtype)(*arguments, grad_taps.data_ptr(), _threads(x))
     return grad_x, grad_taps
 
 
@@ -219,11 +228,11 @@ def _step(name: str) -> Callable[..., None]:
     return entry
 
 
-def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:
-    x, taps, dtype = _prepare(x), taps.contiguous(), x.dtype
+def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
+    x, taps, dtype, reach = _prepare(x), taps.contiguous(), x.dtype, _numbers(reach)
     y = empty_result(x, past)
-    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), _layout(windows)[0], taps.data_ptr(), reverse, past)
-    _entry("filter", x.dtype)(*arguments, _threads(x))
+    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), _layout(windows)[0], taps.data_ptr(), _limits(reach))
+    _entry("filter", x.dtype)(*arguments, reverse, past, _threads(x))
     return y.to(dtype)
 
 
@@ -231,6 +240,16 @@ def _prepare(x: Tensor) -> Tensor:
     """As the kernels take it: neighbouring coordinates side by side, no float16."""
     x = x.float() if x.dtype == torch.float16 else x
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _numbers(reach: Tensor | None) -> Tensor | None:
+    """As the kernels take it; to be kept while they run."""
+    return None if reach is None else reach.clamp(max=UNLIMITED).to(torch.int32).contiguous()
+
+
+def _limits(reach: Tensor | None) -> _Limits:
+    """A row for each sequence, or one for all."""
+    return _Limits(None, 0) if reach is None else _Limits(reach.data_ptr(), reach.shape[1] if len(reach) > 1 else 0)
 
 
 def _threads(x: Tensor) -> int:

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, C mixed coordinates, n coordinates that share the win
 
 import threading
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 
@@ -33,9 +34,11 @@ def unavailable(device: str | None = None) -> str | None:
     return None
 
 
-def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
+def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None = None) -> Tensor:
     layout = sorted_windows(windows)
     x = layout.sort(x)
+    if reach is not None:
+        return layout.restore(_mean_within(x, layout, reverse, reach)[:, past:]).contiguous()
     if 0 < past == x.shape[1] - 1 and not reverse:
         return layout.restore(_newest(x, layout, None))
     batch, tokens, coordinates = x.shape
@@ -55,6 +58,23 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
                 run = cascade(*kind, len(part))
             run(part, y[b : b + rows, :, c : c + columns])
     return layout.restore(y[:, past:]).contiguous()
+
+
+def _mean_within(x: Tensor, layout: Sorted, reverse: bool, reach: Tensor) -> Tensor:
+    """The cascade below with one mask a step: where reach(t) >= 2^(k-1)."""
+    like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    s = x * like.new_tensor([1 / window for window in layout.windows])
+    shift = 1
+    for window, start, _ in layout.groups:
+        while shift < min(window, x.shape[1]):
+            now, then = slice(shift, None), slice(None, -shift)
+            if reverse:
+                now, then = then, now
+            inside = (reach[:, now] >= shift).unsqueeze(2)
+            # `where`, not a product: a NaN of another document stays there. It is a copy, so in place is safe.
+            s[:, now, start:] += torch.where(inside, s[:, then, start:], 0)
+            shift *= 2
+    return s.to(x.dtype)
 
 
 def _newest(signal: Tensor, layout: Sorted, taps: Tensor | None) -> Tensor:
@@ -127,8 +147,13 @@ def _cascade(
         return _Cascade(like, batch, tokens, sorted_windows(windows).groups, reverse)
 
 
-def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
+def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor | None = None) -> Tensor:
     layout = sorted_windows(windows)
+    if reach is not None:
+        apart = _Apart.of(x, windows, reach)
+        if apart is not None:
+            return apart.gather(filter(apart.spread(x), windows, taps, 0))[:, past:].contiguous()
+        return layout.restore(_filter_within(_wide_signal(x, layout), layout, taps, reach)[:, past:]).to(x.dtype)
     if 0 < past == x.shape[1] - 1:
         return layout.restore(_newest(layout.sort(x), layout, taps))
     signal, taps = _wide_signal(x, layout), _square(taps, layout, x.shape[1])
@@ -147,9 +172,20 @@ def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
     return layout.restore(y[:, past:]).to(x.dtype).contiguous()
 
 
-def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
+def filter_backward(
+    grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """By x: the same filter backwards in time. By tap j: the sum of grad[t] x[t - j] over B and t."""
     layout = sorted_windows(windows)
+    if reach is not None:
+        apart = _Apart.of(x, windows, reach)
+        if apart is not None:
+            grad_x, grad_taps = filter_backward(apart.spread(grad), apart.spread(x), windows, taps)
+            return apart.gather(grad_x), grad_taps
+        grad_x, grad_taps = _filter_within_backward(
+            layout.sort(grad).to(taps.dtype), _wide_signal(x, layout), layout, taps, reach
+        )
+        return layout.restore(grad_x).to(x.dtype), grad_taps
     signal, square = _wide_signal(x, layout), _square(taps, layout, x.shape[1])
     short, few = _short(signal, square, layout.windows)
     grad, tokens, count = layout.sort(grad).to(signal.dtype), x.shape[1], square.shape[1]
@@ -171,6 +207,63 @@ def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> 
         for window, start, end in layout.groups
     ]
     return layout.restore(grad_x).to(x.dtype), torch.cat(parts).to(taps.dtype)
+
+
+class _Apart:
+    """Documents with so many zeros between them that no window reaches from one to the next: then one filter does."""
+
+    @staticmethod
+    def of(x: Tensor, windows: Windows, reach: Tensor) -> "_Apart | None":
+        """None where going over the tokens once for each tap costs less: few taps, or many short documents."""
+        gap = max(windows) - 1
+        if min(gap, x.shape[1]) < CONVOLUTION_TAPS:
+            return None
+        before = (reach[:, 1:] <= 0).cumsum(1)
+        length = x.shape[1] + gap * (int(before.max()) if before.numel() else 0)
+        return _Apart(F.pad(before, (1, 0)), gap, length) if length <= 8 * x.shape[1] else None
+
+    def __init__(self, before: Tensor, gap: int, length: int) -> None:
+        """`before` (B or 1, T) the documents before each token's."""
+        self.places = (torch.arange(before.shape[1], device=before.device) + gap * before).unsqueeze(2)
+        self.length = length
+
+    def spread(self, x: Tensor) -> Tensor:
+        wide = x.new_zeros(x.shape[0], self.length, x.shape[2])
+        return wide.scatter_(1, self.places.expand(x.shape), x)
+
+    def gather(self, y: Tensor) -> Tensor:
+        return y.gather(1, self.places.expand(y.shape[0], -1, y.shape[2]))
+
+
+def _filter_within(x: Tensor, layout: Sorted, taps: Tensor, reach: Tensor) -> Tensor:
+    """Tap j counts where reach >= j: one pass over the tokens for each tap."""
+    y = torch.zeros_like(x)
+    for j, start, end, of in _taps_within(layout, x.shape[1]):
+        inside = (reach[:, j:] >= j).unsqueeze(2) if j else torch.ones_like(reach[:, :1, None], dtype=torch.bool)
+        y[:, j:, start:end] += torch.where(inside, x[:, : x.shape[1] - j, start:end], 0) * taps[of]
+    return y
+
+
+def _filter_within_backward(
+    grad: Tensor, x: Tensor, layout: Sorted, taps: Tensor, reach: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_taps = torch.zeros_like(x), torch.zeros_like(taps)
+    for j, start, end, of in _taps_within(layout, x.shape[1]):
+        inside = (reach[:, j:] >= j).unsqueeze(2) if j else torch.ones_like(reach[:, :1, None], dtype=torch.bool)
+        late = torch.where(inside, grad[:, j:, start:end], 0)
+        early = torch.where(inside, x[:, : x.shape[1] - j, start:end], 0)
+        grad_x[:, : x.shape[1] - j, start:end] += late * taps[of]
+        grad_taps[of] = (late * early).sum((0, 1))
+    return grad_x, grad_taps
+
+
+def _taps_within(layout: Sorted, tokens: int) -> Iterator[tuple[int, int, int, slice]]:
+    """Each tap of each group, (j, first coordinate, the one after the last, where it lies in the tensor of all)."""
+    offset = 0
+    for window, start, end in layout.groups:
+        for j in range(min(window, tokens)):
+            yield j, start, end, slice(offset + j, offset + (end - start) * window, window)
+        offset += (end - start) * window
 
 
 def _wide_signal(x: Tensor, layout: Sorted) -> Tensor:

@@ -17,7 +17,8 @@
 #else
 #define KERNEL
 #endif
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 #define UNROLL _Pragma("GCC unroll 8")
 
 namespace {
@@ -85,19 +86,55 @@ template <class Element> struct Input {
 
 struct Shape { Index B, T, C; };
 
-// s(t) + s(t - shift) for 8 tokens; `ring` holds the `shift` values before them and gets the newest.
-template <Index shift, class V> INLINE void add_shifted(V (&s)[8], V* ring) {
+// How many tokens before each one (after it, backwards) are of its document; no `data`: all, and code of its own.
+struct Limits {
+    const std::int32_t* data;
+    Index row;  // stride of B
+    const std::int32_t* of(Index b) const { return data + b * row; }
+};
+
+// Those of the 8 tokens from t on, as time runs, and the least and the most of them; most documents begin elsewhere, so
+// that often the least is `enough`, and nothing else is needed.
+template <bool LIMITED> struct Near {
+    Index limit[8], least, most;
+    INLINE_MEMBER Near(const std::int32_t* limits, Index T, bool backwards, Index t, Index enough) : least(T), most(T) {
+        if (!LIMITED) return;
+        if (T - t >= 8) {
+            const std::int32_t* from = limits + (backwards ? T - 8 - t : t);
+            std::int32_t low = from[0];
+            UNROLL for (Index i = 1; i < 8; i++) low = std::min(low, from[i]);
+            least = low;
+            if (least >= enough) return;
+        }
+        for (Index i = 0; i < 8; i++) {
+            const Index at = std::min(t + i, T - 1);
+            limit[i] = std::max(0, limits[backwards ? T - 1 - at : at]);
+            least = i ? std::min(least, limit[i]) : limit[i];
+            most = i ? std::max(most, limit[i]) : limit[i];
+        }
+    }
+};
+
+// s(t) + s(t - distance) for 8 tokens; `ring` holds the `shift` values before them and gets the newest.
+template <Index shift, bool LIMITED, class V>
+INLINE void add_shifted(V (&s)[8], V* ring, Index distance, const Near<LIMITED>& near) {
     V before[8];
     UNROLL for (Index i = 0; i < 8; i++) before[i] = i < shift ? ring[i] : s[i - shift];
     UNROLL for (Index i = 0; i < shift; i++) ring[i] = s[8 - shift + i];
-    UNROLL for (Index i = 0; i < 8; i++) s[i] += before[i];
+    if (!LIMITED || near.least >= distance) {
+        UNROLL for (Index i = 0; i < 8; i++) s[i] += before[i];
+    } else if (near.most >= distance) {
+        for (Index i = 0; i < 8; i++) if (near.limit[i] >= distance) s[i] += before[i];
+    }
 }
 
 // Means over windows of powers of two, from token `past` on, of the n coordinates from c of sequence b:
-// s_0 = x / w, s_{k+1}(t) = s_k(t) + s_k(t - 2^k). The last 2^k values of s_k are in a ring at 2^k - 1.
-template <class E>
+// s_0 = x / w, s_{k+1}(t) = s_k(t) + s_k(t - 2^k), the latter where it is of the same document. The last 2^k values of
+// s_k are in a ring at 2^k - 1.
+template <class E, bool LIMITED>
 INLINE void mean(
-    Input<E> x, E* y, Shape shape, const Sum<E>* windows, bool backwards, Index past, Index b, Index c, Index n
+    Input<E> x, E* y, Shape shape, const Sum<E>* windows, Limits limits, bool backwards, Index past, Index b, Index c,
+    Index n
 ) {
     Index reach = 1;
     while (reach < shape.T) reach *= 2;  // a longer window sees nothing more
@@ -126,13 +163,15 @@ INLINE void mean(
         } else {
             for (Index i = 0; i < 8; i++) s[i] = i < shape.T - t ? load(from + forward * i * x.step, n) : Vector<E>{};
         }
+        const Near<LIMITED> near(limits.of(b), shape.T, backwards, t, (Index(1) << steps) / 2);
         UNROLL for (Index i = 0; i < 8; i++) result[i] = (Mask<E>)(s[i] *= scale) & done[0];
         for (Index k = 0; k < steps; k++) {
-            Vector<E>* ring = rings + (Index(1) << k) - 1;
-            if (k == 0) add_shifted<1>(s, ring);
-            else if (k == 1) add_shifted<2>(s, ring);
-            else if (k == 2) add_shifted<4>(s, ring);
-            else add_shifted<8>(s, ring + (t & ((Index(1) << k) - 1)));
+            const Index distance = Index(1) << k;
+            Vector<E>* ring = rings + distance - 1;
+            if (k == 0) add_shifted<1>(s, ring, distance, near);
+            else if (k == 1) add_shifted<2>(s, ring, distance, near);
+            else if (k == 2) add_shifted<4>(s, ring, distance, near);
+            else add_shifted<8>(s, ring + (t & (distance - 1)), distance, near);
             UNROLL for (Index i = 0; i < 8; i++) result[i] |= (Mask<E>)s[i] & done[k + 1];
         }
         if (whole) {
@@ -163,11 +202,12 @@ struct Layout {
     }
 };
 
-// y(t) = sum of taps[j] x(t - j) over j, for t >= past, of the n coordinates from c of sequence b.
-template <class E>
+// y(t) = sum of taps[j] x(t - j) over j, those of the same document, for t >= past, of the n coordinates from c of
+// sequence b.
+template <class E, bool LIMITED>
 INLINE void filter(
-    Input<E> x, E* y, Shape shape, Layout layout, const Sum<E>* taps, bool backwards, Index past, Index b, Index c,
-    Index n
+    Input<E> x, E* y, Shape shape, Layout layout, const Sum<E>* taps, Limits limits, bool backwards, Index past, Index b,
+    Index c, Index n
 ) {
     const Index longest = layout.longest(c, n, shape.T);
     const Vector<E>* rows = unpack(x, shape.T, backwards, b, c, n, 0);
@@ -180,8 +220,13 @@ INLINE void filter(
     };
     for (Index t = past; t < shape.T; t += 8) {
         Vector<E> sums[8] = {};
-        for (Index j = 0; j < std::min(longest, t + 8); j++)
+        const Near<LIMITED> near(limits.of(b), shape.T, backwards, t, longest - 1);
+        const Index most = std::min(longest, LIMITED ? std::min(t + 8, near.most + 1) : t + 8);
+        const Index least = LIMITED ? std::min(most, near.least + 1) : most;
+        for (Index j = 0; j < least; j++)
             UNROLL for (Index i = 0; i < 8; i++) sums[i] += h[j] * rows[t + i - j];
+        for (Index j = least; j < most; j++)
+            for (Index i = 0; i < 8; i++) if (near.limit[i] >= j) sums[i] += h[j] * rows[t + i - j];
         for (Index i = 0; i < std::min(Index(8), shape.T - t); i++) store(place(t + i), n, sums[i]);
     }
     // A tap of 0 beyond a shorter window times infinity is NaN: where inputs are not finite, each window by itself.
@@ -190,7 +235,9 @@ INLINE void filter(
         if (finite[i] == 0) continue;
         for (Index t = past; t < shape.T; t++) {
             Vector<E> sum{};
-            for (Index j = 0; j < std::min(layout.windows[c + i], t + 1); j++) sum[0] += h[j][i] * rows[t - j][i];
+            const Index own = LIMITED ? std::max(0, limits.of(b)[backwards ? shape.T - 1 - t : t]) : t;
+            for (Index j = 0; j <= std::min({layout.windows[c + i] - 1, t, own}); j++)
+                sum[0] += h[j][i] * rows[t - j][i];
             store(place(t) + i, 1, sum);
         }
     }
@@ -198,21 +245,29 @@ INLINE void filter(
 
 constexpr Index PART = 64;  // taps whose gradients one call of `correlate` finds
 
-// Gradients of taps j ... j + PART - 1 of the n coordinates from c: the sums of grad(t) x(t - j) over B and T.
-template <class E>
+// Gradients of taps j ... j + PART - 1 of the n coordinates from c: the sums of grad(t) x(t - j) over B and T, where
+// both are of one document.
+template <class E, bool LIMITED>
 INLINE void correlate(
-    Input<E> grad, Input<E> x, Shape shape, Layout layout, Sum<E>* result, Index j, Index c, Index n
+    Input<E> grad, Input<E> x, Shape shape, Layout layout, Limits limits, Sum<E>* result, Index j, Index c, Index n
 ) {
     const Index longest = layout.longest(c, n, std::min(shape.T, j + PART));
     std::vector<double> total(PART * n);
     for (Index b = 0; b < shape.B && j < longest; b++) {
         const Vector<E>* late = unpack(grad, shape.T, false, b, c, n, 0);
         const Vector<E>* early = unpack(x, shape.T, false, b, c, n, 1);
+        const std::int32_t* limit = limits.of(b);
         for (Index lag = j; lag < longest; lag += 8) {
             for (Index start = lag; start < shape.T; start += 1024) {  // longer sums would lose digits
                 Vector<E> sums[8] = {};
-                for (Index t = start; t < std::min(start + 1024, shape.T); t++)
-                    UNROLL for (Index i = 0; i < 8; i++) sums[i] += late[t] * early[t - lag - i];
+                for (Index t = start; t < std::min(start + 1024, shape.T); t++) {
+                    if (!LIMITED || limit[t] >= lag + 7) {
+                        UNROLL for (Index i = 0; i < 8; i++) sums[i] += late[t] * early[t - lag - i];
+                    } else {
+                        const Index own = std::max(0, limit[t]);
+                        for (Index i = 0; lag + i <= own; i++) sums[i] += late[t] * early[t - lag - i];
+                    }
+                }
                 for (Index i = 0; i < 8; i++)
                     for (Index lane = 0; lane < n; lane++) total[(lag - j + i) * n + lane] += sums[i][lane];
             }
@@ -251,21 +306,30 @@ template <class E, class Work> void for_each(Index outer, Index C, int threads, 
     extern "C" void waveletgpt_##NAME PARAMETERS { __VA_ARGS__; }
 
 #define MIXING(TYPE, E)                                                                                               \
-    CLONES(mean_##TYPE, (Input<E> x, E* y, Shape s, const Sum<E>* w, bool r, Index p, Index b, Index c, Index n),     \
-           mean<E>(x, y, s, w, r, p, b, c, n))                                                                        \
-    ENTRY(mean_##TYPE, (Input<E> x, E* y, Shape s, const Sum<E>* w, bool r, Index p, int threads),                    \
-          for_each<E>(s.B, s.C, threads, [=](Index b, Index c, Index n) { mean_##TYPE(x, y, s, w, r, p, b, c, n); })) \
-    CLONES(filter_##TYPE,                                                                                             \
-           (Input<E> x, E* y, Shape s, Layout l, const Sum<E>* h, bool r, Index p, Index b, Index c, Index n),        \
-           filter<E>(x, y, s, l, h, r, p, b, c, n))                                                                   \
-    ENTRY(filter_##TYPE, (Input<E> x, E* y, Shape s, Layout l, const Sum<E>* h, bool r, Index p, int threads),        \
+    CLONES(mean_##TYPE,                                                                                               \
+           (Input<E> x, E* y, Shape s, const Sum<E>* w, Limits d, bool r, Index p, Index b, Index c, Index n),        \
+           if (d.data) mean<E, true>(x, y, s, w, d, r, p, b, c, n);                                                   \
+           else mean<E, false>(x, y, s, w, d, r, p, b, c, n))                                                         \
+    ENTRY(mean_##TYPE, (Input<E> x, E* y, Shape s, const Sum<E>* w, Limits d, bool r, Index p, int threads),          \
           for_each<E>(s.B, s.C, threads,                                                                              \
-                      [=](Index b, Index c, Index n) { filter_##TYPE(x, y, s, l, h, r, p, b, c, n); }))               \
-    CLONES(correlate_##TYPE, (Input<E> g, Input<E> x, Shape s, Layout l, Sum<E>* h, Index j, Index c, Index n),       \
-           correlate<E>(g, x, s, l, h, j, c, n))                                                                      \
-    ENTRY(correlate_##TYPE, (Input<E> g, Input<E> x, Shape s, Layout l, Index longest, Sum<E>* h, int threads),       \
+                      [=](Index b, Index c, Index n) { mean_##TYPE(x, y, s, w, d, r, p, b, c, n); }))                 \
+    CLONES(filter_##TYPE,                                                                                             \
+           (Input<E> x, E* y, Shape s, Layout l, const Sum<E>* h, Limits d, bool r, Index p, Index b, Index c,        \
+            Index n),                                                                                                 \
+           if (d.data) filter<E, true>(x, y, s, l, h, d, r, p, b, c, n);                                              \
+           else filter<E, false>(x, y, s, l, h, d, r, p, b, c, n))                                                    \
+    ENTRY(filter_##TYPE,                                                                                              \
+          (Input<E> x, E* y, Shape s, Layout l, const Sum<E>* h, Limits d, bool r, Index p, int threads),             \
+          for_each<E>(s.B, s.C, threads,                                                                              \
+                      [=](Index b, Index c, Index n) { filter_##TYPE(x, y, s, l, h, d, r, p, b, c, n); }))            \
+    CLONES(correlate_##TYPE,                                                                                          \
+           (Input<E> g, Input<E> x, Shape s, Layout l, Limits d, Sum<E>* h, Index j, Index c, Index n),               \
+           if (d.data) correlate<E, true>(g, x, s, l, d, h, j, c, n);                                                 \
+           else correlate<E, false>(g, x, s, l, d, h, j, c, n))                                                       \
+    ENTRY(correlate_##TYPE,                                                                                           \
+          (Input<E> g, Input<E> x, Shape s, Layout l, Limits d, Index longest, Sum<E>* h, int threads),               \
           for_each<E>((longest + PART - 1) / PART, s.C, threads,                                                      \
-                      [=](Index part, Index c, Index n) { correlate_##TYPE(g, x, s, l, h, part * PART, c, n); }))
+                      [=](Index part, Index c, Index n) { correlate_##TYPE(g, x, s, l, d, h, part * PART, c, n); }))
 
 #define DECAYED_SUM(TYPE, E)                                                                                          \
     CLONES(decayed_sum_##TYPE, (Input<E> u, E* y, Shape s, const E* a, bool r, Index b, Index c, Index n),            \
@@ -340,4 +404,4 @@ extern "C" void waveletgpt_step_mean(Token t, const Index* windows, double* sums
 extern "C" void waveletgpt_step_filter(Token t, const Group* groups, Index count) { step_filter(t, groups, count); }
 
 // To be raised with every change of an entry: cpp.py calls no others than its own.
-extern "C" int waveletgpt_version() { return 2; }
+extern "C" int waveletgpt_version() { return 3; }

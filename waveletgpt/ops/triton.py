@@ -49,11 +49,11 @@ def unavailable(device: str | None = None) -> str | None:
     return None if device == "cuda" else f"x is on {device}, this backend is for CUDA devices"
 
 
-def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
+def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None = None) -> Tensor:
     batch, tokens, coordinates = x.shape
     ring = _ring(max(windows), tokens, past)
-    if _left_to_torch(x) or ring is None or max(windows) >= 1 << 31:
-        return fast.mean(x, windows, reverse, past)
+    if _left_to_torch(x, reach) or ring is None or max(windows) >= 1 << 31:
+        return fast.mean(x, windows, reverse, past, reach)
     x, y = _prepare(x), empty_result(x, past)
     widths, _ = _table(windows, x.device)
     short = _short_blocks(windows, x.device)
@@ -70,13 +70,17 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int) -> Tensor:
     return y
 
 
-def filter(x: Tensor, windows: Windows, taps: Tensor, past: int) -> Tensor:
-    return fast.filter(x, windows, taps, past) if _left_to_torch(x) else _filter(x, windows, taps, False, past)
+def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor | None = None) -> Tensor:
+    if _left_to_torch(x, reach):
+        return fast.filter(x, windows, taps, past, reach)
+    return _filter(x, windows, taps, False, past)
 
 
-def filter_backward(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor) -> tuple[Tensor, Tensor]:
-    if _left_to_torch(x):
-        return fast.filter_backward(grad, x, windows, taps)
+def filter_backward(
+    grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if _left_to_torch(x, reach):
+        return fast.filter_backward(grad, x, windows, taps, reach)
     grad, x = _prepare(grad), _prepare(x)
     batch, tokens, coordinates = x.shape
     width = _width(x)
@@ -112,10 +116,10 @@ def _width(x: Tensor) -> int:
     return 32 // x.element_size()
 
 
-def _left_to_torch(x: Tensor) -> bool:
+def _left_to_torch(x: Tensor, reach: Tensor | None) -> bool:
     # The kernels count places within a sequence in 32 bits, and a grid has at most so many rows.
     huge = x.shape[0] > 65_535 or x.shape[1] * max(x.stride(1), x.shape[2]) >= 1 << 31
-    return huge or x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
+    return reach is not None or huge or x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
 
 
 @lru_cache
