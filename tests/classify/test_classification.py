@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waveletgpt.classify.examples import ExampleStore, ExampleWriter, prepare_once
+from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe
 from waveletgpt.classify.task import (
     Augmentation,
     ShuffledExamples,
@@ -27,7 +28,7 @@ from waveletgpt.errors import UserError
 from waveletgpt.report import write_results
 from waveletgpt.runs.folder import RunFolder, find_runs
 from waveletgpt.training.compare import compare
-from waveletgpt.training.recipe import CLASSIFIER_PRESETS, ClassifierRecipe, Recipe
+from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.trainer import task_of, train
 
 SIZES = {"train": 120, "validation": 30, "test": 30}

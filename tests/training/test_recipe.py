@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe
 from waveletgpt.errors import UserError
 from waveletgpt.training.compare import parse_arms
 from waveletgpt.training.recipe import (
-    CLASSIFIER_PRESETS,
     PRESETS,
-    ClassifierRecipe,
     Recipe,
     check_settings_are_read,
     load_recipe,

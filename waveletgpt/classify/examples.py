@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from torch.utils.data import Dataset
 from waveletgpt.data.modalities.listops import WORDS
 from waveletgpt.data.store import SPLITS, FolderWriter, disk_errors, made_once, read_meta
 from waveletgpt.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from waveletgpt.training.task import Task
 
 FORMAT = 1
 KINDS = ("tokens", "waveform")
@@ -60,6 +63,12 @@ class ExampleStore:
         """Samples a second; None for tokens."""
         self.max_length: int = meta["max_length"]
         """Ids or samples of the longest input."""
+
+    def task(self) -> Task:
+        """Classifying these examples: what the trainer asks a store for."""
+        from waveletgpt.classify.task import Classification
+
+        return Classification(self)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ExampleStore:

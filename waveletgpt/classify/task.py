@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
 
 from waveletgpt.classify.examples import Examples, ExampleStore, show
+from waveletgpt.classify.settings import ClassifierRecipe
 from waveletgpt.data.modalities.audio import write_wav
 from waveletgpt.errors import UserError
 from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.runs.folder import RunFolder, write_json
-from waveletgpt.training.recipe import ClassifierRecipe, Recipe
+from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.task import initialised
 
 PREDICTIONS = "predictions.json"

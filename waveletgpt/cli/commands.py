@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from waveletgpt.classify.settings import TaskSettings
+from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe, TaskSettings
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import ClassifierRecipe, Recipe, check_settings_are_read, mixing_names
+from waveletgpt.training.recipe import Recipe, check_settings_are_read, mixing_names
 
 DEFAULT_DATA = "python-stdlib"
 Flat = arg(name="")
@@ -447,7 +447,7 @@ class Info:
     def run(self) -> None:
         from waveletgpt.runs.evaluation import print_info
 
-        print_info(self.what, plain(self.settings), self.vocabulary)
+        print_info(self.what, plain(self.settings), self.vocabulary, CLASSIFIER_PRESETS)
 
 
 @dataclass(frozen=True)

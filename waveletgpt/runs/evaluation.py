@@ -24,7 +24,7 @@ from waveletgpt.model.cost import describe
 from waveletgpt.model.modeling import WaveletGPTForCausalLM, WaveletGPTPreTrainedModel
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.runs.sampling import counting, generate_tokens
-from waveletgpt.training.recipe import CLASSIFIER_PRESETS, PRESETS, Recipe
+from waveletgpt.training.recipe import PRESETS, Recipe
 from waveletgpt.training.trainer import choose_device
 
 log = logging.getLogger(__name__)
@@ -223,12 +223,12 @@ def print_samples(folder: str | Path, prompt: str | None, **settings: Any) -> No
         print(row, flush=True)
 
 
-def print_info(what: str, recipe: Recipe, vocab_size: int) -> None:
-    """Print what a preset's or a run's model has, and what mixing adds to it."""
-    known = {**PRESETS, **CLASSIFIER_PRESETS}
+def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str, dict[str, Any]]) -> None:
+    """Print what a preset's or a run's model has, and what mixing adds to it; `classifiers` are presets of those."""
+    known = {**PRESETS, **classifiers}
     if what in known and not Path(what).is_dir():
         settings = {**known[what], **recipe.changes()}
-        kind = WaveletGPTForSequenceClassification if what in CLASSIFIER_PRESETS else WaveletGPTForCausalLM
+        kind = WaveletGPTForSequenceClassification if what in classifiers else WaveletGPTForCausalLM
         try:
             config = WaveletGPTConfig(vocab_size=vocab_size, **settings)
         except ValueError as error:

@@ -24,9 +24,8 @@ from waveletgpt.training.resuming import check_comparison_folder
 from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
 
 if TYPE_CHECKING:
-    from waveletgpt.classify.examples import ExampleStore
     from waveletgpt.data import TokenStore
-    from waveletgpt.training.task import Task
+    from waveletgpt.training.task import HasTask, Task
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def plan(
 
 def compare(
     recipe: Recipe,
-    store: TokenStore | ExampleStore,
+    store: TokenStore | HasTask,
     out: str | Path,
     *,
     data: str,
@@ -149,7 +148,8 @@ def compare(
         Interrupted: Ctrl-C; what was trained is saved.
         Diverged: every run did.
     """
-    from waveletgpt.training.trainer import Diverged, task_of
+    from waveletgpt.training.task import task_of
+    from waveletgpt.training.trainer import Diverged
 
     out = Path(out)
     planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
 
@@ -31,25 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layer": 10, "n_embd": 128, "n_head": 8, "n_positions": 512},
     # GPT-2 small: 124 M parameters with its own vocabulary.
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "max_window": 4},
-}
-
-_SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
-_LEARNED = {"position_embedding": "learned", "pooling": "mean"}
-
-# Classifiers; their length is that of the data's longest example, and their windows go up to it. `lra-small` and
-# `clips` are for laptops; the others have the parameters of the Long Range Arena's own Transformer, within 10 % (its
-# released configurations, github.com/google-research/long-range-arena), but four blocks where it has one: mixing works
-# between blocks.
-CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
-    "lra-small": {"n_layer": 4, "n_embd": 64, "n_head": 4, "pooling": "mean"},
-    "lra-listops": {"n_layer": 4, "n_embd": 512, "n_head": 8, "n_inner": 1024, **_SINUSOIDAL},
-    "lra-text": {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_inner": 1024, **_SINUSOIDAL},
-    "lra-retrieval": {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_inner": 440, **_SINUSOIDAL},
-    "lra-image": {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_inner": 160, **_LEARNED},
-    "lra-pathfinder": {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_inner": 32, **_SINUSOIDAL},
-    "lra-pathx": {"n_layer": 4, "n_embd": 32, "n_head": 2, "n_inner": 32, **_LEARNED},
-    # An audio transformer on the waveform: frames of 25 ms at 16 kHz, 2048 -> 64 (arXiv 2105.00335).
-    "clips": {"n_layer": 6, "n_embd": 64, "n_head": 8, "frame_size": 400, "frame_hidden": 2048, "pooling": "mean"},
 }
 
 
@@ -389,68 +369,6 @@ class Recipe:
     def from_dict(cls, value: dict[str, Any], where: str = "run.json") -> Recipe:
         """The inverse of `as_dict`."""
         return cls().override({k: v for k, v in value.items() if v is not None}, where)
-
-
-@dataclass(frozen=True)
-class ClassifierSettings(ModelSettings):
-    """What differs from the preset in a classifier."""
-
-    causal: bool | None = None
-    """Whether attention and mixing see the past only (True), or both directions."""
-    pooling: str | None = None
-    """One vector from all tokens: "mean", "last" or "attention"."""
-    frame_size: int | None = None
-    """Samples of a recording that become one token."""
-    frame_hidden: int | None = None
-    """Width of the dense layer that reads the samples of a frame."""
-
-
-@dataclass(frozen=True)
-class ClassifierTraining(TrainingSettings):
-    """Optimiser, schedule, evaluation, checkpoints, augmentation."""
-
-    eval_windows: int | None = None
-    """Held-out examples that the evaluations on the way read (default: 500, fewer in short runs); the one at the end
-    reads all."""
-    samples: int = 6
-    """Examples of the test split that the report shows, with what the model says of them."""
-    gain: float = 0.0
-    """Augmentation of recordings: loudness changed at random by up to so many dB; 0 for none."""
-    crop: float = 0.0
-    """Augmentation of recordings: shifted at random by up to this share of their length; 0 for none."""
-    mixup: float = 0.0
-    """Augmentation of recordings: mixed in pairs with Beta(a, a) weights, arXiv 1710.09412; 0 for none."""
-
-
-@dataclass(frozen=True)
-class ClassifierRecipe(Recipe):
-    """All settings of a classifier's run but the task's name and the output folder."""
-
-    modality: str | None = None
-    """What examples are: a task and a folder of recordings have their own; leave it out."""
-    preset: str = "lra-small"
-    """Sizes of the model: lra-small, lra-listops, lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx,
-    clips."""
-    max_steps: int = 2000
-    """Optimiser steps."""
-    batch_size: int = 32
-    """Examples per batch and process."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    model: ClassifierSettings = field(default_factory=ClassifierSettings)
-    training: ClassifierTraining = field(default_factory=ClassifierTraining)
-    source: TaskSettings = field(default_factory=TaskSettings)  # type: ignore[assignment]
-
-    most_eval_windows: ClassVar[int] = 500
-
-    def presets(self) -> dict[str, dict[str, Any]]:
-        return CLASSIFIER_PRESETS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("training.gain", self.training.gain, 0, 60)  # a thousandfold
-        check_range("training.crop", self.training.crop, 0, 1)
-        check_range("training.mixup", self.training.mixup, 0, 100)
 
 
 def _fields(kind: type) -> dict[str, Any]:

@@ -71,6 +71,20 @@ class Task(Protocol):
         """Write what the trained model makes into the run folder; more entries for its `result`."""
 
 
+class HasTask(Protocol):
+    """A store that says what it is for, such as labelled examples."""
+
+    fingerprint: str
+
+    def task(self) -> Task:
+        """What is to be learned of it."""
+
+
+def task_of(store: TokenStore | HasTask) -> Task:
+    """What a store is for: tokens are modelled, others say it."""
+    return LanguageModeling(store) if isinstance(store, TokenStore) else store.task()
+
+
 def initialised(kind: type[PreTrainedModel], recipe: Recipe, **settings: Any) -> PreTrainedModel:
     """A model of class `kind` with the recipe's settings and `settings`, seeded.
 

@@ -28,8 +28,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
-from waveletgpt.classify.examples import ExampleStore
-from waveletgpt.classify.task import Classification
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
 from waveletgpt.model.cost import describe
@@ -40,7 +38,7 @@ from waveletgpt.training import processes
 from waveletgpt.training.progress import ProgressBar
 from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.resuming import claimed, find_start, global_batch
-from waveletgpt.training.task import LanguageModeling, Task
+from waveletgpt.training.task import HasTask, Task, task_of
 
 
 class Diverged(RuntimeError):
@@ -192,14 +190,9 @@ class Recorder(TrainerCallback):
             self.trainer.run.append_metrics({"step": step, "tokens": tokens, "seconds": seconds, **row})
 
 
-def task_of(store: TokenStore | ExampleStore) -> Task:
-    """What a store's data is for: tokens are modelled, labelled examples classified."""
-    return LanguageModeling(store) if isinstance(store, TokenStore) else Classification(store)
-
-
 def train(
     recipe: Recipe,
-    store: TokenStore | ExampleStore,
+    store: TokenStore | HasTask,
     out: str | Path,
     *,
     data: str,
@@ -211,7 +204,7 @@ def train(
     """Train one model and leave a run folder at `out`.
 
     Args:
-        store: tokens to model, or labelled examples to classify (with a `ClassifierRecipe`).
+        store: tokens to model, or a store that brings another task (`HasTask`).
         data: the name or path the store was made of, for the record.
         arm: name of the arm in a comparison; default: the mixing.
         resume: go on from the newest checkpoint of `out`; a finished run is left as it is.
@@ -231,7 +224,7 @@ def train(
 
 def _train(
     recipe: Recipe,
-    store: TokenStore | ExampleStore,
+    store: TokenStore | HasTask,
     run: RunFolder,
     data: str,
     arm: str,
