@@ -134,6 +134,13 @@ def one_line_usage_errors(name: str) -> Iterator[None]:
         first = [line for line in lines if line][1:] or ["bad options"]
         ends = ("Perhaps", "For full", "Argument helptext")
         message = " ".join(itertools.takewhile(lambda line: not line.startswith(ends), first))
+        choice = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", message)
+        if choice is not None:
+            value, option, rest = choice.groups()
+            choices = re.findall(r"'([^']*)'", rest)
+            raise UserError(
+                f'{option}: no "{value}"; use one of {", ".join(choices)}{suggest(value, choices)}'
+            ) from None
         near = next((line.split()[0] for line in lines[lines.index(first[0]) :] if line.startswith("--")), None)
         hint = f'; did you mean "{near}"?' if near and "Unrecognized" in message else f"; see waveletgpt {name} --help"
         raise UserError(message.rstrip(".") + hint) from None

@@ -42,7 +42,7 @@ def load_model(
 
     transformers_logging.disable_progress_bar()
     path = run.model_path()
-    use_cpu = choose_device(Recipe(device=device)).get("use_cpu", False)
+    use_cpu = choose_device(Recipe().override({"device": device}, "device")).get("use_cpu", False)
     place = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
     try:
         model: Any = kind.from_pretrained(path)

@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
@@ -87,10 +87,10 @@ class ModelSettings:
     """Feed-forward width; default 4 n_embd (gpt2) or 8/3 n_embd (llama)."""
     n_positions: int | None = None
     """Context length in tokens."""
-    norm_position: str | None = None
-    """"pre" or "post"."""
-    position_embedding: str | None = None
-    """"learned", "sinusoidal", "rope" or "none"."""
+    norm_position: Literal["pre", "post"] | None = None
+    """Norms before or after attention and feed-forward."""
+    position_embedding: Literal["learned", "sinusoidal", "rope", "none"] | None = None
+    """Positions; default: the architecture's."""
     rope_fraction: float | None = None
     """Share of each head's channels that rotary positions turn (1)."""
     dropout: float | None = None
@@ -108,20 +108,20 @@ class ModelSettings:
     """Shortest window in tokens (2)."""
     max_window: int | None = None
     """Longest window in tokens, a power of two (4; preset paper: the context)."""
-    mix_allocation: str | None = None
-    """How channels are dealt to windows: "uniform" or "geometric"."""
-    mix_edge: str | None = None
-    """Before the sequence: "zero" or "partial"."""
-    mix_sharing: str | None = None
-    """Learned taps: of each "coordinate" (channel), each "head", or each "level" (window)."""
-    mix_start: str | None = None
-    """Learned taps start as "mean", "haar" (means and details), "zero", "uniform", "convex" or "recent"."""
+    mix_allocation: Literal["uniform", "geometric"] | None = None
+    """How channels are dealt to windows (uniform)."""
+    mix_edge: Literal["zero", "partial"] | None = None
+    """Before the sequence: zeros (the default), or means over the values that exist."""
+    mix_sharing: Literal["coordinate", "head", "level"] | None = None
+    """Learned taps: of each channel (coordinate, the default), each head, or each window (level)."""
+    mix_start: Literal["mean", "haar", "zero", "uniform", "convex", "recent"] | None = None
+    """What learned taps start as; haar: means and details. Default: the filter's own."""
     mix_kernel_size: int | None = None
     """Mixing "conv" and "dynamic": taps (4)."""
     mix_wavelet: str | None = None
     """Mixing "wavelet": "haar" or "db2" ... "db8" (db2)."""
-    mix_band: str | None = None
-    """Mixing "wavelet": coefficients of "approximation", "detail", or "both" (approximation)."""
+    mix_band: Literal["approximation", "detail", "both"] | None = None
+    """Mixing "wavelet": which coefficients (approximation)."""
     mix_row: int | None = None
     """Mixing "bands": tokens in a row of a picture, whose predecessor in the row above is added."""
     mix_layers: str | None = None
@@ -132,8 +132,8 @@ class ModelSettings:
 class TrainingSettings:
     """Optimiser, schedule, evaluation, checkpoints."""
 
-    schedule: str = "cosine"
-    """After the warm-up: "cosine" to lr/10, "linear" to 0, "constant", or "plateau" (lr/10 when the held-out loss has
+    schedule: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
+    """After the warm-up: cosine to lr/10, linear to 0, constant, or plateau (lr/10 when the held-out loss has
     not fallen for 3 evaluations, the paper's)."""
     warmup_steps: int | None = None
     """Linear warm-up; default: 5 % of the steps, at most 1000."""
@@ -147,11 +147,10 @@ class TrainingSettings:
     """Learning rate of learned kernels in multiples of lr (1); long ones, which start at 1/window, may want less."""
     accumulation: int = 1
     """Batches added up before each step."""
-    precision: str = "fp32"
-    """"fp32" or "bf16" (autocast; weights stay fp32)."""
-    attention: str = "sdpa"
-    """Attention code: "sdpa", "eager" (the faster on CPUs in bf16, at short contexts), "flash_attention_2",
-    "flex_attention"."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; weights stay fp32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention code; eager is the faster on CPUs in bf16, at short contexts."""
     compile: bool = False
     """torch.compile the model."""
     fsdp: bool = False
@@ -185,7 +184,7 @@ class Recipe:
     set's own, else what the names of the files tell."""
     preset: str = "small"
     """Sizes of the model: tiny, small, paper, gpt2."""
-    architecture: str = "gpt2"
+    architecture: Literal["gpt2", "llama"] = "gpt2"
     """Blocks: gpt2 (learned positions, LayerNorm, GELU) or llama (RoPE, RMSNorm, SwiGLU)."""
     mixing: str = "fixed"
     """The filter over time."""
@@ -197,8 +196,8 @@ class Recipe:
     """Peak learning rate."""
     seed: int = 0
     """Initial weights, order of the batches, samples."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where it computes; auto: on a GPU if there is one."""
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     source: DataSettings = field(default_factory=DataSettings)
@@ -211,14 +210,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, self.presets())
-        # Names as in configuration.py, which imports transformers: too slow for --help.
-        check_choice("architecture", self.architecture, ("gpt2", "llama"))
         check_choice("mixing", self.mixing, mixing_names())
-        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
-        check_choice("training.schedule", self.training.schedule, ("cosine", "linear", "constant", "plateau"))
-        check_choice("training.precision", self.training.precision, ("fp32", "bf16"))
-        kinds = ("sdpa", "eager", "flash_attention_2", "flex_attention")
-        check_choice("training.attention", self.training.attention, kinds)
+        for settings, group in ((self, ""), (self.model, "model."), (self.training, "training.")):
+            for name, hint in typing.get_type_hints(type(settings)).items():
+                choices, value = _choices(hint), getattr(settings, name, None)
+                if choices and value is not None:
+                    check_choice(group + name, value, choices)
         training = self.training
         positive = {
             "max_steps": self.max_steps,
@@ -371,6 +368,14 @@ class Recipe:
         return cls().override({k: v for k, v in value.items() if v is not None}, where)
 
 
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values that a setting takes, where its type names them."""
+    for option in (hint, *typing.get_args(hint)):
+        if typing.get_origin(option) is Literal:
+            return typing.get_args(option)
+    return ()
+
+
 def _fields(kind: type) -> dict[str, Any]:
     return {f.name: f for f in dataclasses.fields(kind)}
 
@@ -378,11 +383,16 @@ def _fields(kind: type) -> dict[str, Any]:
 def _typed(kind: type, name: str, value: Any, where: str) -> Any:
     """`value` in the field's type; strings (from an arm such as `none:lr=1e-3`) are parsed."""
     hint = typing.get_type_hints(kind)[name]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and str not in options):
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    choices = _choices(hint)
+    said = isinstance(value, str) and value.lower() in ("none", "null") and str not in options and value not in choices
+    if value is None or said:
         if type(None) in options:
             return None
         raise UserError(f"{where} needs a value")
+    if choices:
+        check_choice(where, str(value), choices)
+        return str(value)
     wanted = next(option for option in options if option is not type(None))
     if wanted is bool:
         if isinstance(value, bool):
