@@ -45,7 +45,7 @@ def make_ladder(
 
 
 def test_the_numbers_are_those_it_was_made_of(tmp_path: Path) -> None:
-    ladder = write_ladder(make_ladder(tmp_path))
+    ladder = write_ladder(make_ladder(tmp_path), replicates=24)
     law = ladder["arms"]["none"]["law"]
     for name in ("E", "A", "a", "B", "b"):
         assert law[name]["value"] == pytest.approx(getattr(TRUE, name), rel=0.01)
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_it_was_made_of(tmp_path: Path) -> None:
 
 
 def test_the_page_has_all_of_it(tmp_path: Path) -> None:
-    ladder = write_ladder(make_ladder(tmp_path, seeds=3))
+    ladder = write_ladder(make_ladder(tmp_path, seeds=3), replicates=24)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     for section in ("curves", "worth", "rungs", "law", "setup", "terms"):
@@ -91,7 +91,7 @@ def test_the_page_has_all_of_it(tmp_path: Path) -> None:
 
 def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
     make_ladder(tmp_path, arm=EVIL, recipe={"preset": EVIL}, command=EVIL)
-    write_ladder(tmp_path)
+    write_ladder(tmp_path, replicates=0)
     text = (tmp_path / "report.html").read_text()
     Page(text)
     assert "<script" not in text
@@ -100,7 +100,7 @@ def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
 
 def test_arms_are_the_same_at_all_sizes_whatever_rate_they_have(tmp_path: Path) -> None:
     """Without the sweep's record, too: the names differ in the rate alone."""
-    ladder = write_ladder(make_ladder(tmp_path, arm="fixed:max_window=4", rates=True))
+    ladder = write_ladder(make_ladder(tmp_path, arm="fixed:max_window=4", rates=True), replicates=0)
     assert list(ladder["arms"]) == ["none", "fixed:max_window=4"]
     assert [rung["arms"]["none"]["settings"] for rung in ladder["rungs"][::3]] == ["lr=4e-3", "lr=2e-3", "lr=2e-3"]
     assert ladder["arms"]["none"]["law"] is not None
@@ -110,7 +110,7 @@ def test_unfinished_runs_are_left_out_and_said_to_be(tmp_path: Path) -> None:
     make_ladder(tmp_path)
     for run in find_runs(tmp_path / "5M-50M"):
         run.update_info(status="interrupted")
-    ladder = write_ladder(tmp_path)
+    ladder = write_ladder(tmp_path, replicates=0)
     assert ladder["rungs"][-1]["arms"]["fixed"]["gap"]["value"] is None
     assert "5M-50M: `none` seed 0 was interrupted" in " ".join(ladder["notes"])
     assert "at the top rung, 5M-15M" in arm_sentence(ladder, "fixed")
@@ -122,7 +122,7 @@ def test_a_loss_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
     for run in find_runs(tmp_path / "5M-50M"):
         if run.info["arm"] == "fixed":
             run.update_info(result={**run.info["result"], "final_nll": 0.5})
-    ladder = write_ladder(tmp_path)
+    ladder = write_ladder(tmp_path, replicates=0)
     top = ladder["rungs"][-1]["arms"]["fixed"]
     assert top["data_multiplier"]["value"] is None
     assert top["data_multiplier"]["out_of_reach"]
@@ -132,7 +132,7 @@ def test_a_loss_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
 
 
 def test_an_arm_behind_has_no_retention(tmp_path: Path) -> None:
-    ladder = write_ladder(make_ladder(tmp_path, gain=0.8))
+    ladder = write_ladder(make_ladder(tmp_path, gain=0.8), replicates=0)
     assert ladder["arms"]["fixed"]["retention"]["value"] is None
     assert "`fixed` has no lead at" in " ".join(ladder["notes"])
     assert "nats above the baseline" in headline(ladder)
@@ -142,6 +142,6 @@ def test_an_arm_behind_has_no_retention(tmp_path: Path) -> None:
 def test_another_baseline(tmp_path: Path) -> None:
     rungs = read_ladder(make_ladder(tmp_path), "fixed")
     assert {rung.summary["baseline"] for rung in rungs} == {"fixed"}
-    ladder = write_ladder(tmp_path, "fixed", tmp_path / "elsewhere")
+    ladder = write_ladder(tmp_path, "fixed", tmp_path / "elsewhere", 0)
     assert ladder["rungs"][0]["arms"]["none"]["data_multiplier"]["value"] == pytest.approx(1 / 1.5, rel=0.01)
     assert not (tmp_path / "ladder.json").exists()

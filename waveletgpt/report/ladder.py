@@ -426,17 +426,19 @@ def with_interval(entry: dict[str, Any], form: str) -> str:
     return form.format(entry["value"]) + (f" [{ends}]" if ends else "")
 
 
-def write_ladder(folder: str | Path, baseline: str | None = None, out: str | Path | None = None) -> dict[str, Any]:
+def write_ladder(
+    folder: str | Path, baseline: str | None = None, out: str | Path | None = None, replicates: int = 100
+) -> dict[str, Any]:
     """Write ladder.json, ladder.csv and report.html for the rungs in `folder`, into it or into `out`.
 
-    Returns the content of ladder.json. Raises UserError: see `read_ladder`.
+    `replicates` are those of the bootstrap. Returns the content of ladder.json. Raises UserError: see `read_ladder`.
     """
     from waveletgpt.report.ladder_page import render
 
     folder = Path(folder)
     place = Path(out) if out is not None else folder
     rungs = read_ladder(folder, baseline)
-    ladder = summarize_ladder(rungs, find_sweeps(folder))
+    ladder = summarize_ladder(rungs, find_sweeps(folder), replicates)
     write_json(place / "ladder.json", ladder)
     write_atomically(place / "ladder.csv", ladder_csv(rungs))
     write_atomically(place / "report.html", render(rungs, ladder))

@@ -272,7 +272,8 @@ def _cell(text: str) -> str:
     for mark in (" [", " (", " ±"):
         number, found, rest = text.partition(mark)
         if found:
-            return f"{escape(number.replace('-', '−'))}<small>{escape(mark.strip() + rest)}</small>"
+            number, rest = (part.replace("-", "−") for part in (number, rest))
+            return f"{escape(number)}<small>{escape(mark.strip() + rest)}</small>"
     return escape(text.replace("-", "−") if text[:1] in "-+" else text)
 
 
@@ -280,7 +281,8 @@ def _law(ladder: Ladder, styles: Styles) -> str:
     forms = {"E": "{:.3f}", "A": "{:.3g}", "a": "{:.3f}", "B": "{:.3g}", "b": "{:.3f}"}
     rows = []
     for arm, entry in ladder["arms"].items():
-        for size, law in [("all", entry["law"]), *entry["size_laws"].items()]:
+        # A law of all sizes says what those of single ones do, from more rungs.
+        for size, law in [("all", entry["law"])] if entry["law"] else entry["size_laws"].items():
             if law is not None:
                 cells = [_small(with_interval(law[name], form)) for name, form in forms.items()]
                 if size != "all":
