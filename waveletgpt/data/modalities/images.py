@@ -149,9 +149,9 @@ def _rawmode(picture: Image) -> str:
     """How the pixels of a picture that is not loaded yet lie in its file; "" where that is not known."""
     tiles = getattr(picture, "tile", None)
     arguments = tiles[0][3] if tiles else ""
-    rawmode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    if isinstance(rawmode, int) and rawmode > 255:  # the brightest value of a PPM
+    if isinstance(arguments, tuple) and 65535 in arguments:  # a PPM that says nothing of its range
         return "PPM;16"
+    rawmode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return rawmode if isinstance(rawmode, str) else ""
 
 
