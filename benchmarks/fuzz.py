@@ -38,7 +38,7 @@ import numpy as np
 from waveletgpt.errors import UserError
 
 SLOW = 20
-"""Seconds that one input may take."""
+"""Seconds of a processor that one input may take."""
 MOST = 1 << 30
 """Bytes that a process may take."""
 
@@ -374,13 +374,13 @@ def limited() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError(f"more than {SLOW} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SLOW)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SLOW)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def fuzz(name: str, seconds: float, seed: int, folder: Path, inputs: int | None = None) -> dict[str, Any]:

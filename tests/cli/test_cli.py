@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import waveletgpt, write_text
 from waveletgpt import cli
@@ -225,8 +228,6 @@ def test_no_mistake_is_left_out() -> None:
 
 
 def test_truncated_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(trained / "none-seed0", copy)
     weights = copy / "model.safetensors"
@@ -234,6 +235,48 @@ def test_truncated_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.
     for command in ("generate", "evaluate"):
         assert run(command, copy, "--device", "cpu") == 2
         assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "command", "message"),
+    [
+        ("tokenizer.json", b'{"version": \xff', "generate", "the tokenizer in .* cannot be loaded"),
+        ("tokenizer_config.json", b"{", "generate", "the tokenizer in .* cannot be loaded"),
+        ("config.json", b"{", "info", "the model in .* cannot be loaded"),
+        ("run.json", b"[]", "evaluate", "run.json has schema None"),
+        ("run.json", b'{"schema": 1, "data": 3}', "report", "run.json is damaged: data is 3"),
+        ("run.json", b'{"schema": 1, "data": {}}', "evaluate", "run.json is damaged: it has no data.fingerprint"),
+        ("run.json", b'{"schema": 1, "recipe": {"training": []}}', "info", r"run.json is damaged: training is \[\]"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(
+    file: str, content: bytes, command: str, message: str, trained: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(trained / "none-seed0", tmp_path / "run")
+    (tmp_path / "run" / file).write_bytes(content)
+    assert run(command, tmp_path / "run") == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_damaged_weights_and_tokens_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained / "none-seed0", copy)
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        {name: value * float("nan") for name, value in weights.items()}, copy / "model.safetensors", {"format": "pt"}
+    )
+    assert run("generate", copy, "--tokens", 2, "--device", "cpu") == 2
+    assert "the model gives no probabilities" in capsys.readouterr().err
+    store = Path(json.loads((copy / "run.json").read_text())["data"]["store"])
+    shutil.copytree(store, tmp_path / "store")
+    tokens = tmp_path / "store" / "tokens-validation.bin"
+    tokens.write_bytes(b"\xff" * tokens.stat().st_size)
+    info = json.loads((copy / "run.json").read_text())
+    info["data"]["store"] = str(tmp_path / "store")
+    (copy / "run.json").write_text(json.dumps(info))
+    assert run("evaluate", copy, "--device", "cpu") == 2
+    assert "holds tokens that the model does not know" in capsys.readouterr().err
 
 
 def test_evaluates_at_other_contexts(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

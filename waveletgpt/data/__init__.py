@@ -91,6 +91,9 @@ def _prepare(
     if isinstance(source, Files) and source.split_files:
         beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
         _say(progress, f"{data}: the names of its files, {_some(list(source.split_files))}, say the splits{beside}")
+    if isinstance(source, Files) and source.unclear and not source.own_splits:
+        names = _some(source.unclear)
+        _say(progress, f"{data}: {names} may be splits, but others beside them are none: all is divided anew")
     kind = MODALITIES[chosen]
     identity = {
         "format": FORMAT,

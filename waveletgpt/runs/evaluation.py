@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
-from waveletgpt.data import MODALITIES, DataSettings, TokenStore, prepare
+from waveletgpt.data import MODALITIES, TokenStore, prepare
 from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.windows import FixedWindows
 from waveletgpt.errors import UserError, suggest
@@ -55,22 +55,42 @@ def load_model(
     return model.to(place).eval()
 
 
+def load_tokenizer(run: RunFolder) -> Any:
+    """The tokenizer saved with the run's newest model. Raises UserError where it is damaged."""
+    from transformers import AutoTokenizer
+
+    with _damaged(f"the tokenizer in {run.model_path()}"):
+        return AutoTokenizer.from_pretrained(run.model_path())
+
+
+@contextlib.contextmanager
+def _damaged(what: str) -> Iterator[None]:
+    """Turns what libraries raise at damaged files, which is nearly anything, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} cannot be loaded: {reason}; train it again") from None
+
+
 def load_store(run: RunFolder) -> TokenStore:
     """The token store the run was trained on, prepared anew if it is gone.
 
     Raises:
         UserError: the data is gone too, or is not what it was.
     """
-    data = run.info["data"]
+    fingerprint = str(run.entry("data", "fingerprint"))
     try:
-        store = TokenStore.open(data["store"])
+        store = TokenStore.open(str(run.entry("data", "store")))
     except UserError:
-        recipe = run.info["recipe"]
-        store = prepare(recipe["data"], recipe["modality"], DataSettings(**recipe["source"]))
-    if store.fingerprint != data["fingerprint"]:
+        recipe = Recipe().override({"source": run.entry("recipe", "source")}, "run.json")
+        store = prepare(str(run.entry("recipe", "data")), run.info["recipe"].get("modality"), recipe.source)
+    if store.fingerprint != fingerprint:
         raise UserError(
-            f"{data['name']}, or how it is read, has changed since {run.path} was trained on it "
-            f"({data['fingerprint'][:12]} then, {store.fingerprint[:12]} now)"
+            f"{run.entry('recipe', 'data')}, or how it is read, has changed since {run.path} was trained on it "
+            f"({fingerprint[:12]} then, {store.fingerprint[:12]} now)"
         )
     return store
 
@@ -110,6 +130,8 @@ def evaluate_run(
     data = FixedWindows(tokens, context, windows, store.meta.get("record"))
     total = 0.0
     for batch in DataLoader(data, batch_size=batch_size):
+        if max(int(value.max()) for value in batch.values()) >= model.config.vocab_size:
+            raise UserError(f"{store.path} holds tokens that the model does not know, it is damaged: prepare it again")
         batch = {name: value.to(model.device) for name, value in batch.items()}
         total += float(model(**batch, use_cache=False).loss) * len(batch["input_ids"])
     nll = total / len(data)
@@ -117,7 +139,7 @@ def evaluate_run(
     return {
         "split": split,
         "nll": nll,
-        "perplexity": math.exp(nll),
+        "perplexity": math.exp(nll) if nll < 700 else math.inf,
         "bits_per_byte": nll / math.log(2) / size if size else None,
         "windows": len(data),
         "tokens": len(data) * context,
@@ -145,12 +167,12 @@ def generate_from_run(
     Raises:
         UserError: no run, a prompt that gives no tokens, settings out of range.
     """
-    from transformers import AutoTokenizer
-
     run = RunFolder.open(folder)
     model = load_model(run, device)
-    tokenizer = AutoTokenizer.from_pretrained(run.model_path())
-    modality = MODALITIES[run.info["data"]["modality"]]
+    tokenizer = load_tokenizer(run)
+    modality = MODALITIES.get(str(run.entry("data", "modality")))
+    if modality is None:
+        raise UserError(f"{run.path} was trained on {run.entry('data', 'modality')}, a modality that is not known here")
     ids = [int(t) for t in modality.encode_prompt(prompt or "", tokenizer)]
     if isinstance(modality, TextModality) and (unknown := modality.unknown(prompt or "", tokenizer)):
         names = ", ".join(map(repr, unknown[:20])) + (", ..." if len(unknown) > 20 else "")
@@ -237,8 +259,9 @@ def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str
             value = describe(kind(config))
     elif Path(what).exists():
         run = RunFolder.open(what)
-        value = run.info["model"]
-        config = WaveletGPTConfig.from_pretrained(run.model_path())
+        value = run.entry("model")
+        with _damaged(f"the model in {run.model_path()}"):
+            config = WaveletGPTConfig.from_pretrained(run.model_path())
         info = run.info
         print(f"run {run.path}: {info['arm']}, seed {info['seed']}, {info['status']}, {info['command']}")
     else:

@@ -25,6 +25,8 @@ from waveletgpt.errors import UserError
 SCHEMA = 1
 # Checkpoints are written here, inside the run folder, and moved to their place when whole.
 STAGING = ".saving"
+_KINDS = {"recipe": dict, "data": dict, "model": dict, "environment": dict, "result": dict, "arm": str, "seed": int}
+"""What entries of run.json are."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -81,12 +83,28 @@ class RunFolder:
             value = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'run.json'} cannot be read ({error}); the run cannot be used") from None
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            raise UserError(f"{self.path / 'run.json'} has schema {value.get('schema')!r}; this version reads {SCHEMA}")
-        training = (value.get("recipe") or {}).get("training") or {}
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != SCHEMA:
+            raise UserError(f"{self.path / 'run.json'} has schema {schema!r}; this version reads {SCHEMA}")
+        recipe = value.get("recipe") or {}
+        kinds = {(name,): kind for name, kind in _KINDS.items()} | {("recipe", "training"): dict}
+        for (*above, name), kind in kinds.items():
+            found = (value if not above else recipe if isinstance(recipe, dict) else {}).get(name)
+            if found is not None and not isinstance(found, kind):
+                raise UserError(f"{self.path / 'run.json'} is damaged: {name} is {found!r}; the run cannot be used")
+        training = recipe.get("training") or {}
         if "eval_every" in training and training["eval_every"] is None:
             # Earlier versions recorded what was set only, and evaluated at every 40th of the run where nothing was.
-            training["eval_every"] = max(1, value["recipe"]["max_steps"] // 40)
+            training["eval_every"] = max(1, int(recipe.get("max_steps") or 40) // 40)
+        return value
+
+    def entry(self, *names: str) -> Any:
+        """What run.json has under these names, one inside the other. Raises UserError where there is nothing."""
+        value: Any = self.info
+        for name in names:
+            if not isinstance(value, dict) or value.get(name) is None:
+                raise UserError(f"{self.path / 'run.json'} is damaged: it has no {'.'.join(names)}")
+            value = value[name]
         return value
 
     def write_info(self, info: dict[str, Any]) -> None:

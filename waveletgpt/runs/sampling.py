@@ -38,7 +38,7 @@ def generate_tokens(
     last half.
 
     Raises:
-        UserError: settings out of range, or an empty prompt.
+        UserError: settings out of range, an empty prompt, or a model whose outputs are no numbers.
     """
     if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or samples < 1 or tokens < 1 or not 0 <= seed < 2**63:
         raise UserError(
@@ -57,16 +57,23 @@ def generate_tokens(
         while ids.shape[1] < len(prompt) + tokens:
             seen = ids if ids.shape[1] <= context else ids[:, -max(1, context // 2) :]
             new = min(context + 1 - seen.shape[1], len(prompt) + tokens - ids.shape[1])  # the last one is not read
-            out = model.generate(
-                seen,
-                attention_mask=torch.ones_like(seen),
-                max_new_tokens=new,
-                eos_token_id=end if stop else None,
-                pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
-                suppress_tokens=list(suppress_tokens) or None,
-                streamer=_Watched(watch) if watch else None,
-                **(choice if temperature > 0 else {"do_sample": False}),
-            )
+            try:
+                out = model.generate(
+                    seen,
+                    attention_mask=torch.ones_like(seen),
+                    max_new_tokens=new,
+                    eos_token_id=end if stop else None,
+                    pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
+                    suppress_tokens=list(suppress_tokens) or None,
+                    streamer=_Watched(watch) if watch else None,
+                    **(choice if temperature > 0 else {"do_sample": False}),
+                )
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise UserError(
+                    "the model gives no probabilities (inf or nan): its weights are damaged, or it diverged"
+                ) from None
             ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
             if stop and end is not None and bool((ids[:, len(prompt) :] == end).any(dim=1).all()):
                 break

@@ -353,3 +353,37 @@ def test_one_bad_number_in_exif_costs_no_picture(orientation: int) -> None:
     assert load(bad.getvalue(), Shape(4, 1)) == load(good.getvalue(), Shape(4, 1))
     turned = ImageOps.exif_transpose(Image.open(io.BytesIO(good.getvalue())))
     assert load(good.getvalue(), Shape(4, 1)) == turned.tobytes()
+
+
+def png16(colours: np.ndarray) -> bytes:
+    """A PNG of (H, W, 3 or 4) 16-bit values, which Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    height, width, channels = colours.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@given(
+    levels=st.lists(st.integers(0, 255), min_size=16, max_size=16).filter(lambda levels: max(levels) >= 128),
+    bits=st.sampled_from([8, 10, 12, 14, 16]),
+    alpha=st.booleans(),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_colours_of_few_bits_in_16_are_scaled(levels: list[int], bits: int, alpha: bool) -> None:
+    grey = np.array(levels, np.uint16).reshape(4, 4, 1) << (bits - 8)
+    colours = np.concatenate([grey, grey, grey] + [np.full_like(grey, (1 << bits) - 1)] * alpha, -1)
+    assert list(load(png16(colours), Shape(4, 1))) == levels
+
+
+def test_colours_whose_lower_bits_are_out_of_reach_are_named() -> None:
+    levels = np.full((4, 4, 1), 1000, np.uint16)
+    ppm = b"P6 4 4 65535\n" + np.repeat(levels, 3, -1).astype(">u2").tobytes()
+    for data in (ppm, png16(np.repeat(levels, 2, -1))):
+        with pytest.raises(Unusable, match="only the lower ones are used"):
+            load(data, Shape(4, 1))
+    assert set(load(ppm.replace(b"65535", b"1023"), Shape(4, 1))) == {249}

@@ -611,3 +611,43 @@ def test_pieces_in_riff_are_prepared_as_those_without(pieces: Path, settings: Da
     assert found.modality == "music"
     for split in SPLITS:
         assert sorted(found.split(split)) == sorted(plain.split(split))
+
+
+def off(when: int, pitch: int, channel: int = 0) -> Event:
+    return when, [0x80 | channel, pitch, 0]
+
+
+@pytest.mark.parametrize(
+    ("tracks", "seconds"),
+    [
+        # 480 ticks are half a second.
+        ([[(0, [0x90, 60, 64]), (1920, [0xB0, 1, 0])], [off(480, 60)]], 0.5),  # its key comes up on another track
+        ([[(0, [0x90, 60, 64]), (1920, [0xB0, 1, 0])], [off(480, 60, channel=1)]], 2.0),
+        ([[(0, [0x90, 60, 64]), (480, [0xB0, 123, 0]), (1920, [0xB0, 1, 0])]], 0.5),  # all notes off
+        ([[(0, [0x90, 60, 64]), (480, [0xB0, 120, 0]), (1920, [0xB0, 1, 0])]], 0.5),  # all sound off
+        ([[pedal(0, 127), *note(0, 240, 60), (480, [0xB0, 121, 0]), pedal(1920, 0)]], 0.5),  # controllers as they were
+    ],
+)
+def test_what_ends_a_note_that_no_one_ended(tracks: list[list[Event]], seconds: float) -> None:
+    assert rows(read_midi(midi(*tracks))) == [(0.0, seconds, 60, 64)]
+
+
+def test_files_that_hold_several_pieces_are_named() -> None:
+    one = midi(note(0, 480, 60))
+    with pytest.raises(Unusable, match="several MIDI files joined"):
+        read_midi(one + midi(note(0, 480, 72)))
+    two = bytearray(midi(note(0, 480, 60), note(0, 480, 72)))
+    two[9] = 2
+    with pytest.raises(Unusable, match="of type 2"):
+        read_midi(bytes(two))
+
+
+def test_headers_as_they_are_found() -> None:
+    one = midi(note(0, 480, 60))
+    expected = rows(read_midi(one))
+    assert rows(read_midi(one[:7] + b"\x08" + one[8:14] + b"\0\0" + one[14:])) == expected  # longer than usual
+    wrapped = b"RIFF\0\0\0\0RMIDdata" + len(one).to_bytes(4, "little") + one
+    twice = b"RIFF\0\0\0\0RMIDdata" + len(wrapped).to_bytes(4, "little") + wrapped
+    piped = b"RIFF\0\0\0\0RMIDdata\0\0\0\0" + one
+    for data in (wrapped, twice, piped):
+        assert rows(read_midi(data)) == expected

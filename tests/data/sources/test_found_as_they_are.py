@@ -207,6 +207,10 @@ def test_a_table_without_header(tmp_path: Path) -> None:
     assert texts(tmp_path / "x.csv", column="1") == [b"a b c d e f", b"g h"]
     with pytest.raises(UserError, match="no column 2"):
         texts(tmp_path / "x.csv", column="2")
+    (tmp_path / "x.tsv").write_text("1\tsome words are here\n2\tothers\n")  # the number is also a field
+    assert texts(tmp_path / "x.tsv", column="1") == [b"some words are here", b"others"]
+    (tmp_path / "z.csv").write_text("\n\n0,1\n3,a b\n")  # what tables without names are given as a header
+    assert texts(tmp_path / "z.csv", column="1") == [b"a b"]
     (tmp_path / "y.csv").write_text("label,body\n3,a b\n")
     assert texts(tmp_path / "y.csv", column="1") == [b"a b"]
 
@@ -235,10 +239,77 @@ def test_files_whose_names_say_the_split(names: tuple[str, ...], tmp_path: Path)
     assert set(found) == {name for name in names if name != "README.md"}
 
 
-def test_files_of_other_names_are_no_splits(tmp_path: Path) -> None:
+WORDS = {
+    "train": ["train", "Training", "trainset", "train_set", "train-clean-100", "x.train", "train1"],
+    "validation": ["valid", "val", "dev", "validation", "Dev_data", "en-dev", "eval", "valid2"],
+    "test": ["test", "TEST", "testing", "testset", "test-other", "wiki.test"],
+}
+
+
+@given(
+    chosen=st.fixed_dictionaries({split: st.sampled_from(words) for split, words in WORDS.items()}),
+    missing=st.sampled_from([None, "validation", "test"]),
+    place=st.sampled_from(["{}.txt", "{}/a.txt", "data/{}/deep/a.txt", "{}.jsonl", "data/{}.txt"]),
+    archive=st.sampled_from(["", ".zip", ".tar", ".tar.gz"]),
+    about=st.sampled_from([None, "README.md", "LICENSE", ".hidden"]),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_names_that_say_splits_do_so_wherever_they_are(
+    chosen: dict[str, str], missing: str | None, place: str, archive: str, about: str | None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    root = tmp_path_factory.mktemp("x")
+    files = {place.format(name): split for split, name in chosen.items() if split != missing}
+    contents = {name: json.dumps({"text": split}) if "json" in name else split for name, split in files.items()}
+    contents |= {about: "about it"} if about else {}
+    if archive:
+        members = {name: content.encode() for name, content in contents.items()}
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as zipped:
+            for name, member in members.items():
+                zipped.writestr(name, member)
+        packed = tar(members)
+        data = root / f"data{archive}"
+        data.write_bytes({".zip": buffer.getvalue(), ".tar": packed}.get(archive, gzip.compress(packed)))
+    else:
+        data = root
+        for name, content in contents.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(content)
+    source = find(str(data), DataSettings(cache_dir=str(root / ".cache")))
+    found = [(document.read().decode(), document.split) for document in source.documents(binary=False)]
+    assert sorted(found) == sorted((split, split) for split in files.values())
+    assert source.own_splits == set(files.values())
+
+
+def test_files_of_other_names_are_no_splits_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train.txt", "test.txt", "notes.txt"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(f"{name} text " * 20)
     assert not find(str(tmp_path), DataSettings()).own_splits
+    prepare(tmp_path, "bytes", DataSettings(cache_dir=str(tmp_path / ".cache")))
+    assert "test.txt, train.txt may be splits, but others beside them are none" in capsys.readouterr().err
+
+
+def test_eval_is_the_test_where_there_is_a_validation(tmp_path: Path) -> None:
+    for name in ("train.txt", "dev.txt", "eval.txt"):
+        (tmp_path / name).write_text(name)
+    source = find(str(tmp_path), DataSettings())
+    found = {document.read(): document.split for document in source.documents(binary=False)}
+    assert found == {b"train.txt": "train", b"dev.txt": "validation", b"eval.txt": "test"}
+
+
+def test_utf8_read_as_something_else_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("über", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("über", encoding="cp1252")
+    (tmp_path / "c.txt").write_text("uber")
+    assert texts(tmp_path, encoding="cp1252")[1:] == ["über".encode(), b"uber"]
+    assert "1 files seem to be UTF-8 and were read as cp1252 all the same: a.txt" in caplog.text
+
+
+def test_few_letters_are_no_ground_for_a_guess(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("Привет, мир", encoding="cp1251")
+    with pytest.raises(UserError, match=r"9 bytes that are not UTF-8: name its encoding with --encoding"):
+        texts(tmp_path)
 
 
 def test_prepared_splits_of_files_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

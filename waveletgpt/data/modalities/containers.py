@@ -86,7 +86,12 @@ def _starts(data: mmap.mmap) -> list[int]:
 def _ogg_links(data: mmap.mmap) -> list[int]:
     """A link of a chained file begins with pages of type "begin of stream", after pages of other types (RFC 3533)."""
     starts, place, beginning = [0], 0, True
-    while place + 27 <= len(data) and data[place : place + 4] == b"OggS":
+    while place + 27 <= len(data):
+        if data[place : place + 4] != b"OggS":  # something between the pages
+            place = data.find(b"OggS", place)
+            if place < 0:
+                break
+            continue
         begins = bool(data[place + 5] & 2)
         if begins and not beginning:
             starts.append(place)
@@ -109,19 +114,46 @@ def _mp3_files(data: mmap.mmap) -> list[int]:
     return [0, *starts[1:]] if starts else [0]
 
 
+_UNKNOWN = (0, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
+
+
 def _lengths(data: mmap.mmap) -> dict[int, bytes]:
-    """The lengths of a WAV file in whose header they were left at 0, by their places; empty for others."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+    """The lengths in the header of a file that were never filled in, by their places; empty for other files."""
+    if data[:4] == b"caff":
+        return _caf_length(data)
+    if data[:4] == b".snd" and data[8:12] == b"\0\0\0\0" and len(data) > 28:
+        return {8: b"\xff\xff\xff\xff"}  # which means that it is not known
+    if data[:4] not in (b"RIFF", b"RF64") or data[8:12] != b"WAVE":
         return {}
-    place = 12
+    place, long = 12, 0
     while place + 8 <= len(data):
         name, size = data[place : place + 4], struct.unpack("<I", data[place + 4 : place + 8])[0]
+        rest = len(data) - place - 8
+        if name == b"ds64" and size >= 24:  # RF64 has its long lengths here
+            long = place + 8
         if name == b"data":
-            rest = len(data) - place - 8
+            if data[:4] == b"RF64":
+                told = struct.unpack("<Q", data[long + 8 : long + 16])[0] if long else rest
+                if told not in _UNKNOWN and told <= rest:
+                    return {}
+                return {long: struct.pack("<QQ", len(data) - 8, rest)} if long else {}
             # Other chunks may follow an empty one; sound written to a pipe goes on to the end of the file.
             if size or not rest or re.fullmatch(rb"[A-Za-z0-9 ]{4}", data[place + 8 : place + 12]):
                 return {}
             most = 0xFFFFFFFF
             return {4: struct.pack("<I", min(len(data) - 8, most)), place + 4: struct.pack("<I", min(rest, most))}
         place += 8 + size + size % 2
+    return {}
+
+
+def _caf_length(data: mmap.mmap) -> dict[int, bytes]:
+    """Core Audio writes -1 for sound that goes on to the end of the file."""
+    place = 8
+    while place + 12 <= len(data):
+        name, size = data[place : place + 4], struct.unpack(">q", data[place + 4 : place + 12])[0]
+        if name == b"data" and size in (-1, 0):
+            return {place + 4: struct.pack(">q", len(data) - place - 12)}
+        if size < 0:
+            break
+        place += 12 + size
     return {}

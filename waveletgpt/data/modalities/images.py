@@ -96,8 +96,9 @@ def load(data: bytes, shape: Shape) -> bytes:
         if picture.width * picture.height > PIXEL_LIMIT:
             raise Unusable(f"{picture.width} x {picture.height} pixels, the limit is {PIXEL_LIMIT:,}")
         picture.draft(None, (2 * shape.size, 2 * shape.size))  # large JPEGs are decoded at a fraction of their size
+        rawmode = _rawmode(picture)
         picture.load()
-        return _square(_turned(picture), shape)
+        return _square(_turned(_deep_colours(picture, data, rawmode)), shape)
     except Unusable:
         raise
     except UnidentifiedImageError:
@@ -138,6 +139,43 @@ def _eight_bits(deep: np.ndarray) -> np.ndarray:
     deep = np.maximum(deep.astype(np.int64), 0)
     bits = max(8, int(deep.max(initial=0)).bit_length())
     return (deep >> (bits + bits % 2 - 8)).astype(np.uint8)
+
+
+_SECOND_BYTES = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGBA;16B": "RGBA;16L", "RGBA;16L": "RGBA;16B"}
+"""How Pillow reads one byte of each 16-bit colour, and how it reads the other."""
+
+
+def _rawmode(picture: Image) -> str:
+    """How the pixels of a picture that is not loaded yet lie in its file; "" where that is not known."""
+    tiles = getattr(picture, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    if isinstance(arguments, tuple) and 65535 in arguments:  # a PPM that says nothing of its range
+        return "PPM;16"
+    rawmode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return rawmode if isinstance(rawmode, str) else ""
+
+
+def _deep_colours(picture: Image, data: bytes, rawmode: str) -> Image:
+    """Colours of 16 bits of which few are used, scaled by these: of such, Pillow keeps the upper 8 bits only.
+
+    Raises Unusable where it cannot be asked for the others.
+    """
+    from PIL import Image
+
+    if ";16" not in rawmode or picture.mode not in ("RGB", "RGBA", "LA"):
+        return picture
+    upper = np.asarray(picture)
+    if int(upper.max(initial=0)) >= 128:
+        return picture
+    if rawmode not in _SECOND_BYTES:
+        raise Unusable("16 bits a colour, of which only the lower ones are used: save it with 8")
+    again: Any = Image.open(io.BytesIO(data), formats=[str(picture.format)])
+    other = _SECOND_BYTES[rawmode]
+    again.tile = [(*tile[:3], (other, *tile[3][1:]) if isinstance(tile[3], tuple) else other) for tile in again.tile]
+    again.load()
+    scaled = Image.fromarray(_eight_bits(upper.astype(np.int64) << 8 | np.asarray(again)))
+    scaled.getexif().update(picture.getexif())
+    return scaled
 
 
 def _square(picture: Image, shape: Shape) -> bytes:

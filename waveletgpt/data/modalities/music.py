@@ -13,6 +13,7 @@ notes: a key released while the pedal is down sounds until that comes up or the 
 
 from __future__ import annotations
 
+import bisect
 import csv
 import io
 import logging
@@ -85,13 +86,15 @@ def library() -> Any:
 def read_midi(data: bytes) -> np.ndarray:
     """The notes of a MIDI file, all tracks but percussion together, tempo map and sustain pedal applied: `NOTES`.
 
-    A pedal holds the notes of its channel, whatever track they are on; a note that never ends lasts to the end of its
-    track. Of notes that start together on one key the loudest counts, and a key that is struck while it sounds ends the
-    note before. Raises Unusable if it is broken, too long, or has no notes.
+    A pedal holds the notes of its channel, whatever track they are on; a note that never ends lasts until its channel
+    is silenced (controllers 120 and 123 to 127), its key comes up on another track, or its own track ends. Of notes
+    that start together on one key the loudest counts, and a key that is struck while it sounds ends the note before.
+    Raises Unusable if it is broken, too long, or has no notes.
     """
     data = _unwrapped(data)
     if not data.startswith(b"MThd"):
         raise Unusable("not a MIDI file")
+    data = _checked(data)
     try:
         score = library().Score.from_midi(data)
         tempos = score.tempos.numpy() if len(score.tempos) else {"time": np.empty(0), "mspq": np.empty(0)}
@@ -115,19 +118,41 @@ def read_midi(data: bytes) -> np.ndarray:
 
 def _unwrapped(data: bytes) -> bytes:
     """The MIDI file inside a RIFF file of type RMID (.rmi, and often .mid); any other data as it is."""
-    if data[:4] != b"RIFF" or data[8:12] != b"RMID":
-        return data
-    place = 12
+    for _ in range(4):  # such files have been wrapped twice
+        if data[:4] != b"RIFF" or data[8:12] != b"RMID":
+            return data
+        place, inner = 12, b""
+        while place + 8 <= len(data) and not inner:
+            name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+            if name == b"data":
+                inner = data[place + 8 :][: size or None]  # what was written to a pipe has no size
+            place += 8 + size + size % 2  # chunks begin at even places
+        if not inner:
+            raise Unusable("broken (a RIFF file without MIDI data)")
+        data = inner
+    raise Unusable("broken (RIFF in RIFF)")
+
+
+def _checked(data: bytes) -> bytes:
+    """A MIDI file whose tracks sound together, with a header of the usual length.
+
+    Raises Unusable for files that are joined, and for type 2, whose tracks are pieces of their own.
+    """
+    size = int.from_bytes(data[4:8], "big")
+    if data[8:10] == b"\0\2" and int.from_bytes(data[10:12], "big") > 1:
+        raise Unusable("of type 2, whose tracks are pieces of their own: save each as a file")
+    place = 8 + size
     while place + 8 <= len(data):
-        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
-        if name == b"data":
-            return data[place + 8 : place + 8 + size]
-        place += 8 + size + size % 2  # chunks begin at even places
-    raise Unusable("broken (a RIFF file without MIDI data)")
+        if data[place : place + 4] == b"MThd":
+            raise Unusable("several MIDI files joined: split them")
+        place += 8 + int.from_bytes(data[place + 4 : place + 8], "big")
+    return data if size <= 6 else data[:4] + b"\0\0\0\6" + data[8:14] + data[8 + size :]
 
 
 PERCUSSION = 9
 """The channel whose keys are drums."""
+SILENCING = (120, *range(123, 128))
+"""Controllers that end all notes of their channel."""
 
 
 def _channels(data: bytes) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
@@ -137,6 +162,8 @@ def _channels(data: bytes) -> list[tuple[dict[str, np.ndarray], dict[str, np.nda
     """
     notes: dict[int, list[tuple[int, int, int, int]]] = {}
     pedals: dict[int, list[tuple[int, int, int]]] = {}
+    ups: dict[tuple[int, int], list[int]] = {}  # where a key comes up that is not down on that track
+    left: list[tuple[int, int, int, int, int]] = []  # start, end of the track, channel, key, velocity
     for track in _tracks(data):
         sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
         tick = 0
@@ -149,10 +176,21 @@ def _channels(data: bytes) -> list[tuple[dict[str, np.ndarray], dict[str, np.nda
             elif kind in (0x8, 0x9) and sounding.get((channel, first)):
                 start, velocity = sounding[channel, first].pop(0)
                 notes.setdefault(channel, []).append((start, tick - start, first, velocity))
-            elif kind == 0xB and first == 64:
-                pedals.setdefault(channel, []).append((tick, 64, second))
-        for (channel, key), left in sounding.items():
-            notes.setdefault(channel, []).extend((start, tick - start, key, velocity) for start, velocity in left)
+            elif kind in (0x8, 0x9):
+                ups.setdefault((channel, first), []).append(tick)
+            elif kind == 0xB and first in SILENCING:
+                for key in [key for of, key in sounding if of == channel]:
+                    ended = sounding.pop((channel, key))
+                    notes.setdefault(channel, []).extend((start, tick - start, key, loud) for start, loud in ended)
+            elif kind == 0xB and first in (64, 121):  # 121 brings controllers back to where they were
+                pedals.setdefault(channel, []).append((tick, 64, second if first == 64 else 0))
+        left += [(start, tick, *key, loud) for key, held in sounding.items() for start, loud in held]
+    for start, end, channel, key, velocity in sorted(left):
+        others = ups.get((channel, key), [])
+        others.sort()
+        following = bisect.bisect_right(others, start)
+        stop = others.pop(following) if following < len(others) else end
+        notes.setdefault(channel, []).append((start, stop - start, key, velocity))
     return [
         (
             dict(zip(("time", "duration", "pitch", "velocity"), np.array(played, np.int64).T, strict=True)),

@@ -16,6 +16,8 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _STEP = 1 << 17
+_ENOUGH = 30
+"""Letters outside ASCII that a guess needs: of fewer, encodings that share most letters cannot be told apart."""
 _SAMPLE = 1 << 16
 """Bytes an encoding is guessed from."""
 
@@ -113,11 +115,25 @@ class Utf8File(io.RawIOBase):
 def _guess(sample: bytes) -> str | None:
     import charset_normalizer
 
+    if len(sample) - len(sample.translate(None, bytes(range(128, 256)))) < _ENOUGH:
+        return None
+
     best = charset_normalizer.from_bytes(sample).best()
     if best is None or best.encoding in ("utf_8", "ascii"):
         return None
     # Of several that give the same text, the one that most files are in.
     return "cp1252" if "cp1252" in best.could_be_from_charset else best.encoding
+
+
+def is_utf8(start: bytes) -> bool:
+    """Whether a file that starts so, without mark, has letters outside ASCII, all of them UTF-8."""
+    if start.startswith(codecs.BOM_UTF8):
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return not start.isascii()
 
 
 def as_utf8(file: IO[bytes], name: str, encoding: str | None) -> IO[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fnmatch
 import hashlib
@@ -22,7 +23,7 @@ from typing import IO, Any, Protocol
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources import tables
 from waveletgpt.data.sources.archives import UNSUPPORTED, Stream, broken, expand
-from waveletgpt.data.sources.encodings import Peeked, as_utf8, marked, unmarked
+from waveletgpt.data.sources.encodings import Peeked, as_utf8, is_utf8, marked, unmarked
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,16 @@ log = logging.getLogger(__name__)
 CHUNK = 1 << 20
 """Bytes of a document read at a time."""
 
-FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
+FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 """Names of sub-folders that are splits."""
+_WORD = re.compile(rf"({'|'.join(sorted(FOLDERS, reverse=True))}|eval|evaluation)(?:set|data|split)?", re.IGNORECASE)
 
 
+_ARCHIVE = re.compile(r"\.(?:zip|tar|t(?:gz|bz2?|xz|zst)|tar\.(?:gz|bz2|xz|zst|lzma))$", re.IGNORECASE)
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|dataset_infos?)\b", re.IGNORECASE)
 """Files about the data, which may lie beside it."""
 
@@ -108,8 +115,8 @@ class Files:
     ) -> None:
         """`name` is what messages call it, `splits` the set's own: file name -> split.
 
-        With `split_folders` a folder whose sub-folders all have names in `FOLDERS`, `train` and another among them,
-        comes in these splits, and what lies beside them is left out.
+        With `split_folders` data comes in the splits that its names say: those of all sub-folders, else of all files,
+        training and another among them. What lies beside the folders is left out.
         """
         self.path = path
         self.name = name or str(path)
@@ -121,20 +128,19 @@ class Files:
         self._before = 0
         self._file: IO[bytes] | None = None
         self._paths = self._list()
-        self.folders = self._folders() if split_folders else {}
-        """Sub-folders that are splits: name -> split."""
-        if self.folders:
-            self.beside = [inside for inside, _ in self._paths if "/" not in inside]
-            self._paths = [(inside, path) for inside, path in self._paths if "/" in inside]
-        self.split_files = self._split_files() if split_folders and not self.folders else {}
-        """Files whose names say which split they are, where all say so: path inside the folder -> split."""
-        if self.split_files:
-            self.beside = [inside for inside, _ in self._paths if inside not in self.split_files]
-            self._paths = [(inside, path) for inside, path in self._paths if inside in self.split_files]
-        self._inside = ""
-        self.size = sum(path.stat().st_size for _, path in self._paths)
-        if not self.size:
+        if not any(path.stat().st_size for _, path in self._paths):
             raise UserError(f"{self.name} is empty: there is nothing to read in it")
+        self.folders: dict[str, str] = {}
+        """Folders that are splits: path inside the folder or archive -> split."""
+        self.split_files: dict[str, str] = {}
+        """Files whose names say which split they are, where all say so: path inside the folder or archive -> split."""
+        self.unclear: list[str] = []
+        """Folders or files whose names say splits, beside others that say none: then all is taken as one piece."""
+        self._inside = ""
+        self._archive: str | None = None
+        if split_folders:
+            self._find_splits()
+        self.size = sum(path.stat().st_size for _, path in self._paths)
 
     def _list(self) -> list[tuple[str, Path]]:
         path = self.path
@@ -157,25 +163,39 @@ class Files:
             raise UserError(f"nothing to read in the folder {path}: no visible files{given and ' with '}{given}")
         return sorted(found)
 
-    def _folders(self) -> dict[str, str]:
-        names = {inside.partition("/")[0] for inside, _ in self._paths if "/" in inside}
-        found = {name: FOLDERS[name.lower()] for name in sorted(names) if name.lower() in FOLDERS}
-        splits = set(found.values())
-        return found if len(found) == len(names) and "train" in splits and len(splits) > 1 else {}
+    def _find_splits(self) -> None:
+        """Splits that the names of folders, else of files, say: those of the folder, or of the one archive there is."""
+        names = [inside for inside, _ in self._paths]
+        data = [name for name in names if not _ABOUT.match(name.rpartition("/")[2])]
+        if len(data) == 1 and _ARCHIVE.search(data[0]):
+            self._archive = data[0]
+            names = [name.removeprefix(f"{data[0]}/") for name in self._members()]
+            data = [name for name in names if not _ABOUT.match(name.rpartition("/")[2])]
+        above = os.path.commonpath([name.rpartition("/")[0] for name in data]) if data else ""
+        above += "/" if above else ""
+        deep = [name for name in names if name.startswith(above) and "/" in name.removeprefix(above)]
+        folders = sorted({above + name.removeprefix(above).partition("/")[0] for name in deep})
+        for found, mapping in ((folders, self.folders), (sorted(data), self.split_files)):
+            said = _splits_of(found)
+            splits = {split for split in said.values() if split}
+            if "train" in splits and len(splits) > 1:
+                if all(said.values()):
+                    mapping.update({name: split for name, split in said.items() if split})
+                    kept = set(deep if mapping is self.folders else data)
+                    self.beside = [name for name in names if name not in kept]
+                    if self._archive is None:
+                        self._paths = [(inside, path) for inside, path in self._paths if inside in kept]
+                    return
+                self.unclear = [name for name, split in said.items() if split]
 
-    def _split_files(self) -> dict[str, str]:
-        data = [inside for inside, _ in self._paths if not _ABOUT.match(inside.rpartition("/")[2])]
-        if not self.path.is_dir() or len({inside.rpartition("/")[0] for inside in data}) != 1:
-            return {}
-        found = {}
-        for inside in data:
-            words = re.split(r"[._\- ]", inside.rpartition("/")[2].lower())
-            named = {FOLDERS[word] for word in words if word in FOLDERS}
-            if len(named) != 1:
-                return {}
-            found[inside] = named.pop()
-        splits = set(found.values())
-        return found if "train" in splits and len(splits) > 1 else {}
+    def _members(self) -> list[str]:
+        def content() -> str:
+            return json.dumps([stream.name for stream in self._streams()])
+
+        insides, paths = zip(*self._paths, strict=True)
+        what = ["members", str(self.settings.include), str(self.settings.exclude), *insides]
+        found: list[str] = json.loads(remembered(self.settings.cache, what, paths, content))
+        return found
 
     @property
     def own_splits(self) -> Set[str]:
@@ -183,11 +203,9 @@ class Files:
         return {*self.splits.values(), *self.folders.values(), *self.split_files.values()}
 
     def _split(self, name: str) -> str | None:
-        return (
-            self.splits.get(name.rpartition("/")[2])
-            or self.folders.get(name.partition("/")[0])
-            or (self.split_files.get(self._inside))
-        )
+        key = self._inside if self._archive is None else name.removeprefix(f"{self._archive}/")
+        of_folder = (split for folder, split in self.folders.items() if key.startswith(f"{folder}/"))
+        return self.splits.get(name.rpartition("/")[2]) or next(of_folder, None) or self.split_files.get(key)
 
     def _wanted(self, name: str) -> bool:
         include, exclude = self.settings.include, self.settings.exclude
@@ -237,7 +255,9 @@ class Files:
                     member = stream.name.removeprefix(f"{inside}/")
                     # Globs choose among the files of a folder, or among the members of an archive given by itself.
                     chosen = self.path.is_dir() or self._wanted(member)
-                    if stream.file is self._file or (chosen and not _hidden(member)):
+                    if stream.file is not self._file and (not chosen or _hidden(member)):
+                        continue
+                    if self._archive is None or not self.own_splits or self._split(stream.name):
                         yield stream
             self._file = None
             self._before += path.stat().st_size
@@ -253,8 +273,9 @@ class Files:
         Raises UserError if a file given by itself is binary, or if no document is found at all.
         """
         empty, tabular = True, False
+        self._utf8: list[str] = []
         for found in self._streams():
-            stream, records = self._by_content(found)
+            stream, records = self._by_content(self._noted(found))
             texts = tables.rows(stream, self.settings.column, self.settings.encoding, records)
             tabular |= texts is not None
             for document in [self._whole(stream, binary)] if texts is None else map(_row, texts):
@@ -262,6 +283,11 @@ class Files:
                     document.split = self._split(stream.name)
                     empty = False
                     yield document
+        if self._utf8:
+            log.warning(
+                "%d files seem to be UTF-8 and were read as %s all the same: %s", len(self._utf8),
+                self.settings.encoding, ", ".join(self._utf8[:3]) + (", ..." if len(self._utf8) > 3 else ""),
+            )  # fmt: skip
         if self.settings.column is not None and not tabular:
             raise UserError(
                 f'column is "{self.settings.column}", but {self.name} has no table (JSON lines, CSV, TSV, Parquet) '
@@ -270,6 +296,18 @@ class Files:
         if empty:
             skipped = f" ({len(self.skipped)} binary files skipped, such as {self.skipped[0]})" if self.skipped else ""
             raise UserError(f"no text in {self.name}{skipped}: --modality bytes takes any file")
+
+    def _noted(self, stream: Stream) -> Stream:
+        """Note a file that is UTF-8 where another encoding was named for all."""
+        if not self.settings.encoding or codecs.lookup(self.settings.encoding).name == "utf-8":
+            return stream
+        if stream.name.lower().endswith(".parquet"):
+            return stream
+        with broken(stream.name):
+            start = stream.file.read(CHUNK)
+        if is_utf8(start):
+            self._utf8.append(stream.name)
+        return Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
 
     def _by_content(self, stream: Stream) -> tuple[Stream, bool]:
         # Records, one a line or in an array, are often called .json.
@@ -304,6 +342,20 @@ class Files:
             self.skipped.append(stream.name.encode("utf-8", "replace").decode())
             return None
         return Document(stream.name, itertools.chain([first], chunks))
+
+
+def _splits_of(names: Sequence[str]) -> dict[str, str | None]:
+    """What each name says of a split in its last part, in one word of it; None where it says none, or several.
+
+    "eval" is validation, unless there is another word for that: then it is the test.
+    """
+    found: dict[str, str | None] = {}
+    for name in names:
+        words = filter(None, map(_WORD.fullmatch, re.findall("[A-Za-z]+", name.rpartition("/")[2])))
+        said = {FOLDERS.get(word[1].lower(), "eval") for word in words}
+        found[name] = said.pop() if len(said) == 1 else None
+    evaluation = "test" if "validation" in found.values() else "validation"
+    return {name: evaluation if split == "eval" else split for name, split in found.items()}
 
 
 def report_skipped(source: Source, wanted: str, usable: int) -> None:

@@ -80,7 +80,9 @@ def headerless(row: Sequence[str], column: str | None) -> bool:
 
     Names of columns are short words, each there once.
     """
-    if any(name in row for name in GUESSES) or column in row:
+    if any(name in row for name in GUESSES) or row == [*map(str, range(len(row)))]:  # as what was unnamed is called
+        return False
+    if column is not None and column in row and not column.isdecimal():
         return False
     return len(set(row)) < len(row) or any(len(name) > 60 or name.count(" ") > 3 or _is_number(name) for name in row)
 
@@ -204,6 +206,8 @@ def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
         try:
             for row in reader:
                 name = f"{stream.name} line {reader.line_num}"
+                if not row:
+                    continue
                 if index < 0:
                     if headerless(row, column):
                         if column is None or not column.isdecimal():
@@ -221,11 +225,10 @@ def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
                         chosen = choose(stream.name, column, row)
                         index = row.index(chosen)
                         continue
-                if row:
-                    if len(row) <= index:
-                        raise UserError(f'{name} has {len(row)} fields, too few for the column "{chosen}": mend it')
-                    if row[index]:
-                        yield name, row[index]
+                if len(row) <= index:
+                    raise UserError(f'{name} has {len(row)} fields, too few for the column "{chosen}": mend it')
+                if row[index]:
+                    yield name, row[index]
         except csv.Error as error:
             raise UserError(f"{stream.name} line {reader.line_num} is broken ({error}): mend or remove it") from None
 
