@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Up to four times through the data is about as good as new data: Muennighoff et al. 2023, arXiv 2305.16264.
 MOST_EPOCHS = 4
+EVAL_WINDOWS = 128
+"""Held-out windows that all rungs are measured on, unless the recipe says how many."""
 
 _SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_inner")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBG]?)$")
@@ -126,7 +128,9 @@ def make_rung(recipe: Recipe, size: int, tokens: int) -> Rung:
     if tokens < step:
         raise UserError(f"tokens {count_name(tokens)}: one batch has {step:,} already; give more, or a smaller batch")
     sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head}
-    settings = {**dict.fromkeys(_SHAPE), **sizes, "max_steps": round(tokens / step)}
+    # The same windows for all rungs, those that are added later too, or their losses could not be put in one law.
+    windows = recipe.training.eval_windows or EVAL_WINDOWS
+    settings = {**dict.fromkeys(_SHAPE), **sizes, "max_steps": round(tokens / step), "eval_windows": windows}
     return Rung(size, tokens, shape, recipe.override(settings, "ladder"))
 
 
