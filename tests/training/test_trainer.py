@@ -304,11 +304,13 @@ def test_refuses_folders_and_files_that_are_no_run(store: TokenStore, tmp_path: 
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "optimizer.bin", "trainer_state.json"])
 def test_truncated_checkpoint_is_named(name: str, store: TokenStore, tmp_path: Path) -> None:
     run = train(tiny_recipe(max_steps=6), store, tmp_path / "run", data=DATA, show_progress=False)
     run.update_info(status="interrupted")
     file = run.checkpoints()[-1][1] / name
+    if name == "optimizer.bin":  # as FSDP calls it
+        (file.parent / "optimizer.pt").rename(file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoint-6 is broken .*delete it"):
         train(tiny_recipe(max_steps=6), store, tmp_path / "run", data=DATA, resume=True, show_progress=False)

@@ -97,6 +97,8 @@ class Compare:
     workers: str = "auto"
     """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
     many as GPUs; 1 on CPUs)."""
+    engine: str = "local"
+    """local, or ray: each run a task of a Ray cluster, which decides how many run at a time."""
     print_runs: bool = False
     """Train nothing, but print a command for each arm and seed, for machines of their own; `waveletgpt report` gathers
     their folders."""
@@ -120,7 +122,10 @@ class Compare:
         from waveletgpt.training.sweep import parse_grid, sweep
 
         recipe, grid = plain(self.settings), processes.from_first(lambda: parse_grid(self.sweep))
-        plan(recipe, self.out, arms=self.arms, seeds=self.seeds, resume=self.resume, workers=self.workers)
+        chosen: dict[str, Any] = {
+            name: getattr(self, name) for name in ("arms", "seeds", "resume", "workers", "engine")
+        }
+        plan(recipe, self.out, **chosen)
         with processes.agreed():
             store = prepare_store(self.data, self.settings, self.out)
         best = sweep(
@@ -133,6 +138,7 @@ class Compare:
             steps=self.sweep_steps,
             resume=self.resume,
             workers=self.workers,
+            engine=self.engine,
         )
         train_arms(dataclasses.replace(self, arms=tuple(best), resume=True), lambda: store, self.data, self.out)
 
@@ -223,6 +229,8 @@ class Lra:
     workers: str = "auto"
     """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
     many as GPUs; 1 on CPUs)."""
+    engine: str = "local"
+    """local, or ray: each run a task of a Ray cluster, which decides how many run at a time."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -262,6 +270,8 @@ class Classify:
     workers: str = "auto"
     """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
     many as GPUs; 1 on CPUs)."""
+    engine: str = "local"
+    """local, or ray: each run a task of a Ray cluster, which decides how many run at a time."""
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -554,7 +564,9 @@ def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], da
     from waveletgpt.training.compare import compare, plan
 
     recipe = plain(command.settings)
-    planned: dict[str, Any] = {name: getattr(command, name) for name in ("arms", "seeds", "resume", "workers")}
+    planned: dict[str, Any] = {
+        name: getattr(command, name) for name in ("arms", "seeds", "resume", "workers", "engine")
+    }
     plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
     with processes.agreed():
         store = prepare()

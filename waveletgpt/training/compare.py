@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from waveletgpt.training.task import HasTask, Task
 
 
+ENGINES = ("local", "ray")
+
+
 @dataclass(frozen=True)
 class Arm:
     """One line of a comparison: a mixing, and the settings it overrides (`none:n_layer=12,lr=1e-3`)."""
@@ -101,6 +104,7 @@ def plan(
     seeds: int = 1,
     resume: bool = False,
     workers: str | int = 1,
+    engine: str = "local",
 ) -> list[Arm]:
     """The arms of a comparison that may begin or go on in `out`: all that can be checked before data is prepared.
 
@@ -112,6 +116,9 @@ def plan(
         parsed = parse_arms(arms, recipe)
         names = {arm.folder(settings.seed) for arm, settings in with_seeds(parsed, seeds)}
         worker_count(workers, "cpu", len(names))
+        check_choice("--engine", engine, ENGINES)
+        if engine == "ray" and workers not in ("auto", 1):
+            raise UserError("--engine ray decides by itself how many runs there are at a time; leave --workers out")
         check_comparison_folder(Path(out), names, resume)
         return parsed
 
@@ -130,6 +137,7 @@ def compare(
     seeds: int = 1,
     resume: bool = False,
     workers: str | int = 1,
+    engine: str = "local",
 ) -> dict[str, Any]:
     """Train every arm with every seed, and write summary.json, curves.csv and report.html in `out`.
 
@@ -139,6 +147,7 @@ def compare(
     Args:
         workers: runs at a time, each in a process of its own; "auto": one for each GPU, without GPUs one. Workers know
             the package, but nothing that was registered with it from outside.
+        engine: "local", or "ray" for tasks of a Ray cluster, which then decides how many run at a time.
 
     Returns:
         The summary, as in summary.json.
@@ -152,7 +161,7 @@ def compare(
     from waveletgpt.training.trainer import Diverged
 
     out = Path(out)
-    planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers)
+    planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers, engine=engine)
     # All arms are measured alike, whatever they say of steps and batches, and as those that are there already.
     begun = [run for arm in planned if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
     measured = recipe.with_evaluations(begun[0].info["recipe"] if begun else None)
@@ -164,7 +173,7 @@ def compare(
     ]
     processes.from_first(lambda: check_models(parsed, task_of(store)))
     count = processes.from_first(lambda: worker_count(workers, recipe.device, len(runs)))
-    if count > 1:  # runs that share the machine share its cores, too
+    if count > 1 and engine == "local":  # runs that share the machine share its cores, too
         share = max(1, cores() // count)
         runs = [(arm, r.override({"threads": r.training.threads or share}, "--workers")) for arm, r in runs]
     jobs = [Job(r, store, out / arm.folder(r.seed), data, arm.name, resume, count) for arm, r in runs]
@@ -176,8 +185,14 @@ def compare(
         baseline, begun = parsed[0].name, [job.run for job in jobs if job.folder in ended and job.run.exists()]
         return write_results(out, begun, baseline) if any(run.info["arm"] == baseline for run in begun) else {}
 
-    with contextlib.closing(side_by_side(jobs, count) if count > 1 else one_by_one(jobs)) as engine:
-        for job, error in engine:
+    if engine == "ray":
+        from waveletgpt.training.ray_engine import on_ray
+
+        ends = on_ray(jobs)
+    else:
+        ends = side_by_side(jobs, count) if count > 1 else one_by_one(jobs)
+    with contextlib.closing(ends):
+        for job, error in ends:
             if error is not None and processes.first():
                 print(f"waveletgpt: {job.title}: {error}", file=sys.stderr)
             ended.add(job.folder)

@@ -171,7 +171,7 @@ def checkpoint_problem(folder: Path) -> str | None:
                 pass
         except (OSError, SafetensorError):
             return f"{shard.name} is cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
+    for name in ("optimizer.pt", "optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"):  # .bin: of sharded models
         if (folder / name).is_file():
             try:
                 torch.load(folder / name, map_location="meta", weights_only=True)

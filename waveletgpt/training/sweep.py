@@ -100,12 +100,13 @@ def sweep(
     steps: int | None = None,
     resume: bool = False,
     workers: str | int = 1,
+    engine: str = "local",
 ) -> list[str]:
     """Try every arm with every combination of `grid`, and give each arm its best by loss on the validation split.
 
     Args:
         out: folder of the comparison that the sweep is for; trials go to `sweep_folder(out)`, with the recipe's seed.
-        workers: trials at a time, see `compare`.
+        workers, engine: trials at a time, and where; see `compare`.
         steps: length of a trial; None: as long as the comparison's runs, of which the best trials then are the first.
 
     Returns:
@@ -120,7 +121,7 @@ def sweep(
     shortened = recipe if steps is None else recipe.override({"max_steps": steps}, "sweep")
     processes.from_first(lambda: parse_arms(trials, shortened))  # tells of a mistake before the first step
     place = sweep_folder(out)
-    summary = compare(shortened, store, place, data=data, arms=trials, resume=resume, workers=workers)
+    summary = compare(shortened, store, place, data=data, arms=trials, resume=resume, workers=workers, engine=engine)
 
     def record() -> list[str]:
         found = {

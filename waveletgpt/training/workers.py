@@ -253,8 +253,6 @@ def side_by_side(jobs: list[Job], count: int) -> Ended:
         Interrupted: Ctrl-C or SIGTERM; all are saved first.
         KeyboardInterrupt: the same once more; nothing is saved.
     """
-    from waveletgpt.training.trainer import Interrupted
-
     devices = gpus(jobs[0].recipe.device)
     threads = {"OMP_NUM_THREADS": str(jobs[0].recipe.training.threads or max(1, cores() // count))}
     slots = [threads | ({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {}) for i in range(count)]
@@ -283,7 +281,6 @@ def side_by_side(jobs: list[Job], count: int) -> Ended:
                     job, outcome = worker.job, worker.take()
                     stopping = mistake is not None or asked()
                     saved += outcome.kind == "interrupted"
-                    error = None if outcome.kind == "finished" else outcome.text
                     if outcome.kind == "mistake":
                         mistake = mistake or outcome.text
                         stop_all()
@@ -299,14 +296,9 @@ def side_by_side(jobs: list[Job], count: int) -> Ended:
                             table.say(f"{job.title}: its worker ended ({outcome.text}); it goes on in a new one")
                             worker.give(dataclasses.replace(job, resume=True))
                             continue
-                        error = f"its worker died {deaths[job.folder]} times ({outcome.text})"
                         if said:
                             table.say(said)
-                    if outcome.kind == "broken":
-                        table.say(outcome.text)
-                        error = outcome.text.strip().splitlines()[-1]
-                    if outcome.kind in ("died", "interrupted", "broken") and job.run.exists():
-                        job.run.update_info(status="failed", error=error)
+                    error = settle(job, outcome, deaths[job.folder], table)
                     if waiting and not stopping:
                         worker.give(waiting.popleft())
                     table.ended(job, error)
@@ -322,7 +314,27 @@ def side_by_side(jobs: list[Job], count: int) -> Ended:
     if mistake is not None:
         raise UserError(mistake)
     if asked():
-        raise Interrupted(f"saved {saved} unfinished run{'' if saved == 1 else 's'} in {jobs[0].folder.parent}")
+        raise interrupted(saved, jobs)
+
+
+def settle(job: Job, outcome: Outcome, deaths: int, table: Table) -> str | None:
+    """What went wrong with a job that will not be tried again; where training did not write it down, it is here."""
+    if outcome.kind in ("finished", "diverged"):
+        return outcome.text or None
+    error = f"its worker died {deaths} times ({outcome.text})"
+    if outcome.kind == "broken":
+        table.say(outcome.text)
+        error = outcome.text.strip().splitlines()[-1]
+    if job.run.exists():
+        job.run.update_info(status="failed", error=error)
+    return error
+
+
+def interrupted(saved: int, jobs: list[Job]) -> Exception:
+    """What is raised when all have stopped."""
+    from waveletgpt.training.trainer import Interrupted
+
+    return Interrupted(f"saved {saved} unfinished run{'' if saved == 1 else 's'} in {jobs[0].folder.parent}")
 
 
 def _replace(workers: list[Worker], old: Worker) -> Worker:
