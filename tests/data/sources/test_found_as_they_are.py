@@ -290,6 +290,14 @@ def test_files_of_other_names_are_no_splits_and_said(tmp_path: Path, capsys: pyt
     assert "test.txt, train.txt may be splits, but others beside them are none" in capsys.readouterr().err
 
 
+def test_members_with_odd_names_are_no_splits(tmp_path: Path) -> None:
+    names = ("/absolute/train.txt", "../outside/b.txt", "relative/test.txt", "//x/c.txt", "d.txt")
+    (tmp_path / "x.tar").write_bytes(tar({name: name.encode() for name in names}))
+    source = find(str(tmp_path / "x.tar"), DataSettings(cache_dir=str(tmp_path / "c")))
+    assert not source.own_splits
+    assert [document.read().decode() for document in source.documents(binary=False)] == list(names)
+
+
 def test_eval_is_the_test_where_there_is_a_validation(tmp_path: Path) -> None:
     for name in ("train.txt", "dev.txt", "eval.txt"):
         (tmp_path / name).write_text(name)

@@ -171,8 +171,8 @@ class Files:
             self._archive = data[0]
             names = [name.removeprefix(f"{data[0]}/") for name in self._members()]
             data = [name for name in names if not _ABOUT.match(name.rpartition("/")[2])]
-        above = os.path.commonpath([name.rpartition("/")[0] for name in data]) if data else ""
-        above += "/" if above else ""
+        parts = zip(*(name.split("/")[:-1] for name in data), strict=False)
+        above = "".join(f"{part[0]}/" for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
         deep = [name for name in names if name.startswith(above) and "/" in name.removeprefix(above)]
         folders = sorted({above + name.removeprefix(above).partition("/")[0] for name in deep})
         for found, mapping in ((folders, self.folders), (sorted(data), self.split_files)):
