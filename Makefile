@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 # torch goes first and alone: pinned, so that pip does not pick a build with gigabytes of CUDA libraries.
-$(STAMP): pyproject.toml constraints.txt waveletgpt/ops/kernels.cpp
+$(STAMP): pyproject.toml constraints.txt waveletgpt/ops/kernels.cpp waveletgpt/ops/kernels.h
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("waveletgpt needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt

@@ -3,6 +3,7 @@
 import itertools
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,33 @@ def test_threads_change_no_bit() -> None:
         results.append((y, z, e, torch.autograd.grad(y, x, grad)[0], *grads))
     for i, result in enumerate(results[2:]):
         assert all(map(torch.equal, results[i % 2], result))
+
+
+@needs_compiled
+def test_vectors_of_every_width() -> None:
+    """Means are the same bits, all else differs by rounding; a processor with wide vectors runs the others too."""
+    library: Any = cpp._LIBRARY
+    widest = library.waveletgpt_vectors(64)
+    windows, rows = [2 ** (c * 7 % 12) for c in range(41)], torch.arange(300)[None] % 111
+    kernels = [kernel.requires_grad_() for kernel in random_kernels([5] * 41, torch.float32)]
+    results = []
+    try:
+        for width in (16, 32, 64):
+            assert library.waveletgpt_vectors(width) == min(width, widest)
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                torch.manual_seed(0)
+                x = torch.randn(2, 300, 41).to(dtype).requires_grad_()
+                y, z = wavelet_mix(x, windows, backend="cpp"), wavelet_mix(x, windows, reach=rows, backend="cpp")
+                exact = (y, z, torch.autograd.grad(z, x, torch.ones_like(z))[0])
+                learned = wavelet_mix(x, [5] * 41, kernels, reach=rows, backend="cpp")
+                near = [learned, *torch.autograd.grad(learned, [x, *kernels], torch.ones_like(learned))]
+                results.append((width, dtype, exact, [*near, ema_mix(x, torch.rand(41), backend="cpp")]))
+    finally:
+        library.waveletgpt_vectors(64)
+    for (_, _, exact, near), (_, dtype, others, close) in itertools.product(results[:3], results[3:]):
+        if exact[0].dtype == dtype:
+            assert all(map(torch.equal, exact, others))
+            assert_close(close, near)
 
 
 @needs_compiled

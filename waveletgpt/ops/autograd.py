@@ -27,8 +27,8 @@ Groups = dict[int, list[int]]  # window: its coordinates
 class Kernels(Protocol):
     """What a backend computes. `reverse` runs time backwards; the first `past` tokens are read and get no result.
 
-    `reach` (B or 1, T) is that of `reference.wavelet_mix`, of all tokens that are read; in reverse, of the tokens after
-    each one (see `ahead`). None: one document.
+    `reach` (B or 1, T) is that of `reference.wavelet_mix`, of all tokens that are read; in reverse, too, it tells where
+    documents begin (see `ahead`). None: one document.
 
     `taps` holds the kernels of all coordinates one after the other, in the order of `group_windows` (windows
     ascending, each with its coordinates ascending), in the type that sums are in.
@@ -167,7 +167,7 @@ def empty_result(x: Tensor, past: int = 0) -> Tensor:
 def _mean(x: Tensor, windows: Windows, reverse: bool, past: int, backend: str, reach: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Mean.apply(x, windows, reverse, past, backend, reach)
-    return _mean_op(x, windows, reverse, past, backend, reach if reach is None or not reverse else ahead(reach))
+    return _mean_op(x, windows, reverse, past, backend, reach)
 
 
 class _Mean(torch.autograd.Function):

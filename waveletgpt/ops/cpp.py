@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from waveletgpt.ops import fast
-from waveletgpt.ops.autograd import Windows, ahead, empty_result, tap_offsets
+from waveletgpt.ops.autograd import Windows, empty_result, tap_offsets
 from waveletgpt.ops.reference import UNLIMITED
 
 # Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
@@ -50,14 +50,14 @@ class _Layout(ctypes.Structure):
     _fields_ = (("windows", c_void_p), ("offsets", c_void_p))
 
 
-class _Limits(ctypes.Structure):
+class _Reach(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("row", c_int64))
 
 
 _SIGNATURES = {
-    "mean": (_Input, c_void_p, _Shape, c_void_p, _Limits, c_bool, c_int64, c_int),
-    "filter": (_Input, c_void_p, _Shape, _Layout, c_void_p, _Limits, c_bool, c_int64, c_int),
-    "correlate": (_Input, _Input, _Shape, _Layout, _Limits, c_int64, c_void_p, c_int),
+    "mean": (_Input, c_void_p, _Shape, c_void_p, _Reach, c_bool, c_int64, c_int),
+    "filter": (_Input, c_void_p, _Shape, _Layout, c_void_p, _Reach, c_bool, c_int64, c_int),
+    "correlate": (_Input, _Input, _Shape, _Layout, _Reach, c_int64, c_void_p, c_int),
     "decayed_sum": (_Input, c_void_p, _Shape, c_void_p, c_bool, c_int),
 }
 
@@ -98,7 +98,7 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | 
     x, dtype, reach = _prepare(x), x.dtype, _numbers(reach)
     y = empty_result(x, past)
     sizes = _sizes(windows, torch.promote_types(dtype, torch.float32)).data_ptr()
-    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), sizes, _limits(reach), reverse, past)
+    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), sizes, _reach(reach), reverse, past)
     _entry("mean", x.dtype)(*arguments, _threads(x))
     return y.to(dtype)
 
@@ -115,10 +115,10 @@ def filter_backward(
     longest = max(windows)
     if min(longest, x.shape[1]) > DIRECT_TAPS:
         return fast.filter_backward(grad, x, windows, taps, reach)
-    grad_x = _filter(grad, windows, taps, True, 0, None if reach is None else ahead(reach))
+    grad_x = _filter(grad, windows, taps, True, 0, reach)
     grad_taps, reach = torch.empty_like(taps), _numbers(reach)
     grad, signal = _prepare(grad), _prepare(x)
-    arguments = (_input(grad), _input(signal), _Shape(*x.shape), _layout(windows)[0], _limits(reach), longest)
+    arguments = (_input(grad), _input(signal), _Shape(*x.shape), _layout(windows)[0], _reach(reach), longest)
     _entry("correlate", signal.dtype)(*arguments, grad_taps.data_ptr(), _threads(x))
     return grad_x, grad_taps
 
@@ -231,7 +231,7 @@ def _step(name: str) -> Callable[..., None]:
 def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
     x, taps, dtype, reach = _prepare(x), taps.contiguous(), x.dtype, _numbers(reach)
     y = empty_result(x, past)
-    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), _layout(windows)[0], taps.data_ptr(), _limits(reach))
+    arguments = (_input(x), y.data_ptr(), _Shape(*x.shape), _layout(windows)[0], taps.data_ptr(), _reach(reach))
     _entry("filter", x.dtype)(*arguments, reverse, past, _threads(x))
     return y.to(dtype)
 
@@ -244,12 +244,14 @@ def _prepare(x: Tensor) -> Tensor:
 
 def _numbers(reach: Tensor | None) -> Tensor | None:
     """As the kernels take it; to be kept while they run."""
-    return None if reach is None else reach.clamp(max=UNLIMITED).to(torch.int32).contiguous()
+    if reach is None:
+        return None
+    return (reach if reach.dtype == torch.int32 else reach.clamp(max=UNLIMITED).int()).contiguous()
 
 
-def _limits(reach: Tensor | None) -> _Limits:
+def _reach(reach: Tensor | None) -> _Reach:
     """A row for each sequence, or one for all."""
-    return _Limits(None, 0) if reach is None else _Limits(reach.data_ptr(), reach.shape[1] if len(reach) > 1 else 0)
+    return _Reach(None, 0) if reach is None else _Reach(reach.data_ptr(), reach.shape[1] if len(reach) > 1 else 0)
 
 
 def _threads(x: Tensor) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from waveletgpt.ops.autograd import Sorted, Windows, empty_result, sorted_windows
+from waveletgpt.ops.autograd import Sorted, Windows, ahead, empty_result, sorted_windows
 
 Span = tuple[int, int, int]  # window, its first coordinate, the one after its last
 
@@ -62,6 +62,7 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | 
 
 def _mean_within(x: Tensor, layout: Sorted, reverse: bool, reach: Tensor) -> Tensor:
     """The cascade below with one mask a step: where reach(t) >= 2^(k-1)."""
+    reach = ahead(reach) if reverse else reach
     like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     s = x * like.new_tensor([1 / window for window in layout.windows])
     shift = 1
