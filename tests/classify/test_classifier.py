@@ -31,8 +31,8 @@ from tests.model.test_mixing import make_mixer, oracle
 from tests.tiny import PAD, tiny_config, tiny_model, tokens
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM, WaveletGPTForSequenceClassification
 from waveletgpt.model import cost
+from waveletgpt.model.frames import split_frames
 from waveletgpt.model.mixing import MIXERS
-from waveletgpt.model.modeling import split_frames
 
 MIXINGS = ["none", *MIXERS]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

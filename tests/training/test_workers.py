@@ -16,6 +16,7 @@ from waveletgpt.cli.commands import Compare, Settings, plain
 from waveletgpt.cli.main import parse
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
+from waveletgpt.report import in_words
 from waveletgpt.runs.environment import command
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import workers
@@ -104,6 +105,19 @@ def test_a_worker_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
     assert ended == dict.fromkeys(ARMS, "its worker died 3 times (exit code 3)")
     assert job.run.info["status"] == "failed"
     assert "died 3 times" in job.run.info["error"]
+
+
+def test_the_others_are_reported_where_the_baseline_never_began(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_the_first(jobs: list[Job], count: int) -> workers.Ended:
+        yield jobs[0], "its worker died 3 times (SIGKILL)"
+        yield from workers.one_by_one(jobs[1:])
+
+    monkeypatch.setattr("waveletgpt.training.compare.side_by_side", without_the_first)
+    summary = compare(tiny_recipe(), store, tmp_path / "out", data="words.txt", arms=ARMS, workers=2)
+    assert (summary["baseline"], list(summary["arms"])) == (None, ["fixed"])
+    assert "`fixed` ended at" in " ".join(in_words(summary)[2:])
 
 
 def test_how_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

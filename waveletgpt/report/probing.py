@@ -63,11 +63,13 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
 
     from waveletgpt.model.modeling import WaveletGPTModel
 
-    bars = logging.is_progress_bar_enabled()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that a classifier's head is left out is meant
     try:
         model: Any = WaveletGPTModel.from_pretrained(path)
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     model = model.eval().float()

@@ -181,9 +181,12 @@ def compare(
     summary: dict[str, Any] = {}
 
     def renew() -> dict[str, Any]:
-        """The results of what has been trained; none without the baseline."""
-        baseline, begun = parsed[0].name, [job.run for job in jobs if job.folder in ended and job.run.exists()]
-        return write_results(out, begun, baseline) if any(run.info["arm"] == baseline for run in begun) else {}
+        """The results of what has been trained; none before the baseline, unless nothing of it is left to come."""
+        begun = [job.run for job in jobs if job.folder in ended and job.run.exists()]
+        baseline = next((arm for run in begun if (arm := run.info["arm"]) == parsed[0].name), None)
+        if not begun or (baseline is None and len(ended) < len(jobs)):
+            return {}
+        return write_results(out, begun, baseline)
 
     if engine == "ray":
         from waveletgpt.training.ray_engine import on_ray

@@ -73,9 +73,12 @@ def on_ray(jobs: list[Job]) -> Ended:
                     saved += outcome.kind == "interrupted"
                     if outcome.kind == "mistake":
                         mistake = mistake or outcome.text
+                    elif outcome.kind == "interrupted" and not cancelled:  # by a signal that was not for it
+                        under_way[task.remote(_elsewhere(job, at_once), argv)] = job
                     elif not cancelled or outcome.kind in ("finished", "diverged"):
-                        error_text = settle(job, outcome, RESTARTS + 1, table)
-                        yield job, error_text
+                        failure = settle(job, outcome, RESTARTS + 1, table)
+                        table.ended(job, failure)
+                        yield job, failure
         finally:
             for ref in under_way:
                 ray.cancel(ref, force=True)
