@@ -177,7 +177,7 @@ def _worth(ladder: Ladder) -> str:
         drawn += _scatter(worths, "compute of the baseline, FLOPs", _flops, "compute multiplier", 1.0,
                           f"Compute multiplier of {arm} by compute")  # fmt: skip
         if drawn:
-            said = "Left: how far it is below the baseline, by tokens."
+            said = f"{'Left: how' if worths else 'How'} far it is below the baseline, by tokens."
             said += " Right: how many times as much compute the baseline of the same size needs." if worths else ""
             bars = " Vertical bars: 95 % intervals." if any(line.kind == "plain" for line in [*gaps, *worths]) else ""
             html += figure(
