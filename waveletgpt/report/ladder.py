@@ -6,7 +6,9 @@ beside them; the fits are those of `scaling.py`.
 
     gap                 the baseline's final loss minus the arm's, in nats, over the seeds that both have
     data multiplier     how many times as many tokens the baseline of the same size needs for the arm's final loss
-    compute multiplier  the same, times the arm's tokens per second over the baseline's
+    compute multiplier  the same, times the arm's tokens per second over the baseline's, each the highest of its runs at
+    that
+                        size: other work on a machine can only lower it
     trend               factor by which the compute multiplier changes: per tenfold tokens at the same size, per tenfold
                         parameters at the same tokens, and per tenfold compute where both have the same share in it
     retention           what is left of the gap when the tokens are ten times as many
@@ -190,7 +192,8 @@ def summarize_ladder(rungs: Sequence[Rung], sweeps: dict[str, dict[str, Any]], r
     if baseline is None:
         raise UserError("no rung has a run of the baseline")
     arms = list(dict.fromkeys([baseline, *(arm for rung in rungs for arm in rung.summary["arms"])]))
-    told = [(rung, point) for rung in rungs if (point := _point(rung)).losses.get(baseline)]
+    ratios = throughput_ratios(rungs, baseline)
+    told = [(rung, point) for rung in rungs if (point := _point(rung, ratios)).losses.get(baseline)]
     points = [point for _, point in told]
     found = estimate(points, baseline, replicates) if points else {}
     first = rungs[0].info
@@ -200,7 +203,7 @@ def summarize_ladder(rungs: Sequence[Rung], sweeps: dict[str, dict[str, Any]], r
         "data": first.get("data") or {},
         "recipe": first.get("recipe") or {},
         "environment": first.get("environment") or {},
-        "rungs": [_rung(rung, baseline) for rung in rungs],
+        "rungs": [_rung(rung, baseline, ratios) for rung in rungs],
         "arms": {arm: _arm(arm, baseline, found, points) for arm in arms},
         "sweeps": [{"rung": name, "size": name.partition("-")[0], **record} for name, record in sweeps.items()],
     }
@@ -214,21 +217,36 @@ def summarize_ladder(rungs: Sequence[Rung], sweeps: dict[str, dict[str, Any]], r
     return ladder
 
 
-def _point(rung: Rung) -> Point:
+Ratios = dict[str, dict[str, float]]
+
+
+def throughput_ratios(rungs: Sequence[Rung], baseline: str) -> Ratios:
+    """Size -> arm -> its tokens per second / the baseline's; each the highest of its finished runs at that size."""
+    speeds: dict[str, dict[str, float]] = {}
+    for rung in rungs:
+        own = speeds.setdefault(rung.size, {})
+        for r in rung.records:
+            speed = (r.info.get("result") or {}).get("tokens_per_second")
+            if r.usable and speed:
+                own[r.arm] = max(speed, own.get(r.arm, 0.0))
+    return {
+        size: {arm: speed / own[baseline] for arm, speed in own.items()} if baseline in own else {}
+        for size, own in speeds.items()
+    }
+
+
+def _point(rung: Rung, ratios: Ratios) -> Point:
     base = rung.summary["arms"].get(rung.summary["baseline"]) or {}
     losses: dict[str, dict[int, float]] = {}
     for record in rung.records:
         if record.usable:
             losses.setdefault(record.arm, {})[record.seed] = record.final_nll
-    speeds = {arm: entry["tokens_per_second"] for arm, entry in rung.summary["arms"].items()}
-    own = speeds.get(rung.summary["baseline"])
-    ratios = {arm: speed / own for arm, speed in speeds.items() if speed and own}
     compute = float(base.get("flops_per_token") or 0) * rung.tokens
-    return Point(rung.size, block_parameters(rung.info), rung.tokens, compute, losses, ratios)
+    return Point(rung.size, block_parameters(rung.info), rung.tokens, compute, losses, ratios.get(rung.size, {}))
 
 
-def _rung(rung: Rung, baseline: str) -> dict[str, Any]:
-    point, model = _point(rung), rung.info["model"]
+def _rung(rung: Rung, baseline: str, ratios: Ratios) -> dict[str, Any]:
+    point, model = _point(rung, ratios), rung.info["model"]
     data = (rung.info.get("data") or {}).get("splits") or {}
     there = (data.get("train") or {}).get("tokens")
     arms = {}
@@ -326,6 +344,12 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
         behind = [r["rung"] for r in ladder["rungs"] if (gap := _gap(r, arm)) is not None and not gap > 0]
         if behind:
             notes.append(f"`{arm}` has no lead at {', '.join(behind)}, so it has no retention over all rungs.")
+        if not behind and not _steady(ladder, arm):
+            gaps = _gaps(ladder, arm)
+            notes.append(
+                f"The gaps of `{arm}` go from {min(gaps):.4f} to {max(gaps):.4f} nats: its retention hangs on the "
+                "smallest, which a seed may change, and is not in the headline."
+            )
         never = [
             r["rung"]
             for r in ladder["rungs"]
@@ -344,9 +368,31 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
                     f"At size {sweep['size']} the best of `{_without(arm, sweep['grid'])[0]}`, {names}, lies where the "
                     "grid ends; a wider sweep may be better."
                 )
+    for size in dict.fromkeys(rung.size for rung in rungs):
+        own = [r.info.get("environment") or {} for rung in rungs if rung.size == size for r in rung.records if r.usable]
+        if any(len({str(where.get(key)) for where in own}) > 1 for key in ("cpu", "gpu", "threads", "torch")):
+            notes.append(
+                f"Runs of size {size} were not all made on the same machine: its compute multipliers do not count."
+            )
     for rung in rungs:
         notes += [f"{rung.name}: {note}" for note in rung.summary["notes"] if not note.startswith("One seed only")]
     return notes
+
+
+def _gaps(ladder: dict[str, Any], arm: str) -> list[float]:
+    return [gap for rung in ladder["rungs"] if (gap := _gap(rung, arm)) is not None]
+
+
+def _steady(ladder: dict[str, Any], arm: str) -> bool:
+    """Whether no gap of an arm is so small beside the others that the logarithm makes it decide the retention."""
+    gaps = _gaps(ladder, arm)
+    return not gaps or min(gaps) >= max(gaps) / 10
+
+
+def told_retention(ladder: dict[str, Any], arm: str) -> dict[str, Any]:
+    """An arm's retention as far as a headline should say it: without a value where one small gap decides it."""
+    entry: dict[str, Any] = ladder["arms"][arm]["retention"]
+    return entry if _steady(ladder, arm) else _finite(None)
 
 
 def _gap(rung: dict[str, Any], arm: str) -> float | None:
@@ -366,7 +412,7 @@ def ladder_csv(rungs: Sequence[Rung]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_HEADER)
     for rung in rungs:
-        point = _point(rung)
+        point = _point(rung, {})
         base = point.losses.get(rung.summary["baseline"], {})
         for r in rung.records:
             if r.usable:
@@ -409,8 +455,10 @@ def arm_sentence(ladder: dict[str, Any], arm: str) -> str:
         text += f", worth {worth['value']:.2f}x of compute"
     if entry["trend"]["compute"]["value"] is not None:
         text += f" ({entry['trend']['compute']['value']:.2f} times that at ten times the compute)"
-    if entry["retention"]["value"] is not None:
-        text += f"; {entry['retention']['value']:.0%} of the gap is left per tenfold data"
+    left = told_retention(ladder, arm)["value"]
+    if left is not None:
+        text += f"; {left:.0%} of the gap is left" if left <= 1 else f"; the gap grows {left:.2f}x"
+        text += " per tenfold data"
     return f"{text}."
 
 
@@ -446,7 +494,8 @@ def write_ladder(
 
 
 LADDER_HEADER = [
-    "rung", "arm", "settings", "final nll", "gap", "step speed-up", "tokens/s", "data multiplier", "compute multiplier",
+    "rung", "arm", "settings", "final nll", "gap", "step speed-up", "tokens/s", "throughput", "data multiplier",
+    "compute multiplier",
 ]  # fmt: skip
 
 
@@ -467,8 +516,8 @@ def ladder_table(ladder: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     plus_minus(entry["final_nll"]),
                     with_interval(entry["gap"], "{:+.3f}") if compared else "baseline",
                     f"{speedup:.2f}x" if speedup else ("never" if compared and entry["seeds"] else ""),
-                    "–" if entry["tokens_per_second"] is None else f"{entry['tokens_per_second']:,.0f}"
-                    + (f" ({100 * (ratio - 1):+.0f} %)" if compared and ratio else ""),
+                    "–" if entry["tokens_per_second"] is None else f"{entry['tokens_per_second']:,.0f}",
+                    f"×{ratio:.2f}" if compared and ratio else "",
                     with_interval(entry["data_multiplier"], "{:.2f}x") if compared else "",
                     with_interval(entry["compute_multiplier"], "{:.2f}x") if compared else "",
                 ]

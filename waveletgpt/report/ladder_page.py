@@ -16,6 +16,7 @@ from waveletgpt.report.ladder import (
     count_name,
     headline,
     ladder_table,
+    told_retention,
     top_rung,
     with_interval,
 )
@@ -80,8 +81,9 @@ def _tiles(ladder: Ladder, best: str) -> list[tuple[str, str, str]]:
         found.append(tile("Compute multiplier", at["compute_multiplier"], "{:.2f}×", f"at {top['rung']}"))
     if entry["trend"]["compute"]["value"] is not None:
         found.append(tile("Its trend", entry["trend"]["compute"], "×{:.2f}", "per tenfold compute"))
-    if entry["retention"]["value"] is not None:
-        found.append(tile("Retention", entry["retention"], "{:.2f}", "of the gap per tenfold data"))
+    retained = told_retention(ladder, arm)
+    if retained["value"] is not None:
+        found.append(tile("Retention", retained, "{:.2f}", "of the gap, per tenfold data"))
     return found
 
 
@@ -175,7 +177,7 @@ def _worth(ladder: Ladder) -> str:
         drawn += _scatter(worths, "compute of the baseline, FLOPs", _flops, "compute multiplier", 1.0,
                           f"Compute multiplier of {arm} by compute")  # fmt: skip
         if drawn:
-            said = "Left: how far it is below the baseline, by tokens."
+            said = f"{'Left: how' if worths else 'How'} far it is below the baseline, by tokens."
             said += " Right: how many times as much compute the baseline of the same size needs." if worths else ""
             bars = " Vertical bars: 95 % intervals." if any(line.kind == "plain" for line in [*gaps, *worths]) else ""
             html += figure(
@@ -191,6 +193,9 @@ def _worth(ladder: Ladder) -> str:
         return ""
     head = ["arm", *(f"retention, {escape(size)}" for size in sizes), "retention, all sizes"]
     head += ["trend, 10× tokens", "trend, 10× size", "trend, 10× compute"]
+    # Without a law there is no trend, and with one size or one number of tokens only one.
+    keep = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
+    head, rows = [head[i] for i in keep], [[row[i] for i in keep] for row in rows]
     text = (
         '<p class="small">Retention: what is left of the gap when the tokens are ten times as many (1: all of it). '
         "Trend: the factor by which the compute multiplier changes (1: it stays) when the tokens are ten times as many "
@@ -334,8 +339,9 @@ the way of a longer run would be higher.</dd>
 loss. The arm has not decayed its learning rate there, so this is on the low side.</dd>
 <dt>Data multiplier</dt><dd>How many times as many tokens the baseline of the same size needs, with a decay of its own,
 for the arm's final loss: its law is moved to go through its own loss at the rung, and asked along the tokens.</dd>
-<dt>Compute multiplier</dt><dd>The data multiplier times the arm's tokens per second over the baseline's. Above 1, the
-arm saves compute.</dd>
+<dt>Compute multiplier</dt><dd>The data multiplier times the arm's tokens per second over the baseline's, each the
+highest of its runs at that size ("throughput"): other work on the machine can only lower it. Above 1, the arm saves
+compute.</dd>
 <dt>Trend</dt><dd>Least squares of log multiplier over log parameters and log tokens, over all rungs. Over compute alone
 the two would be mixed, and a lead that is lost along the tokens look lasting because larger models are in the
 picture.</dd>
