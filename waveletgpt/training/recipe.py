@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -39,15 +40,18 @@ def mixing_names() -> tuple[str, ...]:
     Unless something has imported it, it is read as text: with it comes torch, which takes too long for --help.
     """
     loaded = sys.modules.get("waveletgpt.model.mixing")
-    if loaded is not None:
-        return ("none", *loaded.MIXERS)
+    return ("none", *(_names_in_source() if loaded is None else loaded.MIXERS))
+
+
+@functools.cache
+def _names_in_source() -> tuple[str, ...]:
     tree = ast.parse((Path(__file__).parents[1] / "model" / "mixing.py").read_text(encoding="utf-8"))
     tables = (
         node.value
         for node in tree.body
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MIXERS" and isinstance(node.value, ast.Dict)
     )
-    return ("none", *(ast.literal_eval(key) for key in next(tables).keys if key is not None))
+    return tuple(ast.literal_eval(key) for key in next(tables).keys if key is not None)
 
 
 def check_settings_are_read(
@@ -212,7 +216,7 @@ class Recipe:
         check_choice("preset", self.preset, self.presets())
         check_choice("mixing", self.mixing, mixing_names())
         for settings, group in ((self, ""), (self.model, "model."), (self.training, "training.")):
-            for name, hint in typing.get_type_hints(type(settings)).items():
+            for name, hint in _hints(type(settings)).items():
                 choices, value = _choices(hint), getattr(settings, name, None)
                 if choices and value is not None:
                     check_choice(group + name, value, choices)
@@ -355,7 +359,7 @@ class Recipe:
     @classmethod
     def groups(cls) -> dict[str, type]:
         """Settings that are groups of settings: name and class."""
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
     def _unknown(self, name: str, where: str) -> UserError:
@@ -376,13 +380,18 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return ()
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _fields(kind: type) -> dict[str, Any]:
     return {f.name: f for f in dataclasses.fields(kind)}
 
 
 def _typed(kind: type, name: str, value: Any, where: str) -> Any:
     """`value` in the field's type; strings (from an arm such as `none:lr=1e-3`) are parsed."""
-    hint = typing.get_type_hints(kind)[name]
+    hint = _hints(kind)[name]
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     choices = _choices(hint)
     said = isinstance(value, str) and value.lower() in ("none", "null") and str not in options and value not in choices
