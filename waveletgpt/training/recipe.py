@@ -359,7 +359,7 @@ class Recipe:
     @classmethod
     def groups(cls) -> dict[str, type]:
         """Settings that are groups of settings: name and class."""
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
     def _unknown(self, name: str, where: str) -> UserError:
