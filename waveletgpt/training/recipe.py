@@ -359,7 +359,7 @@ class Recipe:
     @classmethod
     def groups(cls) -> dict[str, type]:
         """Settings that are groups of settings: name and class."""
-        hints = _hints(cls)  # type: ignore[arg-type]
+        hints = _hints(cls)
         return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
     def _unknown(self, name: str, where: str) -> UserError:
@@ -380,9 +380,14 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return ()
 
 
-@functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    """The types of a class's settings, looked up once."""
+    if kind not in _FOUND_HINTS:
+        _FOUND_HINTS[kind] = typing.get_type_hints(kind)
+    return _FOUND_HINTS[kind]
+
+
+_FOUND_HINTS: dict[Any, dict[str, Any]] = {}
 
 
 def _fields(kind: type) -> dict[str, Any]:
