@@ -86,7 +86,7 @@ class Compare:
     out: str = "runs/compare"
     """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
     arms: tuple[str, ...] = ("none", "fixed")
-    """Arms, the baseline first: none, fixed, learnable, ema, conv, shift, each with :name=value,... if need be."""
+    """Arms, the baseline first: mixings or recipe files, each with :name=value,... if need be."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
     sweep: tuple[str, ...] = ()
@@ -182,6 +182,10 @@ class Ladder:
     """Settings to try with every arm at every size, on the fewest tokens, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3."""
     resume: bool = False
     """Go on with the ladder in --out, or make it larger."""
+    workers: str = "auto"
+    """Runs of a rung at a time, as in `waveletgpt compare`."""
+    engine: str = "local"
+    """local, or ray: each run a task of a Ray cluster."""
     recipe: str | None = None
     """YAML file of settings; options given here win over it."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
@@ -199,6 +203,7 @@ class Ladder:
         for rung in rungs:
             shape = rung.shape
             say(f"{rung.name}: {shape.n_layer} blocks of {shape.n_embd}, {rung.recipe.max_steps:,} steps")
+        planned |= {"workers": self.workers, "engine": self.engine}
         print_ladder(train_ladder(recipe, store, self.out, data=self.data, **planned), Path(self.out))
 
 

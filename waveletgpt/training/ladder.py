@@ -222,6 +222,8 @@ def train_ladder(
     seeds: int = 1,
     grid: dict[str, list[str]] | None = None,
     resume: bool = False,
+    workers: str | int = 1,
+    engine: str = "local",
 ) -> dict[str, Any]:
     """Train every arm at every rung, and write ladder.json, ladder.csv and report.html in `out` after each of them.
 
@@ -232,6 +234,7 @@ def train_ladder(
     Args:
         sizes, tokens: such as "1.2M"; see `shape_of` for what a size is.
         grid: settings to try with every arm at every size, as of `sweep.parse_grid`.
+        workers, engine: runs of a rung, or trials of a sweep, at a time, and where; see `compare`.
 
     Returns:
         The content of ladder.json.
@@ -244,17 +247,18 @@ def train_ladder(
     from waveletgpt.training.trainer import Diverged
 
     out = Path(out)
+    at_once: dict[str, Any] = {"workers": workers, "engine": engine}
     rungs = plan(recipe, out, arms=arms, sizes=sizes, tokens=tokens, seeds=seeds, grid=grid, resume=resume)
     check_data(store, rungs)
     ladder: dict[str, Any] = {}
     for size in dict.fromkeys(rung.size for rung in rungs):
         own = [rung for rung in rungs if rung.size == size]
-        chosen = _tuned(own[0], store, out, data, list(arms), grid) if grid else list(arms)
+        chosen = _tuned(own[0], store, out, data, list(arms), grid, at_once) if grid else list(arms)
         for rung in own:
             folder = out / rung.name
             if not _finished(rung, store, folder, chosen, seeds):
                 try:
-                    compare(rung.recipe, store, folder, data=data, arms=chosen, seeds=seeds, resume=True)
+                    compare(rung.recipe, store, folder, data=data, arms=chosen, seeds=seeds, resume=True, **at_once)
                 except Diverged as error:
                     print(f"waveletgpt: {rung.name}: {error}", file=sys.stderr)
                     continue
@@ -281,7 +285,13 @@ def _finished(rung: Rung, store: TokenStore, folder: Path, arms: Sequence[str], 
 
 
 def _tuned(
-    rung: Rung, store: TokenStore, out: Path, data: str, arms: list[str], grid: dict[str, list[str]]
+    rung: Rung,
+    store: TokenStore,
+    out: Path,
+    data: str,
+    arms: list[str],
+    grid: dict[str, list[str]],
+    at_once: dict[str, Any],
 ) -> list[str]:
     """The arms with the best of `grid` at a rung's size: that of its shortest training, which is swept once.
 
@@ -300,4 +310,4 @@ def _tuned(
         known = [[arm for arm in variants(name, grid).values() if arm in record["arms"]] for name in arms]
         if all(known):
             return [found[0] for found in known]
-    return sweep(rung.recipe, store, folder, data=data, arms=arms, grid=grid, resume=True)
+    return sweep(rung.recipe, store, folder, data=data, arms=arms, grid=grid, resume=True, **at_once)
