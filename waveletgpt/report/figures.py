@@ -278,12 +278,12 @@ def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
     ticks = [(float(k), f"{2**k:,}") for k in range(0, top + 1, 1 if top <= 10 else 2)]
     text = "; ".join(f"{', '.join(names)}: {min(w)} to {max(w)}" for w, names in found.items())
     drawing = responsive(
-        lambda width: chart(lines, width, Axis("embedding coordinate", 0, width_of),
+        lambda width: chart(lines, width, Axis("channel", 0, width_of),
                             Axis("window, tokens", -0.15, top + 0.15, ticks), height=260,
-                            name=f"Window of every mixed coordinate, in tokens: {text}")
+                            name=f"Window of every mixed channel, in tokens: {text}")
     )  # fmt: skip
     key = legend({", ".join(names): styles[names[0]] for names in found.values()})
-    return figure(drawing, "Window of each embedding coordinate; 1 means that the coordinate is left alone.", key)
+    return figure(drawing, "Window of each channel, of one head where there are heads; 1 means that the channel is left alone.", key)
 
 
 def embedding_figure(arm: str, insight: Insight) -> str:
