@@ -114,7 +114,7 @@ def test_mixer_equals_its_sum_and_leaves_the_rest_alone(kind: str, edge: str) ->
         out = mixer(hidden, seen=torch.arange(1, 12)[None])
         C = mixer.n_mixed
         np.testing.assert_allclose(
-            out[..., :C].detach(), oracle(mixer, kind, hidden[..., :C].double().numpy(), edge), atol=1e-6, rtol=1e-5
+            out[..., :C].detach(), oracle(mixer, kind, hidden[..., :C].double().numpy(), edge), atol=1e-5, rtol=1e-5
         )
         assert torch.equal(out[..., C:], hidden[..., C:])
 

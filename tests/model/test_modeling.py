@@ -428,7 +428,8 @@ def test_saved_and_loaded_it_gives_the_same_logits(settings: dict, tmp_path: Pat
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors",
-        "configuration.py", "decoding.py", "mixing.py", "modeling.py", "reference.py",
+        "classifier.py", "configuration.py", "decoding.py", "frames.py", "mixing.py", "modeling.py", "reference.py",
+        "wavelets.py",
     }  # fmt: skip
     logits = model(ids).logits
     for loader in (WaveletGPTForCausalLM, AutoModelForCausalLM):

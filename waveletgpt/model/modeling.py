@@ -44,6 +44,11 @@ Mix = Callable[[str, torch.Tensor], torch.Tensor]
 """Filters what is at a site, if there is a filter: `Mixers.at` with what it needs to know."""
 
 
+def unfiltered(site: str, x: torch.Tensor) -> torch.Tensor:
+    """The `Mix` of a part that is used alone."""
+    return x
+
+
 class ResidualLinear(nn.Linear):
     """A linear map whose result is added to the residual stream; it starts smaller than others (`_init_weights`)."""
 
@@ -70,7 +75,7 @@ class Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: Cache | None,
-        mix: Mix,
+        mix: Mix = unfiltered,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = hidden.shape[:-1]
@@ -115,7 +120,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=not self.gated)
         self.out_proj = ResidualLinear(config.n_inner, config.n_embd, bias=not self.gated)
 
-    def forward(self, hidden: torch.Tensor, mix: Mix) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, mix: Mix = unfiltered) -> torch.Tensor:
         hidden = mix("mlp_hidden", self.up_proj(hidden))
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)

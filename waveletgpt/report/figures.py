@@ -283,7 +283,11 @@ def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
                             name=f"Window of every mixed channel, in tokens: {text}")
     )  # fmt: skip
     key = legend({", ".join(names): styles[names[0]] for names in found.values()})
-    return figure(drawing, "Window of each channel, of one head where there are heads; 1 means that the channel is left alone.", key)
+    return figure(
+        drawing,
+        "Window of each channel, of one head where there are heads; 1 means that the channel is left alone.",
+        key,
+    )
 
 
 def embedding_figure(arm: str, insight: Insight) -> str:
