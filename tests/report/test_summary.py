@@ -330,3 +330,12 @@ def test_no_gap_beyond_the_end_of_an_arm(tmp_path: Path) -> None:
     summary = summarize([base, arm], "none")
     assert summary["arms"]["fixed"]["gap"] == {"quarter": pytest.approx(0.25), "half": pytest.approx(0.5), "end": None}
     assert gap_table(summary)[1] == []
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", "none", 0, [(0, 3.0), (100, 2.0), (200, 1.5)])
+    whole = run.metrics()
+    damaged = ['{"step": 50, "sec~nds": 1, "nll": 9.0}', '{"step": "x", "seconds": 1}', '{"step": 7, "nll"', "[3]"]
+    run.metrics_path.write_text(run.metrics_path.read_text() + "\n".join(damaged) + "\n")
+    assert run.metrics() == whole
+    assert summarize([run], None)["arms"]["none"]["final_nll"]["mean"] == 1.5

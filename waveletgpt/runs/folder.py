@@ -122,13 +122,17 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; what a crash cut short is left out."""
+        """All whole lines of metrics.jsonl; what a crash cut short, or a damaged disk changed, is left out."""
         rows = []
         if self.metrics_path.is_file():
             for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
                     rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict) and "step" in row]
+        return [
+            row
+            for row in rows
+            if isinstance(row, dict) and all(type(row.get(name)) in (int, float) for name in ("step", "seconds"))
+        ]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics_path, "a", encoding="utf-8") as file:
