@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -155,7 +156,7 @@ def test_printed_commands_train_the_runs_of_the_comparison() -> None:
     recipe = tiny_recipe(
         compile=True, clip=0.5, transpose="-3,-2", mix_layers="0,1", include="*.md, *.txt", lr=3e-4, dropout=0.1, seed=5
     )
-    settings = Settings(**{name: getattr(recipe, name) for name in recipe.__dataclass_fields__})
+    settings = Settings(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     arms = ["none", "fixed:max_window=8,lr=1e-2"]
     comparison = Compare(data="my words.txt", out="runs/mine", arms=tuple(arms), seeds=2, settings=settings)
     expected = with_seeds(parse_arms(arms, recipe), 2)
