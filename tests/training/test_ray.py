@@ -41,6 +41,8 @@ def test_tasks_of_ray_train_what_one_process_does(tmp_path: Path, monkeypatch: p
     store = make_store(tmp_path / "data")
     recipe = tiny_recipe(**LENGTH)
     monkeypatch.setenv("RAY_ADDRESS", "local")
+    # Ray's processes import `dies_once` from here, wherever this was started.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setattr(ray_engine, "_attempt", dies_once)
     monkeypatch.chdir(tmp_path)
