@@ -78,7 +78,7 @@ def test_a_reset_cache_is_new(mixing: str) -> None:
     torch.testing.assert_close(found, model(ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 @given(
     mixing=st.sampled_from(MIXINGS),
     cuts=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=5),

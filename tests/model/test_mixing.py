@@ -101,20 +101,21 @@ def make_mixer(kind: str, **changes: object) -> Mixer:
     mixer = MIXERS[kind](tiny_config(mixing=kind, max_window=8, **changes))
     with torch.no_grad():
         for parameter in mixer.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            # Taps of "dynamic" are sums over channels, and its results products: kept near 1, as the others' are.
+            parameter.copy_(torch.randn_like(parameter) * (0.1 if kind == "dynamic" else 1.0))
     return mixer
 
 
 @pytest.mark.parametrize("edge", ["zero", "partial"])
 @pytest.mark.parametrize("kind", list(MIXERS))
 def test_mixer_equals_its_sum_and_leaves_the_rest_alone(kind: str, edge: str) -> None:
-    for changes in ({}, {"mix_fraction": 1.0}, {"mix_fraction": 0.25, "mix_sharing": "level"}):
+    for changes in ({}, {"mix_fraction": 1.0}, {"mix_fraction": 0.2, "mix_sharing": "level"}):
         mixer = make_mixer(kind, mix_edge=edge, **changes)
         hidden = torch.randn(2, 11, 16)
         out = mixer(hidden, seen=torch.arange(1, 12)[None])
         C = mixer.n_mixed
         np.testing.assert_allclose(
-            out[..., :C].detach(), oracle(mixer, kind, hidden[..., :C].double().numpy(), edge), atol=1e-5, rtol=1e-5
+            out[..., :C].detach(), oracle(mixer, kind, hidden[..., :C].double().numpy(), edge), atol=1e-6
         )
         assert torch.equal(out[..., C:], hidden[..., C:])
 

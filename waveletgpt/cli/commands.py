@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -25,6 +25,13 @@ from waveletgpt.training.recipe import Recipe, check_settings_are_read, mixing_n
 DEFAULT_DATA = "python-stdlib"
 Flat = arg(name="")
 Mixing = Annotated[str, arg(help=f"The filter over time: {', '.join(mixing_names())}.")]
+_WORKERS = (
+    "Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as "
+    "many as GPUs; 1 on CPUs)."
+)
+Workers = Annotated[str, arg(help=_WORKERS)]
+_ENGINE = "ray: each run is a task of a Ray cluster, which decides how many run at a time."
+Engine = Annotated[Literal["local", "ray"], arg(help=_ENGINE)]
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,8 @@ class Compare:
     validation loss; one rate for all misjudges arms."""
     sweep_steps: int | None = None
     """Steps of a trial of --sweep (default: as many as of a run, and the best trial is a run)."""
-    workers: str = "auto"
-    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
-    many as GPUs; 1 on CPUs)."""
-    engine: str = "local"
-    """local, or ray: each run a task of a Ray cluster, which decides how many run at a time."""
+    workers: Workers = "auto"
+    engine: Engine = "local"
     print_runs: bool = False
     """Train nothing, but print a command for each arm and seed, for machines of their own; `waveletgpt report` gathers
     their folders."""
@@ -182,10 +186,8 @@ class Ladder:
     """Settings to try with every arm at every size, on the fewest tokens, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3."""
     resume: bool = False
     """Go on with the ladder in --out, or make it larger."""
-    workers: str = "auto"
-    """Runs of a rung at a time, as in `waveletgpt compare`."""
-    engine: str = "local"
-    """local, or ray: each run a task of a Ray cluster."""
+    workers: Workers = "auto"
+    engine: Engine = "local"
     recipe: str | None = None
     """YAML file of settings; options given here win over it."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
@@ -195,16 +197,22 @@ class Ladder:
         from waveletgpt.training.sweep import parse_grid
 
         recipe = plain(self.settings)
+        grid = processes.from_first(lambda: parse_grid(self.sweep))
         planned: dict[str, Any] = {"arms": self.arms, "sizes": self.sizes, "tokens": self.tokens, "seeds": self.seeds}
-        planned |= {"grid": parse_grid(self.sweep), "resume": self.resume}
-        rungs = plan(recipe, self.out, **planned)  # tells of a mistake before minutes are spent on the data
-        store = prepare_store(self.data, self.settings, self.out)
-        check_data(store, rungs)
-        for rung in rungs:
-            shape = rung.shape
-            say(f"{rung.name}: {shape.n_layer} blocks of {shape.n_embd}, {rung.recipe.max_steps:,} steps")
+        planned |= {"grid": grid, "resume": self.resume}
+        # Tells of a mistake before minutes are spent on the data.
+        rungs = processes.from_first(lambda: plan(recipe, self.out, **planned))
+        with processes.agreed():
+            store = prepare_store(self.data, self.settings, self.out)
+            check_data(store, rungs)
+        if processes.first():
+            for rung in rungs:
+                shape = rung.shape
+                say(f"{rung.name}: {shape.n_layer} blocks of {shape.n_embd}, {rung.recipe.max_steps:,} steps")
         planned |= {"workers": self.workers, "engine": self.engine}
-        print_ladder(train_ladder(recipe, store, self.out, data=self.data, **planned), Path(self.out))
+        ladder = train_ladder(recipe, store, self.out, data=self.data, **planned)
+        if processes.first():
+            print_ladder(ladder, Path(self.out))
 
 
 @dataclass(frozen=True)
@@ -231,11 +239,8 @@ class Lra:
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
-    workers: str = "auto"
-    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
-    many as GPUs; 1 on CPUs)."""
-    engine: str = "local"
-    """local, or ray: each run a task of a Ray cluster, which decides how many run at a time."""
+    workers: Workers = "auto"
+    engine: Engine = "local"
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
@@ -272,11 +277,8 @@ class Classify:
     """Arms, the baseline first, as in `waveletgpt compare`."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
-    workers: str = "auto"
-    """Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as
-    many as GPUs; 1 on CPUs)."""
-    engine: str = "local"
-    """local, or ray: each run a task of a Ray cluster, which decides how many run at a time."""
+    workers: Workers = "auto"
+    engine: Engine = "local"
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None

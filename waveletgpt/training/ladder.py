@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from waveletgpt.errors import UserError
 from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name, write_ladder
 from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
 from waveletgpt.runs.folder import RunFolder
+from waveletgpt.training import processes
 from waveletgpt.training.compare import compare, parse_arms
 from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.resuming import find_start
@@ -114,7 +114,7 @@ class Rung:
 
 def tokens_per_step(recipe: Recipe) -> int:
     """Tokens of one optimiser step, over all processes."""
-    sequences = recipe.batch_size * recipe.training.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    sequences = recipe.batch_size * recipe.training.accumulation * processes.count()
     return sequences * int(recipe.model_settings()["n_positions"])
 
 
@@ -148,8 +148,7 @@ def plan(
     """The rungs, by size and tokens: all that can be checked before data is prepared.
 
     Raises:
-        UserError: a size or a number of tokens that is none, or given twice; one rung only; fewer tokens than a batch
-        has;
+        UserError: a size or a number of tokens that is none, or given twice; one rung only; fewer tokens than a batch;
             arms or a sweep that set what the rungs do; an `out` that holds something else, or a ladder and no `resume`.
     """
     counts: dict[str, list[int]] = {}
@@ -248,7 +247,8 @@ def train_ladder(
 
     out = Path(out)
     at_once: dict[str, Any] = {"workers": workers, "engine": engine}
-    rungs = plan(recipe, out, arms=arms, sizes=sizes, tokens=tokens, seeds=seeds, grid=grid, resume=resume)
+    planned: dict[str, Any] = {"arms": arms, "sizes": sizes, "tokens": tokens, "seeds": seeds, "grid": grid}
+    rungs = processes.from_first(lambda: plan(recipe, out, **planned, resume=resume))
     check_data(store, rungs)
     ladder: dict[str, Any] = {}
     for size in dict.fromkeys(rung.size for rung in rungs):
@@ -256,13 +256,14 @@ def train_ladder(
         chosen = _tuned(own[0], store, out, data, list(arms), grid, at_once) if grid else list(arms)
         for rung in own:
             folder = out / rung.name
-            if not _finished(rung, store, folder, chosen, seeds):
+            if not processes.from_first(lambda f=folder, r=rung, c=chosen: _finished(r, store, f, c, seeds)):  # type: ignore[misc]
                 try:
                     compare(rung.recipe, store, folder, data=data, arms=chosen, seeds=seeds, resume=True, **at_once)
                 except Diverged as error:
-                    print(f"waveletgpt: {rung.name}: {error}", file=sys.stderr)
+                    if processes.first():
+                        print(f"waveletgpt: {rung.name}: {error}", file=sys.stderr)
                     continue
-            ladder = write_ladder(out)
+            ladder = processes.from_first(lambda: write_ladder(out))
     if not ladder:
         raise Diverged("no run of any rung came to its end: see above")
     return ladder
@@ -297,17 +298,22 @@ def _tuned(
 
     A ladder that is gone on with has its sweep already, perhaps at other tokens than the shortest of now.
     """
-    swept = [parse_rung(folder.name.removesuffix("-sweep")) for folder in out.glob("*-sweep")]
-    tokens = [place[1] for place in swept if place is not None and place[0] == rung.size]
-    if tokens:
-        rung = make_rung(rung.recipe, rung.size, min(tokens))
-    folder = out / rung.name
-    try:
-        record = json.loads((sweep_folder(folder) / SWEEP_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if record and record["grid"] == grid and record["fingerprint"] == store.fingerprint:
+
+    def look() -> tuple[Rung, list[str] | None]:
+        """The rung to sweep, and what its sweep has found if there was one."""
+        swept = [parse_rung(folder.name.removesuffix("-sweep")) for folder in out.glob("*-sweep")]
+        tokens = [place[1] for place in swept if place is not None and place[0] == rung.size]
+        place = make_rung(rung.recipe, rung.size, min(tokens)) if tokens else rung
+        try:
+            record = json.loads((sweep_folder(out / place.name) / SWEEP_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return place, None
+        if record["grid"] != grid or record["fingerprint"] != store.fingerprint:
+            return place, None
         known = [[arm for arm in variants(name, grid).values() if arm in record["arms"]] for name in arms]
-        if all(known):
-            return [found[0] for found in known]
-    return sweep(rung.recipe, store, folder, data=data, arms=arms, grid=grid, resume=True, **at_once)
+        return place, [found[0] for found in known] if all(known) else None
+
+    place, found = processes.from_first(look)
+    if found is not None:
+        return found
+    return sweep(place.recipe, store, out / place.name, data=data, arms=arms, grid=grid, resume=True, **at_once)

@@ -435,8 +435,7 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
             raise UserError("training.fsdp needs GPUs: on CPUs it would silently train with DDP; leave it out")
         if recipe.training.attention == "flex_attention":
             raise UserError("training.attention=flex_attention has no backward pass on CPUs; use sdpa or eager")
-        distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        return {"use_cpu": True, **({"ddp_backend": "gloo"} if distributed else {})}
+        return {"use_cpu": True, **({"ddp_backend": "gloo"} if processes.count() > 1 else {})}
     # Batches are in pinned memory: without waiting for their copies the CPU runs ahead of the GPU.
     return {"accelerator_config": {"non_blocking": True}} if available["cuda"] else {}
 
