@@ -247,6 +247,7 @@ def test_truncated_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.
         ("run.json", b'{"schema": 1, "data": 3}', "report", "run.json is damaged: data is 3"),
         ("run.json", b'{"schema": 1, "data": {}}', "evaluate", "run.json is damaged: it has no data.fingerprint"),
         ("run.json", b'{"schema": 1, "recipe": {"training": []}}', "info", r"run.json is damaged: training is \[\]"),
+        ("run.json", b'{"schema": 1, "arm": "a", "seed": 0, "status": "x"}', "info", "damaged: it has no command"),
     ],
 )
 def test_damaged_files_of_a_run_are_named(
@@ -257,6 +258,22 @@ def test_damaged_files_of_a_run_are_named(
     (tmp_path / "run" / file).write_bytes(content)
     assert run(command, tmp_path / "run") == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_damaged_figures_of_a_model_are_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "none-seed0", tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    whole = json.loads(file.read_text())
+    for name, value, message in (
+        ("parameters", None, r"damaged: it has no model\.parameters"),
+        ("windows", 3, r"what .*run\.json says of the model cannot be loaded"),
+        ("state_bytes", {}, r"what .*run\.json says of the model cannot be loaded"),
+    ):
+        file.write_text(json.dumps({**whole, "model": {**whole["model"], name: value}}))
+        assert run("info", tmp_path / "run") == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_damaged_weights_and_tokens_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

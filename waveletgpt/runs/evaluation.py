@@ -256,20 +256,34 @@ def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str
         except ValueError as error:
             raise UserError(f"model settings: {error}") from None
         with torch.device("meta"):
-            value = describe(kind(config))
+            rows = _model_rows(config, describe(kind(config)))
     elif Path(what).exists():
         run = RunFolder.open(what)
-        value = run.entry("model")
+        told = [run.entry(name) for name in ("arm", "seed", "status", "command")]
         with _damaged(f"the model in {run.model_path()}"):
             config = WaveletGPTConfig.from_pretrained(run.model_path())
-        info = run.info
-        print(f"run {run.path}: {info['arm']}, seed {info['seed']}, {info['status']}, {info['command']}")
+        value = {name: run.entry("model", name) for name in _TOLD_OF_MODELS}
+        with _damaged(f"what {run.path / 'run.json'} says of the model"):
+            rows = _model_rows(config, value)
+        print("run {}: {}, seed {}, {}, {}".format(run.path, *told))
     else:
         raise UserError(f'"{what}" is neither a preset ({", ".join(known)}) nor a run folder{suggest(what, known)}')
+    for name, text in rows:
+        print(f"{name:>21}: {text}")
+
+
+_TOLD_OF_MODELS = (
+    *("windows", "state_bytes", "parameters", "extra_parameters"),
+    *("flops_per_token", "mixing_flops_per_token"),
+)
+
+
+def _model_rows(config: WaveletGPTConfig, value: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `print_info` tells of a model; `value` has what `cost.describe` gives."""
     windows = value["windows"]
     counts = ", ".join(f"{w} x{windows.count(w)}" for w in dict.fromkeys(windows)) or "none"
     state = value["state_bytes"]
-    rows = [
+    return [
         (
             "architecture",
             f"{config.architecture}, {config.n_layer} blocks, E={config.n_embd}, {config.n_head} heads, "
@@ -296,5 +310,3 @@ def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str
             "at the full context, float32",
         ),
     ]
-    for name, text in rows:
-        print(f"{name:>21}: {text}")
