@@ -130,11 +130,7 @@ def states(report: Report, models: dict[str, Any], tokens: int) -> None:
         decode(model, cache, ids, tokens)
         mixing = keys_values = 0
         for layer in cache.layers:
-            held = getattr(layer, "conv_states", [])
-            held = (
-                held if isinstance(held, (list, tuple)) else list(held.values()) if isinstance(held, dict) else [held]
-            )
-            mixing += sum(state.nbytes for state in held if isinstance(state, torch.Tensor))
+            mixing += sum(state.last().nbytes for state in getattr(layer, "states", {}).values())
             keys_values += layer.keys.nbytes + layer.values.nbytes
         said = decoding_state_bytes(model.config, model.dtype.itemsize)
         rows.append([name, f"{mixing:,}", f"{said['mixing']:,}", f"{keys_values:,}", f"{said['keys_values']:,}"])

@@ -56,13 +56,12 @@ def test_parts_with_state_are_the_whole(kernels: str | None) -> None:
     documents = torch.tensor([[0] * 4 + [1] * 13, [1] * 6 + [2] * 9 + [3] * 2])
     whole_reach = reach_of(17, mask=documents)
     for reach in (None, whole_reach):
-        whole, state, parts = made(x, reach=reach), None, []
+        whole, state, parts = made(x, reach=reach), made.state(), []
         for first in range(0, 17, 5):
             part = slice(first, first + 5)
             here = None if reach is None else reach[:, part]
             parts.append(made(x[:, part], state=state, reach=here))
-            state = made.remember(x[:, part], state, here)
-            assert state.shape == (2, 7, 6)
+        assert state.last().shape == (2, 7, 6)
         real = documents > 0 if reach is not None else torch.ones_like(documents, dtype=torch.bool)
         torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
 
@@ -89,17 +88,16 @@ def test_partial_edges(kernels: str | None, size: int) -> None:
         g = made.gate[c].item() if kernels == "gate" else 1.0
         expected[b, t, c] += g * (mean - values[b, t, c])
     # Of a document that may have begun before, it says no more than that: the state tells how much there was.
-    reach, state, parts = reach_of(17, mask=documents), None, []
+    reach, state, parts = reach_of(17, mask=documents), made.state(), []
     assert reach is not None
     for first in range(0, 17, size):
         part = slice(first, first + size)
         parts.append(made(x[:, part], state, reach[:, part]))
-        state = made.remember(x[:, part], state, reach[:, part])
-        assert state.shape == (3, 7, 7)
+    assert state.last().shape == (3, 7, 7)
     real = documents > 0
     torch.testing.assert_close(torch.cat(parts, 1)[real], torch.from_numpy(expected)[real])
     # Without documents, also from the inputs themselves.
-    alone, half = made(x[:1]), made(x[:1, 9:], x[:1, :9, : made.n_mixed])
+    alone, half = made(x[:1]), made(x[:1, 9:], x[:1, :9])
     torch.testing.assert_close(alone, torch.from_numpy(expected[:1]))
     torch.testing.assert_close(half, alone[:, 9:])
 

@@ -124,8 +124,6 @@ def test_the_usual_aliases() -> None:
 def test_mix_layers(mix_layers: str | list[int], expected: list[bool]) -> None:
     config = tiny_config(n_layer=4, mix_layers=mix_layers)
     assert [config.mixes(layer) for layer in range(4)] == expected
-    # What transformers' caches go by: blocks that mix keep a state beside keys and values.
-    assert config.layer_types == ["hybrid" if mixes else "full_attention" for mixes in expected]
     assert not any(tiny_config(n_layer=4, mixing="none", mix_layers=mix_layers).mixes(layer) for layer in range(4))
 
 
@@ -159,7 +157,7 @@ def test_saved_and_loaded_it_is_the_same(settings: dict, tmp_path: Path) -> None
             ours.pop(bookkeeping, None), theirs.pop(bookkeeping, None)
         assert theirs == ours
         assert loaded.mix_windows() == config.mix_windows()
-        assert loaded.layer_types == config.layer_types
+        assert [loaded.mixes(layer) for layer in range(2)] == [config.mixes(layer) for layer in range(2)]
 
 
 def test_auto_config_knows_the_type() -> None:

@@ -16,15 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.registry import lookup_backend
-from transformers import CompileConfig, DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers import CompileConfig
 
 from tests.tiny import PAD, tiny_config, tiny_model, tokens
 from waveletgpt import WaveletGPTForCausalLM
 from waveletgpt.model.configuration import WAVELETS, window_schedule
-from waveletgpt.model.decoding import Clock, Layout
 from waveletgpt.model.mixing import MIXERS, DynamicConvolution, LearnableMean, Mixer, Smear
-from waveletgpt.ops import cpp
+from waveletgpt.model.state import State
+from waveletgpt.ops import cpp, reach_of
 
 PEERS = [kind for kind in MIXERS if kind not in ("fixed", "learnable", "wavelet")]
 
@@ -112,7 +111,7 @@ def test_mixer_equals_its_sum_and_leaves_the_rest_alone(kind: str, edge: str) ->
     for changes in ({}, {"mix_fraction": 1.0}, {"mix_fraction": 0.2, "mix_sharing": "level"}):
         mixer = make_mixer(kind, mix_edge=edge, **changes)
         hidden = torch.randn(2, 11, 16)
-        out = mixer(hidden, seen=torch.arange(1, 12)[None])
+        out = mixer(hidden)
         C = mixer.n_mixed
         np.testing.assert_allclose(
             out[..., :C].detach(), oracle(mixer, kind, hidden[..., :C].double().numpy(), edge), atol=1e-6
@@ -120,19 +119,13 @@ def test_mixer_equals_its_sum_and_leaves_the_rest_alone(kind: str, edge: str) ->
         assert torch.equal(out[..., C:], hidden[..., C:])
 
 
-def cached(mixer: Mixer, parts: Iterable[torch.Tensor], cache: LinearAttentionLayer, past: int = 0) -> torch.Tensor:
-    """`parts` (B, any, E) one after the other, on `past` tokens that are in the cache."""
-    done = []
-    for x in parts:
-        clock = Clock(Layout(mixer.windows, x.device), past, x.shape[1], x.shape[0]) if mixer.windows else None
-        seen = torch.arange(past + 1, past + x.shape[1] + 1)[None]
-        done.append(mixer(x, seen, cache=cache, clock=clock))
-        past += x.shape[1]
-    return torch.cat(done, 1)
+def in_parts(mixer: Mixer, parts: Iterable[torch.Tensor], state: State) -> torch.Tensor:
+    """`parts` (B, any, E) one after the other, on what is in the state."""
+    return torch.cat([mixer(x, state=state) for x in parts], 1)
 
 
-def layer_for(kind: str) -> LinearAttentionLayer:
-    return DynamicCache(config=tiny_config(mixing=kind)).layers[0]
+def state_for(mixer: Mixer, **settings: bool) -> State:
+    return State(mixer.past, mixer.edge == "partial", **settings)
 
 
 @given(
@@ -141,19 +134,61 @@ def layer_for(kind: str) -> LinearAttentionLayer:
     # Single tokens, and many of them, are what decoding is made of.
     chunks=st.lists(st.one_of(st.just(1), st.integers(1, 9)), min_size=1, max_size=25),
     learning=st.booleans(),
+    static=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_chunks_with_a_cache_are_the_whole(kind: str, edge: str, chunks: list[int], learning: bool) -> None:
+def test_chunks_with_a_state_are_the_whole(
+    kind: str, edge: str, chunks: list[int], learning: bool, static: bool
+) -> None:
     mixer = make_mixer(kind, mix_edge=edge)
     whole = torch.randn(2, sum(chunks), 16)
-    with torch.set_grad_enabled(learning):
-        parts = cached(mixer, whole.split(chunks, 1), layer_for(kind))
-    expected = mixer(whole, torch.arange(1, sum(chunks) + 1)[None])
-    torch.testing.assert_close(parts, expected, atol=1e-6, rtol=1e-5)
+    with torch.set_grad_enabled(learning and not static):
+        parts = in_parts(mixer, whole.split(chunks, 1), state_for(mixer, static=static))
+    torch.testing.assert_close(parts, mixer(whole), atol=1e-6, rtol=1e-5)
+
+
+@given(
+    kind=st.sampled_from(list(MIXERS)),
+    edge=st.sampled_from(["zero", "partial"]),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    padding=st.integers(0, 5),
+    chunk=st.integers(1, 30),
+    fraction=st.sampled_from([0.5, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_documents_in_a_row_are_each_alone(
+    kind: str, edge: str, lengths: list[int], padding: int, chunk: int, fraction: float
+) -> None:
+    """Packed, padded in front, whole or in chunks; and nothing flows back to another document, nor does a NaN."""
+    mixer = make_mixer(kind, mix_edge=edge, mix_fraction=fraction, **({"mix_row": 5} if kind == "bands" else {}))
+    documents = [torch.randn(1, length, 16) for length in lengths]
+    row = torch.cat([torch.full((1, padding, 16), 7.0), *documents], 1).requires_grad_()
+    numbers = torch.tensor([[0] * padding + [i + 1 for i, length in enumerate(lengths) for _ in range(length)]])
+    reach, expected = reach_of(row.shape[1], mask=numbers), torch.cat([mixer(one) for one in documents], 1)
+    whole = mixer(row, reach)
+    torch.testing.assert_close(whole[:, padding:], expected, atol=1e-5, rtol=1e-5)
+    state, parts = state_for(mixer), []
+    for first in range(0, row.shape[1], chunk):
+        parts.append(mixer(row[:, first : first + chunk], reach[:, first : first + chunk], state))
+    torch.testing.assert_close(torch.cat(parts, 1)[:, padding:], expected, atol=1e-5, rtol=1e-5)
+    last = numbers == len(lengths)
+    (gradient,) = torch.autograd.grad(whole[last].sum(), row)
+    assert torch.equal(gradient[~last], torch.zeros_like(gradient[~last]))
+    spoilt = torch.where(last[..., None], row, float("nan"))
+    torch.testing.assert_close(mixer(spoilt, reach)[last], whole[last], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", list(MIXERS))
-def test_gradients_flow_through_a_cache(kind: str) -> None:
+def test_both_directions_stay_within_a_document(kind: str) -> None:
+    mixer, x = make_mixer(kind, causal=False, mix_edge="partial"), torch.randn(1, 12, 16)
+    numbers = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
+    found = mixer(x, reach_of(12, mask=numbers))
+    for part in (slice(0, 5), slice(5, 9)):
+        torch.testing.assert_close(found[:, part], mixer(x[:, part]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(MIXERS))
+def test_gradients_flow_through_a_state(kind: str) -> None:
     mixer, whole = make_mixer(kind), torch.randn(2, 12, 16)
     weights = torch.randn(2, 12, 16)
 
@@ -163,7 +198,7 @@ def test_gradients_flow_through_a_cache(kind: str) -> None:
 
     expected = gradients(mixer)
     for gradient, other in zip(
-        gradients(lambda x: cached(mixer, x.split([4, 1, 1, 3, 1, 1, 1], 1), layer_for(kind))), expected, strict=True
+        gradients(lambda x: in_parts(mixer, x.split([4, 1, 1, 3, 1, 1, 1], 1), state_for(mixer))), expected, strict=True
     ):
         torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-5)
 
@@ -171,31 +206,48 @@ def test_gradients_flow_through_a_cache(kind: str) -> None:
 @pytest.mark.parametrize("kind", list(MIXERS))
 @torch.no_grad()
 def test_tokens_can_be_taken_back(kind: str) -> None:
-    mixer, cache, seen = make_mixer(kind, mix_edge="partial"), layer_for(kind), torch.arange(1, 31)[None]
+    mixer = make_mixer(kind, mix_edge="partial")
+    state = state_for(mixer)
     whole, wrong = torch.randn(2, 30, 16), torch.randn(2, 30, 16)
-    cached(mixer, whole[:, :9].split([5, 1, 1, 1, 1], 1), cache)
+    in_parts(mixer, whole[:, :9].split([5, 1, 1, 1, 1], 1), state)
     # Speculation: 4 tokens of which 2 were right, twice; then plain decoding again.
-    cache.activate_past_recording()
+    state.recording = True
     for past in (9, 11):
-        guess = torch.cat([whole[:, past : past + 2], wrong[:, :2]], 1)
-        cached(mixer, [guess], cache, past)
-        LinearAttentionLayer.crop(cache, -2)  # without keys and values, which this cache has none of
-    cache.record_past = False
-    parts = cached(mixer, whole[:, 13:].split([1, 1, 1, 4, *[1] * 10], 1), cache, 13)
-    torch.testing.assert_close(parts, mixer(whole, seen)[:, 13:], atol=1e-6, rtol=1e-5)
-    # And the cache can be used again.
-    LinearAttentionLayer.reset(cache)
-    parts = cached(mixer, wrong.split([3, 1, 1, 20, 1, 1, 3], 1), cache)
-    torch.testing.assert_close(parts, mixer(wrong, seen), atol=1e-6, rtol=1e-5)
+        in_parts(mixer, [torch.cat([whole[:, past : past + 2], wrong[:, :2]], 1)], state)
+        state.crop(2)
+    parts = in_parts(mixer, whole[:, 13:].split([1, 1, 1, 4, *[1] * 10], 1), state)
+    torch.testing.assert_close(parts, mixer(whole)[:, 13:], atol=1e-6, rtol=1e-5)
+    # And the state can be used again.
+    state.reset()
+    parts = in_parts(mixer, wrong.split([3, 1, 1, 20, 1, 1, 3], 1), state)
+    torch.testing.assert_close(parts, mixer(wrong), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_rounding_does_not_add_up() -> None:
-    mixer, cache = make_mixer("fixed"), layer_for("fixed")
+    mixer = make_mixer("fixed")
     whole = torch.randn(1, 3000, 16)
     whole[:, 5] *= 1e6  # as large as a first token's values get
-    parts = cached(mixer, whole.split([4, *[1] * 2996], 1), cache)
+    parts = in_parts(mixer, whole.split([4, *[1] * 2996], 1), state_for(mixer))
     torch.testing.assert_close(parts[:, 20:], mixer(whole)[:, 20:], atol=1e-6, rtol=1e-6)
+
+
+@given(
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    needed=st.integers(1, 30),
+    static=st.booleans(),
+    learning=st.booleans(),
+)
+@settings(deadline=None)
+def test_a_state_holds_the_last_inputs_in_order(chunks: list[int], needed: int, static: bool, learning: bool) -> None:
+    state, whole = State(needed, static=static), torch.randn(2, sum(chunks), 3)
+    with torch.set_grad_enabled(learning):
+        for i, part in enumerate(whole.split(chunks, 1)):
+            state.append(part)
+            seen = whole[:, : sum(chunks[: i + 1])]
+            kept = seen[:, -needed:]
+            zeros = torch.zeros(2, needed - kept.shape[1] if static else 0, 3)
+            assert torch.equal(state.last(), torch.cat([zeros, kept], 1))
 
 
 @pytest.mark.parametrize("name", WAVELETS)
@@ -230,45 +282,19 @@ def test_haars_approximations_are_means_and_details_what_they_leave_out() -> Non
     torch.testing.assert_close(parts["approximation"] + parts["detail"], finer(hidden)[..., : finer.n_mixed])
 
 
-@given(
-    windows=st.lists(st.integers(0, 4), min_size=1, max_size=6),
-    past=st.integers(0, 40),
-    tokens=st.integers(1, 20),
-)
-def test_a_row_holds_the_last_inputs_of_each_window(windows: list[int], past: int, tokens: int) -> None:
-    windows = [2**k for k in sorted(windows)]
-    inputs = torch.arange(1.0, past + tokens + 1)[None, :, None] + torch.arange(len(windows)) / 10
-    layout = Layout(windows, inputs.device)
-    row = Clock(layout, past, tokens, 1).pack(inputs)
-    assert row.shape == (1, sum(windows))
-    for values, c, w in zip(row[0].split(windows), range(len(windows)), windows, strict=True):
-        kept = inputs[0, -w:, c].tolist()
-        assert sorted(values.tolist()) == sorted(kept + [0.0] * (w - len(kept)))
-    # Where the next pass finds them.
-    for past_ in (past + tokens, torch.tensor(past + tokens)):
-        again = Clock(layout, past_, 3, 1).unpack(row)
-        assert again.shape == (1, max(windows), len(windows))
-        for c, w in enumerate(windows):
-            kept = inputs[0, -w:, c].tolist()
-            assert again[0, -w:, c].tolist() == [0.0] * (w - len(kept)) + kept
-
-
 @pytest.mark.parametrize("kind", ["fixed", "learnable", "conv"])
 def test_many_sequences_decode_as_one_does(kind: str) -> None:
-    # Sums are taken in another way where there are many.
     mixer = MIXERS[kind](tiny_config(mixing=kind, max_window=256))
     whole = torch.randn(200, 6, 16)
-    config = tiny_config(mixing=kind)
     with torch.no_grad():
-        caches = [DynamicCache(config=config).layers[0] for _ in range(2)]
-        many = cached(mixer, whole.split([3, 1, 1, 1], 1), caches[0])
-        one = cached(mixer, whole[7:8].split([3, 1, 1, 1], 1), caches[1])
+        many = in_parts(mixer, whole.split([3, 1, 1, 1], 1), state_for(mixer))
+        one = in_parts(mixer, whole[7:8].split([3, 1, 1, 1], 1), state_for(mixer))
     torch.testing.assert_close(many[7:8], one, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 @pytest.mark.parametrize("sharing", ["coordinate", "level"])
-@pytest.mark.parametrize("kind", ["fixed", "learnable", "wavelet"])
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "wavelet", "conv"])
 @pytest.mark.parametrize(("fraction", "longest", "batch"), [(0.5, 4, 1), (0.5, 256, 3), (1.0, 64, 2), (0.2, 8, 1)])
 def test_a_token_in_one_call_is_the_same(
     kind: str, sharing: str, fraction: float, longest: int, batch: int, monkeypatch: pytest.MonkeyPatch
@@ -278,24 +304,14 @@ def test_a_token_in_one_call_is_the_same(
     for kernel in mixer.parameters():
         torch.nn.init.normal_(kernel)
     parts = [torch.randn(batch, tokens, 16) for tokens in (longest, *[1] * 30)]
-    calls = []
-    for name in ("step_mean", "step_filter"):
-        step = getattr(cpp, name)
-        monkeypatch.setattr(cpp, name, lambda *a, step=step: calls.append(a[-1]) or step(*a))
-    layers = [DynamicCache(config=tiny_config(mixing=kind)).layers[0] for _ in range(3)]
+    results, newest = [], cpp.newest
+    monkeypatch.setattr(cpp, "newest", lambda *a: results.append(newest(*a)) or results[-1])
     with torch.no_grad():
-        done = [cached(mixer, parts, layers[0])]
-        assert calls == list(range(longest, longest + 30))
-        # Half of the tokens by it and half without: one state serves both.
-        half = [cached(mixer, parts[:16], layers[1])]
-        monkeypatch.setattr("waveletgpt.model.mixing.cpp", None)
-        done.append(torch.cat([*half, cached(mixer, parts[16:], layers[1], longest + 15)], 1))
-        done.append(cached(mixer, parts, layers[2]))
-    assert len(calls) == 45
-    for i in range(mixer.n_states):
-        torch.testing.assert_close(layers[0].conv_states[i], layers[2].conv_states[i])
-    for y in done[:2]:
-        torch.testing.assert_close(y, done[2], atol=1e-5, rtol=1e-5)
+        one_call = in_parts(mixer, parts, state_for(mixer))
+        assert len(results) == 30
+        assert all(result is not None for result in results)
+        monkeypatch.setattr(cpp, "newest", lambda *_: None)
+        torch.testing.assert_close(one_call, in_parts(mixer, parts, state_for(mixer)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "learnable", "wavelet", "ema"])
@@ -321,8 +337,8 @@ def test_padding_in_front_changes_nothing(kind: str) -> None:
     mixer = make_mixer(kind, mix_edge="partial")
     x = torch.randn(1, 9, 16)
     mask = torch.tensor([[0, 0, 0] + [1] * 9])
-    padded = mixer(torch.cat([torch.full((1, 3, 16), 1e3), x], 1), (mask.cumsum(-1)).clamp(min=1), mask)
-    torch.testing.assert_close(padded[:, 3:], mixer(x, torch.arange(1, 10)[None]), atol=1e-6, rtol=1e-5)
+    padded = mixer(torch.cat([torch.full((1, 3, 16), 1e3), x], 1), reach_of(12, mask=mask))
+    torch.testing.assert_close(padded[:, 3:], mixer(x), atol=1e-6, rtol=1e-5)
 
 
 def test_ema_decays_are_spread_evenly_within_0_and_1() -> None:
@@ -339,7 +355,7 @@ def test_the_edge_rule_is_for_means(kind: str) -> None:
     zero = make_mixer(kind, mix_edge="zero")
     torch.manual_seed(0)
     partial = make_mixer(kind, mix_edge="partial")
-    assert torch.equal(zero(hidden, torch.arange(1, 7)[None]), partial(hidden, torch.arange(1, 7)[None]))
+    assert torch.equal(zero(hidden), partial(hidden))
 
 
 @pytest.mark.parametrize("sharing", ["coordinate", "level"])

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, E embedding, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask
 
 from tests.tiny import PAD, VOCAB, tiny_config, tiny_model, tokens
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM, WaveletGPTModel
 from waveletgpt.model import cost
+from waveletgpt.model.configuration import SITES
+from waveletgpt.model.decoding import reach_told
 from waveletgpt.model.mixing import MIXERS, Mixer
 from waveletgpt.model.modeling import sinusoids
 
@@ -292,28 +296,44 @@ def test_prepared_masks_do_what_the_plain_mask_does() -> None:
     mask[1, :4] = 0
     for mixing in ("none", "fixed"):
         model, ids = tiny_model(mixing=mixing), tokens()
-        masks = model.create_masks_for_generate(model.config, model.model.embed_tokens(ids), mask, None)
+        made = create_causal_mask(model.config, model.model.embed_tokens(ids), mask, None)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        prepared = model(ids, attention_mask=masks, position_ids=positions).logits
+        prepared = model(ids, attention_mask=made, position_ids=positions, wavelet_padding=mask).logits
         torch.testing.assert_close(prepared[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], **CLOSE)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_packed_documents_are_each_document_alone(mixing: str, architecture: str, attention: str) -> None:
+    """Positions that start again keep attention and mixing, at every site, within a document."""
+    model = tiny_model(
+        mixing=mixing, architecture=architecture, mix_placement="+".join(SITES), attn_implementation=attention
+    )
+    documents = [tokens(1, length, seed=length) for length in (5, 1, 9)]
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
+    packed = model(torch.cat(documents, 1), position_ids=positions).logits
+    torch.testing.assert_close(packed, torch.cat([model(document).logits for document in documents], 1), **CLOSE)
+
+
 @pytest.mark.parametrize(
-    "packing",
+    ("told", "begins"),
     [
-        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
-        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "attention_mask": torch.ones(1, 6, dtype=torch.long)},
-        {"position_ids": torch.tensor([[0, 0, 0, 1, 2, 3]])},  # documents of one token
-        {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
-        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, [0, 3]),
+        ({"position_ids": torch.tensor([[0, 0, 0, 1, 2, 3]])}, [0, 1, 2]),  # documents of one token
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, [0, 3]),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}, [0, 3]),
     ],
 )
-def test_packed_documents_are_refused(packing: dict[str, torch.Tensor]) -> None:
-    ids = tokens(1, 6)
-    with pytest.raises(ValueError, match="several documents in a row"):
-        tiny_model()(ids, **packing)
-    if "position_ids" in packing:
-        tiny_model(mixing="none")(ids, **packing)
+def test_all_ways_to_say_where_documents_begin(told: dict[str, torch.Tensor], begins: list[int]) -> None:
+    ids, x = tokens(1, 6), torch.randn(1, 6, 16)
+    mixer = tiny_model().model.blocks[0].mixers[0]
+    parts = [mixer(x[:, first:end]) for first, end in itertools.pairwise([*begins, 6])]
+    torch.testing.assert_close(mixer(x, reach_told(ids, None, dict(told))), torch.cat(parts, 1), **CLOSE)
+    # Not where an attention mask says that all is one text: attention sees all of it then, too.
+    if "position_ids" in told:
+        whole = reach_told(ids, torch.ones(1, 6, dtype=torch.long), dict(told))
+        torch.testing.assert_close(mixer(x, whole), mixer(x), **CLOSE)
 
 
 def test_attention_of_serving_engines_is_refused() -> None:
@@ -428,8 +448,8 @@ def test_saved_and_loaded_it_gives_the_same_logits(settings: dict, tmp_path: Pat
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors",
-        "classifier.py", "configuration.py", "decoding.py", "frames.py", "mixing.py", "modeling.py", "reference.py",
-        "wavelets.py",
+        "classifier.py", "configuration.py", "decoding.py", "frames.py", "mixer.py", "mixing.py", "modeling.py",
+        "reference.py", "state.py", "wavelets.py",
     }  # fmt: skip
     logits = model(ids).logits
     for loader in (WaveletGPTForCausalLM, AutoModelForCausalLM):
@@ -478,6 +498,7 @@ def test_what_is_uploaded_includes_the_code(tmp_path: Path, monkeypatch: pytest.
         "model.safetensors",
         "modeling.py",
         "configuration.py",
+        "mixer.py",
         "mixing.py",
         "decoding.py",
         "reference.py",
@@ -529,7 +550,7 @@ def test_decoding_state_has_the_stated_size(mixing: str, placement: str) -> None
     held = {"keys_values": 0, "mixing": 0}
     for layer in cache.layers:
         held["keys_values"] += layer.keys.nbytes + layer.values.nbytes
-        held["mixing"] += sum(state.nbytes for state in getattr(layer, "conv_states", {}).values())
+        held["mixing"] += sum(state.last().nbytes for state in getattr(layer, "states", {}).values())
     assert cost.decoding_state_bytes(model.config, itemsize=4) == held
 
 

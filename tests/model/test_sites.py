@@ -210,9 +210,9 @@ def test_decoding_with_the_cache_is_recomputing_at_every_site(mixing: str) -> No
 def test_tokens_can_be_taken_back_at_every_site(mixing: str) -> None:
     model, ids = tiny_model(mixing=mixing, mix_placement="embedding+key+mlp_output", max_window=4), tokens(2, 14)
     cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
     with torch.no_grad():
         model(ids[:, :8], past_key_values=cache)
+        cache.activate_past_recording()
         model(tokens(2, 3), past_key_values=cache)
         for layer in cache.layers:
             layer.crop(-3)

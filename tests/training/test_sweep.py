@@ -79,6 +79,18 @@ def test_shortened_trials_are_no_runs(tmp_path: Path) -> None:
     assert arms[0] in ("none:lr=1e-3", "none:lr=3e-3")
 
 
+def test_a_recipe_file_is_an_arm_like_others(tmp_path: Path) -> None:
+    """It is given as a path and called by its name."""
+    (tmp_path / "mine.yaml").write_text("mixing: fixed\nmodel:\n  max_window: 2\n")
+    arms, grid = ["none", str(tmp_path / "mine.yaml")], {"lr": ["1e-3", "3e-3"]}
+    store, recipe = make_store(tmp_path), tiny_recipe()
+    best = sweep(recipe, store, tmp_path / "out", data="words.txt", arms=arms, grid=grid, steps=3)
+    summary = compare(recipe, store, tmp_path / "out", data="words.txt", arms=best)
+    mine = [name for name in summary["arms"] if name.startswith("mine:lr=")]
+    assert len(mine) == 1
+    assert list(summary["sweep"]["arms"])[1] == mine[0]
+
+
 @given(st.dictionaries(st.sampled_from([f"{k}e-3" for k in range(1, 9)]), st.floats(0.1, 9), min_size=2))
 def test_the_choice_is_the_lowest_loss_and_tells_of_edges(losses: dict[str, float]) -> None:
     found = choose({(value,): loss for value, loss in losses.items()}, {"lr": list(losses)})

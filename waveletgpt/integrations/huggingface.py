@@ -4,16 +4,16 @@ Classes are made at run time, subclasses of the model's own, and assigned to `__
 names and the library its ways:
 
 - a decoder layer does as before and then mixes, inside gradient checkpointing;
-- a cache layer also keeps the mixer's last inputs, beside keys and values;
-- the model hands its padding mask on past `generate`'s own masks, and saves and loads;
+- the model decodes with states in its cache, and saves and loads;
 - its configuration has another `model_type` on disk, so that nothing loads the model without mixing, unnoticed.
 
 One hook, before the forward pass of the module that owns the layers, makes of padding and documents how far back each
 token may look (`reach`), and hands it to the layers as a keyword argument: recomputation then sees its own.
 
-This file and `module.py` travel in checkpoints, with the operator's definition, and import nothing else.
+What decoding remembers, and what a forward pass is told, is as in the models of this package (model/decoding.py). This
+file, `module.py` and that one travel in checkpoints, with the operator's definition, and import nothing else.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates, S inputs that came before, D what each of them takes.
+Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -41,17 +40,22 @@ from .module import WaveletMixing
 
 try:
     from waveletgpt.errors import UserError
-    from waveletgpt.ops import reach_of
+    from waveletgpt.model.decoding import MixingGeneration, check_attention, has_states, reach_told, upgrade_cache
 except ImportError:
-    # A checkpoint brings the operator's definition and nothing else.
-    from .reference import reach_of  # type: ignore[import-not-found, no-redef]
+    # A checkpoint brings the files that are named with a dot.
+    from .decoding import (  # type: ignore[import-not-found, no-redef]
+        MixingGeneration,
+        check_attention,
+        has_states,
+        reach_told,
+        upgrade_cache,
+    )
 
     UserError = ValueError  # type: ignore[assignment, misc]
 
 MIXINGS: dict[str, str | None] = {"fixed": None, "learnable": "learnable", "delta": "delta", "gate": "gate"}
 ON_DISK = "wavelet_mixed"
 REACH = "wavelet_reach"  # the layers' keyword argument: a tuple of one, so that None can be told from nothing
-PADDING = "wavelet_padding"  # the model's: its 2-D mask, beside one that is made already
 CACHES = ("past_key_values", "layer_past", "past_key_value")  # a layer's names for the cache
 
 
@@ -171,6 +175,7 @@ def _install(model: Any, settings: dict[str, Any]) -> None:
         layer.__class__ = mixed_layer(kind)
         layer.wavelet_layer_idx = i
         layer.wavelet_mixing = mixer
+    owner._wavelet_layers = name
     owner._wavelet_arguments = tuple(inspect.signature(type(owner).forward).parameters)[1:]
     owner.register_forward_pre_hook(_tell_layers, with_kwargs=True)
 
@@ -216,53 +221,15 @@ def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     inputs = given.get("input_ids")
     if inputs is None:
         inputs = given["inputs_embeds"]
-    tokens = inputs.shape[1]
-    attention = owner.config._attn_implementation or ""
-    if attention.startswith(("paged", "vllm", "sglang")):
-        raise UserError(f"attention {attention!r} has a cache of its own, which keeps no mixing states: use generate()")
-    _check_whole_sequences(attention)
+    check_attention(owner.config._attn_implementation)
     cache = given.get("past_key_values")
     if cache is not None:
-        upgrade_cache(cache)
-    kwargs = dict(kwargs)
-    mask = given.get("attention_mask")
-    if PADDING in kwargs:
-        mask = kwargs.pop(PADDING)
-    elif isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
-        if tokens > 1:
-            raise UserError(
-                "attention_mask is made for attention already and doesn't say which tokens are padding: give the 2-D "
-                f"one, or {PADDING}=(B, T) beside it (None for no padding)"
-            )
-        mask = None  # decoding goes on with a real token
-    bounds: dict[str, Tensor] = {}
-    cu_seqlens = given.get("cu_seq_lens_q")
-    if cu_seqlens is not None and inputs.shape[0] == 1:
-        bounds["cu_seqlens"] = cu_seqlens
-    elif given.get("seq_idx") is not None:
-        bounds["seq_idx"] = given["seq_idx"]
-    elif mask is None and tokens > 1 and getattr(given.get("position_ids"), "ndim", 0) == 2:
-        # As attention does it: positions tell documents apart where no mask says otherwise.
-        bounds["positions"] = given["position_ids"]
-    if mask is not None:
-        if mask.shape[1] < tokens:
-            raise UserError(f"attention_mask has {mask.shape[1]} tokens: give at least the {tokens} of this call")
-        # Asking costs less than mixing with limits, but would break a graph in two.
-        if torch.compiler.is_compiling() or not bool((mask[:, -tokens:] == 1).all()):
-            bounds["mask"] = mask
-    kwargs[REACH] = (reach_of(tokens, **bounds),)  # type: ignore[arg-type]
+        upgrade_cache(cache, len(getattr(owner, owner._wavelet_layers)))
+    told = {**given}
+    reach = reach_told(inputs, given.get("attention_mask"), told)
+    kwargs = {name: value for name, value in kwargs.items() if name in told}
+    kwargs[REACH] = (reach,)
     return args, kwargs
-
-
-@torch.compiler.assume_constant_result
-def _check_whole_sequences(attention: str) -> None:
-    """Refuse to run where processes have parts of a sequence each; all ways to do so replace attention by their own."""
-    functions = (nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS.get(attention))
-    if any(_is_from(package, f) for package in ("torch.distributed", "deepspeed") for f in functions):
-        raise UserError(
-            "context and sequence parallelism give each process a part of the sequence, where mixing can't see the "
-            "tokens before: use data parallelism (DDP, FSDP) instead"
-        )
 
 
 # Decoder layers.
@@ -295,10 +262,10 @@ class MixedLayer:
                     f"the cache, a {type(cache).__name__}, keeps nothing for block {self.wavelet_layer_idx}, so that "
                     "mixing states have no place in it: use this model with use_cache=False"
                 )
-            if not _mixes(cache.layers[self.wavelet_layer_idx]):  # it was made in this forward pass
+            if not has_states(cache.layers[self.wavelet_layer_idx]):  # it was made in this forward pass
                 upgrade_cache(cache, empty=True)
-            state = cache.layers[self.wavelet_layer_idx].mix_update(hidden, mixer, reach)
-        hidden = mixer(hidden, state=state, reach=reach)
+            state = cache.layers[self.wavelet_layer_idx].state("block", mixer.past, mixer.edge == "partial")
+        hidden = mixer(hidden, state, reach)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -317,168 +284,17 @@ def mixed_layer(base: type) -> type:
     return type(base.__name__, (MixedLayer, base), fields)
 
 
-# Cache layers.
-
-
-@lru_cache(None)
-def mixed_cache_layer(base: Any) -> type:
-    """A cache layer that also keeps the last inputs of the layer's mixer.
-
-    Made by inheriting once: Python can't assign a class with another base besides to `__class__` here, for cache
-    layers derive from ABC.
-    """
-
-    class Mixed(base):
-        # Inherited, it would put this class in transformers' table of all kinds of layers.
-        _layer_type = None
-        mixes = True
-        mix_state: Tensor | None = None  # (B, S, D), or all inputs since recording began
-        mix_past = 0
-        record_past = False
-
-        def mix_update(self, hidden: Tensor, mixer: WaveletMixing, reach: Tensor | None) -> Tensor:
-            """Take in hidden (B, T, E); gives what is kept of the inputs before them, (B, S, D)."""
-            x, old, past = mixer.inputs(hidden), self.mix_state, mixer.past
-            self.mix_past = past
-            if old is None:
-                old = x.new_zeros(x.shape[0], past, x.shape[2])
-            whole = torch.cat([old, x], dim=1)
-            before = whole[:, old.shape[1] - past : old.shape[1]]  # of the copy: `old` may be written to below
-            new = mixer.forget(whole, reach)
-            if self.record_past:
-                self.mix_state = new
-                return before
-            new = new[:, new.shape[1] - past :]
-            if not self.is_compileable:
-                self.mix_state = new.clone()  # or the view would keep all inputs
-            elif self.mix_state is not None and self.mix_state.shape == new.shape:
-                self.mix_state.copy_(new)  # a compiled graph knows the address
-            else:
-                self.mix_state = new.detach().clone()
-                if not torch.compiler.is_compiling():
-                    torch._dynamo.mark_static_address(self.mix_state)
-            return before
-
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            if self.mix_state is not None:
-                self.mix_state = self.mix_state.index_select(0, beam_idx.to(self.mix_state.device))
-
-        def reset(self) -> None:
-            super().reset()
-            if self.mix_state is not None and self.is_compileable:
-                self.mix_state.zero_()
-            else:
-                self.mix_state = None
-
-        def activate_past_recording(self) -> None:
-            parent = getattr(super(), "activate_past_recording", None)
-            if parent is not None:
-                parent()
-            self.record_past = True
-
-        def crop(self, tokens_to_remove: int) -> None:
-            if not hasattr(super(), "crop"):
-                raise UserError(f"{base.__name__} cannot take tokens back: use a DynamicCache")
-            state = self.mix_state
-            if state is None:
-                super().crop(tokens_to_remove)
-                return
-            back = -tokens_to_remove
-            if back < 0:
-                raise UserError(f"crop({tokens_to_remove}): with mixing, give how many tokens to remove, as -{-back}")
-            if back > state.shape[1] - self.mix_past:
-                raise UserError(
-                    f"mixing can't take back {back} tokens: call cache.activate_past_recording() before the forward "
-                    "pass that is to be undone"
-                )
-            super().crop(tokens_to_remove)
-            self.mix_state = state[:, : state.shape[1] - back]
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            if self.mix_state is not None:
-                self.mix_state = self.mix_state.repeat_interleave(repeats, 0)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            if self.mix_state is not None:
-                self.mix_state = self.mix_state[indices]
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            return _rebuild, ("cache", base), self.__dict__
-
-    Mixed.__name__ = Mixed.__qualname__ = f"Mixed{base.__name__}"
-    return Mixed
-
-
-def _mixes(layer: Any) -> bool:
-    return getattr(layer, "mixes", False)
-
-
-def upgrade_cache(cache: Any, *, empty: bool = False) -> None:
-    """Give every layer of a cache room for the mixer's inputs, in place.
-
-    Raises:
-        UserError: a cache of another kind, or one that holds tokens of a model without mixing (unless `empty` says
-            that it was empty before this forward pass).
-    """
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise UserError(f"past_key_values is a {type(cache).__name__}: mixing needs a DynamicCache or StaticCache")
-    kind = cache.layer_class_to_replicate
-    if kind is not None and not _mixes(kind):
-        cache.layer_class_to_replicate = mixed_cache_layer(kind)
-    if all(map(_mixes, cache.layers)):
-        return
-    if not empty and cache.get_seq_length() > 0:
-        raise UserError(
-            "past_key_values holds tokens but no mixing states: a model without mixing filled it (prefix tuning, or "
-            "a prompt's cache from before add_mixing); fill it with this model"
-        )
-    for layer in cache.layers:
-        if not _mixes(layer):
-            base: Any = type(layer)
-            layer.__class__ = mixed_cache_layer(base)
-
-
 # The model.
 
 
-class MixedCausalLM:
+class MixedCausalLM(MixingGeneration):
     """What a causal language model does besides; mixed in before its class."""
-
-    _supports_attention_backend = False  # vLLM and SGLang would decode without the states
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "wavelet_mixing", None) is None:
             raise UserError(f"{type(self).__name__} needs a config that says how to mix: use add_mixing on the model")
         _install(self, config.wavelet_mixing)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            upgrade_cache(cache)
-            if generation_config.is_assistant:  # its guesses will be taken back
-                cache.activate_past_recording()
-        return out
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, attention_mask=attention_mask, **kwargs
-        )
-        new = inputs.get("input_ids")
-        tokens = (inputs["inputs_embeds"] if new is None else new).shape[1]
-        prepared = inputs.get("attention_mask")
-        if tokens > 1 and (isinstance(prepared, dict) or (isinstance(prepared, Tensor) and prepared.ndim != 2)):
-            flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-            inputs[PADDING] = attention_mask[:, -tokens:].contiguous() if flat else None
-        return inputs
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]
@@ -507,7 +323,7 @@ def mixed_root(base: Any) -> Any:
 
 def _rebuild(kind: str, base: type) -> Any:
     """An empty instance, for pickle and copy: they find no run-time class by its name."""
-    make = {"layer": mixed_layer, "cache": mixed_cache_layer, "root": mixed_root, "config": mixed_config}[kind]
+    make = {"layer": mixed_layer, "root": mixed_root, "config": mixed_config}[kind]
     made = make(base)
     return made.__new__(made)
 
@@ -541,12 +357,12 @@ class MixedConfig:
 
 
 def _checkpoint_files() -> list[Path]:
-    """What a checkpoint carries: this file and those that it imports, in the package or in a checkpoint."""
+    """What a checkpoint carries: this file and those that it needs, in the package or in a checkpoint."""
     here = Path(__file__).resolve().parent
-    definition = here.parent / "ops" / "reference.py" if (here / "__init__.py").exists() else here / "reference.py"
-    if not definition.exists():
-        definition = here / "reference.py"
-    return [here / "huggingface.py", here / "module.py", definition]
+    ours = [here / "huggingface.py", here / "module.py"]
+    names = ("model/decoding.py", "model/state.py", "ops/reference.py")
+    in_package = (here / "__init__.py").exists() and (here.parent / names[0]).exists()
+    return ours + [here.parent / name if in_package else here / Path(name).name for name in names]
 
 
 @lru_cache(None)

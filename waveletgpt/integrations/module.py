@@ -2,8 +2,7 @@
 
 It needs torch alone. This file also travels in checkpoints of models that have mixing added.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), S inputs that came before, D what each
-of them takes (C, or C + 1), n coordinates that share the window w.
+Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), n coordinates that share the window w.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
+    from waveletgpt.model.state import State
     from waveletgpt.ops import wavelet_mix
 except ImportError:
-    # A checkpoint brings the operator's definition and nothing else.
+    # A checkpoint brings this, and of the operator the definition.
     from .reference import wavelet_mix  # type: ignore[import-not-found, no-redef]
+    from .state import State  # type: ignore[import-not-found, no-redef]
 
 KERNELS = (None, "learnable", "delta", "gate")
 EDGES = ("zero", "partial")
@@ -109,13 +110,19 @@ class WaveletMixing(nn.Module):
                 taps.append(part + F.pad(part.new_ones(1), (0, window - 1)))
         return taps
 
-    def forward(self, x: Tensor, state: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
+    def state(self, recording: bool = False) -> State:
+        """An empty memory of the inputs before, for decoding and for chunks; `forward` reads it and takes x in.
+
+        With `recording` it keeps all inputs, so that `State.crop` can take tokens back.
+        """
+        return State(self.past, self.edge == "partial", recording)
+
+    def forward(self, x: Tensor, state: State | Tensor | None = None, reach: Tensor | None = None) -> Tensor:
         """Mix hidden states.
 
         Args:
             x: (B, T, E).
-            state: (B, S, D) what `remember` gave for the tokens before, or these themselves, (B, any, C); None at the
-                start.
+            state: of the tokens before, which takes these in; or their hidden states, (B, any, E); None at the start.
             reach: (B or 1, T) how many tokens before each one belong to its document, of `waveletgpt.ops.reach_of`.
 
         Returns:
@@ -123,45 +130,19 @@ class WaveletMixing(nn.Module):
         """
         if x.dim() != 3 or x.shape[2] != self.n_embd:
             raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, tokens, {self.n_embd})")
+        if isinstance(state, Tensor):
+            earlier, state = state, self.state()
+            if earlier.dim() != 3 or earlier.shape[::2] != x.shape[::2]:
+                raise ValueError(f"state has shape {tuple(earlier.shape)}: give ({len(x)}, any, {self.n_embd}), as x")
+            state.append(earlier[..., : self.n_mixed])
         mixed, rest = x.split([self.n_mixed, self.n_embd - self.n_mixed], dim=2)
-        if state is not None and state.shape[2] > self.n_mixed:
-            state, there = state.split([self.n_mixed, 1], dim=2)
-            seen = there.sum(1, dtype=torch.int64) + torch.arange(x.shape[1], device=x.device)
-            reach = seen if reach is None else torch.minimum(reach, seen)
-        y = wavelet_mix(mixed, self.windows, self.taps(), edge=self.edge, state=state, reach=reach)
+        before, within = (None, reach) if state is None else state.recall(mixed, reach)
+        y = wavelet_mix(mixed, self.windows, self.taps(), edge=self.edge, state=before, reach=within)
+        if state is not None and self.past:
+            state.append(mixed, reach)
         if self.kernels == "gate":
             y = mixed + self.gate.to(x.dtype) * (y - mixed)
         return torch.cat([y, rest], dim=2)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """(B, T, D) what is to be remembered of `x` (B, T, E).
-
-        That is the C mixed coordinates, and with `edge="partial"` a 1 that tells them from what never was.
-        """
-        mixed = x[..., : self.n_mixed]
-        return F.pad(mixed, (0, 1), value=1.0) if self.edge == "partial" else mixed
-
-    def remember(self, x: Tensor, state: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
-        """(B, S, D) what tokens after `x` need of the inputs, given those before it; S is always `past`.
-
-        Arguments as for `forward`. What the last token does not reach is 0.
-        """
-        new = self.inputs(x)
-        if state is None:
-            state = new[:, :0]
-        elif state.shape[2] < new.shape[2]:
-            state = F.pad(state, (0, 1), value=1.0)
-        if state.shape[1] < self.past:
-            state = F.pad(state, (0, 0, self.past - state.shape[1], 0))
-        return self.forget(torch.cat([state, new], dim=1), reach)[:, x.shape[1] + state.shape[1] - self.past :]
-
-    @staticmethod
-    def forget(inputs: Tensor, reach: Tensor | None) -> Tensor:
-        """`inputs` (B, any, D) up to the last token of `reach`; those beyond its reach are 0."""
-        if reach is None:
-            return inputs
-        ago = torch.arange(inputs.shape[1] - 1, -1, -1, device=inputs.device)
-        return torch.where((ago <= reach[:, -1:]).unsqueeze(2), inputs, 0)
 
     def extra_repr(self) -> str:
         windows = [window for window, _ in self.groups]

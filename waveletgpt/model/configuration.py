@@ -344,25 +344,6 @@ class WaveletGPTConfig(PreTrainedConfig):
             shutil.copyfile(source, there / source.name)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    # What the cache of transformers asks for: blocks that mix remember inputs beside keys and values.
-
-    def remembers(self, layer: int) -> bool:
-        """Whether the cache of block `layer` holds states of mixers. The embedding's are in the first block's."""
-        return self.mixes(layer) or (layer == 0 and "embedding" in self.sites)
-
-    @property
-    def layer_types(self) -> list[str]:
-        return ["hybrid" if self.remembers(layer) else "full_attention" for layer in range(self.n_layer)]
-
-    @property
-    def number_of_conv_states(self) -> int:
-        return len(self.sites) * self.filter.n_states if self.sites else 1
-
-    @property
-    def first_embedding_state(self) -> int:
-        """Number of the first state of the mixer at the embedding, behind those of the first block."""
-        return len(set(self.sites) - {"embedding"}) * self.filter.n_states if self.sites else 0
-
 
 def _filters() -> dict[str, Any]:
     """The table of filters. Not at the top: it is made of classes that need this file."""

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .configuration import WaveletGPTConfig
-from .mixing import BLOCK_SITES, Mixer, Mixers
+from .mixer import Mixer
+from .mixing import BLOCK_SITES, Mixers
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -1,188 +1,265 @@
-"""What cached decoding remembers for the mixers, and where: states that follow the cache of keys and values.
+"""Decoding with a cache of transformers: the states of filters lie in its layers, beside keys and values.
 
-A layer of the cache holds, beside keys and values, the inputs that its mixers still need. As long as nothing is to be
-taken back they lie in slots (see `Layout`); when the cache records its past, all of them lie in order.
+`upgrade_cache` gives the layers of any cache room for states (state.py), which then follow whatever is done to keys and
+values. `MixingGeneration` makes `generate` do so, and `reach_told` reads, of what a forward pass is given, how far back
+each token may look. The models of this package and those that `add_mixing` changed share all of it.
 
-Shapes: B batch, C mixed coordinates, S inputs that came before, R slots.
+Shapes: B batch, T new tokens, S tokens in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .state import State
+
+try:
+    from waveletgpt.errors import UserError
+    from waveletgpt.ops import reach_of
+except ImportError:
+    # A checkpoint brings the operator's definition and nothing else.
+    from .reference import reach_of  # type: ignore[import-not-found, no-redef]
+
+    UserError = ValueError  # type: ignore[assignment, misc]
+
+PADDING = "wavelet_padding"  # a model's keyword argument: its 2-D mask, beside one that is made for attention already
 
 
-def check_state(state: torch.Tensor, inputs: torch.Tensor | None, *shape: int | None) -> None:
-    """Refuse a state whose first dimensions are not `shape` (None: any size), or of another type than `inputs`.
+# States in the layers of a cache.
 
-    Raises:
-        ValueError: the cache was filled by another model or for another batch.
+
+@lru_cache(None)
+def mixed_cache_layer(base: Any) -> type:
+    """A cache layer that also keeps the states of the block's filters.
+
+    Made by inheriting once: Python can't assign a class with another base besides to `__class__` here, for cache
+    layers derive from ABC.
     """
-    if inputs is not None and state.dtype != inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
-        raise ValueError(
-            f"this cache holds mixing states in {state.dtype}, the model computes in {inputs.dtype}: it was filled by "
-            "another model; start with a new one"
-        )
-    pairs = zip(state.shape, shape, strict=False)
-    if state.ndim < len(shape) or any(want is not None and have != want for have, want in pairs):
-        wanted = " x ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(
-            f"this cache holds mixing states of shape {tuple(state.shape)}, this batch and model need {wanted}: it was "
-            "filled for another batch or by another model; start with a new one"
-        )
 
+    class Mixed(base):
+        # Inherited, it would put this class in transformers' table of all kinds of layers.
+        _layer_type = None
+        mixes = True
+        record_past = False
+        states: dict[str, State]
 
-class MixingCacheLayer(LinearAttentionAndFullAttentionLayer):
-    """A layer of a dynamic cache whose mixing states follow what is done to keys and values.
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.states = {}
 
-    The library's own layer forgets them when rows are repeated or selected, and cuts off what it did not record.
-    """
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._each_state(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._each_state(
-            lambda state: state[indices.to(state.device) if isinstance(indices, torch.Tensor) else indices]
-        )
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens; a negative number, as in transformers.
-
-        Raises:
-            ValueError: the inputs before them were not recorded, so that mixing could not go on from there.
-        """
-        removed, tokens = abs(tokens_to_remove), self.get_seq_length()
-        if tokens_to_remove > 0 or removed > tokens:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give a negative number of at most {tokens} tokens to take back"
-            )
-        if not self.record_past:
-            if removed == 0:
-                return
-            raise ValueError(
-                "mixing states cannot take tokens back that were not recorded: call activate_past_recording() on the "
-                "cache before the first token"
-            )
-        for i, there in self.has_previous_state.items():
-            state: Any = self.conv_states[i]
-            needed: Any = self.conv_kernel_size[i]
-            if not there or not state.shape[-1]:  # nothing, or the sums of means, which are made anew
-                continue
-            recorded = state.shape[-1]
-            if recorded - removed < min(needed, tokens - removed):
-                raise ValueError(
-                    f"crop({tokens_to_remove}): the inputs of the last {recorded} tokens are recorded, of which mixing "
-                    f"needs {min(needed, tokens - removed)}; take back at most "
-                    f"{max(0, recorded - min(needed, tokens))} tokens, or start with a new cache"
+        def state(self, name: str, needed: int, counting: bool) -> State:
+            """That of the filter `name`, which is made at the first call."""
+            found = self.states.get(name)
+            if found is None:
+                found = State(needed, counting, self.record_past, self.is_compileable)
+                self.states[name] = found
+            elif (found.needed, found.counting) != (needed, counting):
+                raise UserError(
+                    f"this cache holds mixing states of {found.needed} tokens for {name}, this model needs {needed}: "
+                    "it was filled by another model; start with a new one"
                 )
-        # Not the library's own: it takes every state for one that is there.
-        for i, there in self.has_previous_state.items():
-            if there:
-                state, needed = self.conv_states[i], self.conv_kernel_size[i]
-                end = state.shape[-1] - removed if state.shape[-1] else 0
-                self.conv_states[i] = state[..., max(0, end - needed) : end]
-        DynamicLayer.crop(self, tokens_to_remove)
+            return found
 
-    def _each_state(self, change: Any) -> None:
-        for i, state in self.conv_states.items():
-            if state is not None and self.has_previous_state[i]:
-                self.conv_states[i] = change(state)
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._each_row(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._each_row(lambda held: held.repeat_interleave(repeats, 0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._each_row(lambda held: held[indices.to(held.device) if isinstance(indices, Tensor) else indices])
+
+        def reset(self) -> None:
+            super().reset()
+            for state in self.states.values():
+                state.reset()
+
+        def activate_past_recording(self) -> None:
+            parent = getattr(super(), "activate_past_recording", None)
+            if parent is not None:
+                parent()
+            self.record_past = True
+            for state in self.states.values():
+                state.recording = True
+
+        def crop(self, tokens_to_remove: int) -> None:
+            """Take back the last tokens; a negative number, as in transformers.
+
+            Raises:
+                ValueError: a cache that cannot, or inputs that were not recorded.
+            """
+            if not hasattr(super(), "crop"):
+                raise UserError(f"{base.__name__} cannot take tokens back: use a DynamicCache")
+            if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
+                raise UserError(
+                    f"crop({tokens_to_remove}): give a negative number, of at most {self.get_seq_length()} tokens to "
+                    "take back"
+                )
+            for state in self.states.values():
+                state.crop(-tokens_to_remove)
+            super().crop(tokens_to_remove)
+
+        def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+            for state in self.states.values():
+                state.each_row(change)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _rebuild_layer, (base,), self.__dict__
+
+    Mixed.__name__ = Mixed.__qualname__ = f"Mixed{base.__name__}"
+    return Mixed
 
 
-def check_cache(
-    cache: Any, mixing_layers: Sequence[int], batch: int, n_layer: int, n_kv_head: int, head_dim: int, n_states: int
-) -> None:
-    """Refuse a cache that has no place for mixing states, or holds those of another model or batch; make the states of
-    a dynamic one follow what is done to it.
+def _rebuild_layer(base: type) -> Any:
+    """An empty layer, for pickle and copy: they find no class made at run time by its name."""
+    made: Any = mixed_cache_layer(base)
+    return made.__new__(made)
+
+
+def has_states(layer: Any) -> bool:
+    return getattr(layer, "mixes", False)
+
+
+def upgrade_cache(cache: Any, layers: int = 0, *, empty: bool = False) -> None:
+    """Give every layer of a cache room for states, in place; make a dynamic one's first `layers` if they are not there.
 
     Raises:
-        ValueError: with what the cache holds and what this model needs.
+        ValueError: a cache of another kind, or one that holds tokens of a model without mixing (unless `empty` says
+            that it was made in this forward pass).
     """
-    layers = cache.layers
-    new = [layers[i] for i in mixing_layers if i < len(layers) and type(layers[i]) is not MixingCacheLayer]
-    # An offloaded cache moves the states away together with keys and values, before they are used.
-    if cache.offloading or not layers or not all(hasattr(layer, "conv_states") for layer in new):
-        raise ValueError(
-            f"this {type(cache).__name__} keeps no mixing states at hand; make it with "
-            "DynamicCache(config=model.config). (PEFT's prefix tuning makes such a cache and cannot train a model with "
-            "mixing: use LoRA or prompt tuning)"
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise UserError(f"past_key_values is a {type(cache).__name__}: mixing needs a DynamicCache or StaticCache")
+    kind = cache.layer_class_to_replicate
+    if kind is not None and not has_states(kind):
+        kind = cache.layer_class_to_replicate = mixed_cache_layer(kind)
+    while kind is not None and len(cache.layers) < layers:
+        cache.layers.append(kind())
+    if all(map(has_states, cache.layers)):
+        return
+    if not empty and cache.get_seq_length() > 0:
+        raise UserError(
+            "past_key_values holds tokens but no mixing states: a model without mixing filled it (prefix tuning, or "
+            "a prompt's cache from before add_mixing); fill it with this model, or start with a new one"
         )
-    keys = getattr(layers[0], "keys", None)
-    held = (batch, n_kv_head, head_dim) if keys is None or not keys.numel() else (*keys.shape[:2], keys.shape[3])
-    if len(layers) != n_layer or held != (batch, n_kv_head, head_dim):
-        raise ValueError(
-            f"this cache has {len(layers)} layers and keys of {held[0]} x {held[1]} x tokens x {held[2]}, this model "
-            f"and batch need {n_layer} and {batch} x {n_kv_head} x tokens x {head_dim}; start with a new one"
-        )
-    states = next((layers[i].number_of_states for i in mixing_layers), n_states)
-    if states != n_states:
-        raise ValueError(
-            f"this cache keeps {states} mixing states a layer, this model {n_states}: it is of a model with another "
-            "mixing; start with a new one"
-        )
-    for layer in new:
-        if type(layer) is LinearAttentionAndFullAttentionLayer:
-            layer.__class__ = MixingCacheLayer
+    for layer in cache.layers:
+        if not has_states(layer):
+            base: Any = type(layer)
+            layer.__class__ = mixed_cache_layer(base)
+            setattr(layer, "states", {})  # noqa: B010 - it is of the new class now
 
 
-class Layout:
-    """Where decoding keeps the last w inputs of each coordinate, w its window: in a row of R = sum of w slots.
+# What a forward pass is told.
 
-    Input number t goes to slot (-t) mod w of its coordinate. Read from the slot of the newest input on, and from the
-    coordinate's last slot on from its first, inputs come newest first, as the taps of a kernel do.
+
+def reach_told(inputs: Tensor, attention_mask: Any, told: dict[str, Any]) -> Tensor | None:
+    """How many tokens before each one it may look at, (B or 1, T), of a model's arguments; None: all there are.
+
+    Args:
+        inputs: (B, T, ...).
+        attention_mask: (B, S + T), 0 at padding; or what was made of it for attention.
+        told: the other arguments. `PADDING` is taken out; `cu_seq_lens_q`, `seq_idx`, and `position_ids` that start
+            again say where packed documents begin.
+
+    Raises:
+        ValueError: a mask made for attention without the 2-D one; one that is too short.
     """
+    tokens = inputs.shape[1]
+    mask = attention_mask
+    if PADDING in told:
+        mask = told.pop(PADDING)
+    elif isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
+        if tokens > 1:
+            raise UserError(
+                "attention_mask is made for attention already and doesn't say which tokens are padding: give the 2-D "
+                f"one, or {PADDING}=(B, T) beside it (None for no padding)"
+            )
+        mask = None  # decoding goes on with a real token
+    bounds: dict[str, Tensor] = {}
+    cu_seqlens = told.get("cu_seq_lens_q")
+    if cu_seqlens is not None and inputs.shape[0] == 1:
+        bounds["cu_seqlens"] = cu_seqlens
+    elif told.get("seq_idx") is not None:
+        bounds["seq_idx"] = told["seq_idx"]
+    elif mask is None and tokens > 1 and getattr(told.get("position_ids"), "ndim", 0) == 2:
+        # As attention does it: positions tell documents apart where no mask says otherwise.
+        bounds["positions"] = told["position_ids"]
+    if mask is not None:
+        if mask.shape[1] < tokens:
+            raise UserError(f"attention_mask has {mask.shape[1]} tokens: give at least the {tokens} of this call")
+        # Asking costs less than mixing with limits, but would break a graph in two.
+        if torch.compiler.is_compiling() or not bool((mask[:, -tokens:] == 1).all()):
+            bounds["mask"] = mask
+    return reach_of(tokens, **bounds)  # type: ignore[arg-type]
 
-    def __init__(self, windows: Sequence[int], device: torch.device):
-        self.size, self.longest = sum(windows), max(windows)
-        self.window = torch.tensor(windows, device=device)
-        self.rate = 1 / self.window
-        self.start = self.window.cumsum(0) - self.window
-        # Of each slot: its coordinate, that one's first, and which of them it is.
-        coordinates = torch.arange(len(windows), device=device)
-        self.owner = coordinates.repeat_interleave(self.window, output_size=self.size)
-        self.base = self.start[self.owner]
-        self.place = torch.arange(self.size, device=device) - self.base
 
+def check_attention(name: str | None) -> None:
+    """Refuse attention that keeps a cache of its own, or gives each process a part of a sequence.
 
-class Clock:
-    """Which inputs are in the slots: those of the `past` tokens before a forward pass, and of the `tokens` in it.
-
-    One serves all mixers.
+    Raises:
+        ValueError: with what to use instead.
     """
+    name = name or ""
+    if name.startswith(("paged", "vllm", "sglang")):
+        raise UserError(f"attention {name!r} has a cache of its own, which keeps no mixing states: use generate()")
+    _check_whole_sequences(name)
 
-    def __init__(self, layout: Layout, past: int | torch.Tensor, tokens: int, batch: int):
-        self.layout, self.batch = layout, batch
-        # Copies: a cache changes a `past` that is a tensor during the pass.
-        self.first, self.last = past + 0, past + tokens - 1
-        self._ages: torch.Tensor | None = None
-        self._slots: torch.Tensor | None = None
 
-    def slots(self) -> torch.Tensor:
-        """(B, C) the slot of each coordinate's last input."""
-        if self._slots is None:
-            self._slots = (self.layout.start + -self.last % self.layout.window).expand(self.batch, -1)
-        return self._slots
+@torch.compiler.assume_constant_result
+def _check_whole_sequences(attention: str) -> None:
+    """All ways to split sequences over processes replace attention by their own."""
+    functions = (nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS.get(attention))
+    modules = [getattr(function, "__module__", None) or "" for function in functions]
+    if any(module.startswith(("torch.distributed", "deepspeed")) for module in modules):
+        raise UserError(
+            "context and sequence parallelism give each process a part of the sequence, where mixing can't see the "
+            "tokens before: use data parallelism (DDP, FSDP) instead"
+        )
 
-    def ages(self) -> torch.Tensor:
-        """(R,) how many tokens before the last one the input in each slot came."""
-        if self._ages is None:
-            self._ages = (self.last + self.layout.place) % self.layout.window[self.layout.owner]
-        return self._ages
 
-    def pack(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs up to the last one, (B, any, C), to the row of them (B, R)."""
-        inputs = nn.functional.pad(inputs, (0, 0, max(0, self.layout.longest - inputs.shape[1]), 0))
-        rows = inputs.shape[1] - 1 - self.ages()
-        return inputs.flatten(1).index_select(1, rows * inputs.shape[2] + self.layout.owner)
+class MixingGeneration:
+    """What `generate` needs besides; mixed in before a model's class."""
 
-    def unpack(self, row: torch.Tensor) -> torch.Tensor:
-        """The row (B, R) before this pass to inputs (B, S, C), S the longest window; those too old are arbitrary."""
-        numbers = self.first - torch.arange(self.layout.longest, 0, -1, device=row.device)
-        return row[:, self.layout.start + -numbers[:, None] % self.layout.window]
+    _supports_attention_backend = False  # vLLM and SGLang would decode without the states, silently wrong
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            upgrade_cache(cache)
+            if generation_config.is_assistant:  # its guesses will be taken back
+                cache.activate_past_recording()
+        return out
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and with it `generate_batch`: it has a cache of its own, which keeps no mixing states."""
+        if self.config.get_text_config().__dict__.get("mixing") == "none":  # type: ignore[attr-defined]
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        raise UserError("continuous batching has a cache of its own, which keeps no mixing states: use generate()")
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As the model does; the 2-D mask goes along where a mask for attention is made of it."""
+        # All are named here because transformers reads of the signature what a model can be given.
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        new = inputs.get("input_ids")
+        tokens = (inputs["inputs_embeds"] if new is None else new).shape[1]
+        prepared = inputs.get("attention_mask")
+        if tokens > 1 and (isinstance(prepared, dict) or (isinstance(prepared, Tensor) and prepared.ndim != 2)):
+            flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+            inputs[PADDING] = attention_mask[:, -tokens:].contiguous() if flat else None
+        return inputs

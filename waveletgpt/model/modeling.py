@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,9 +30,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import WaveletGPTConfig
-from .decoding import Clock, Layout, check_cache
+from .decoding import PADDING, MixingGeneration, check_attention, reach_told, upgrade_cache
 from .frames import FrameEmbedding, FrameLinear
-from .mixing import BLOCK_SITES, Kernels, Mixer, Mixers, Windowed
+from .mixer import Kernels, Mixer
+from .mixing import BLOCK_SITES, Mixers
 
 
 def _norm(config: WaveletGPTConfig) -> nn.Module:
@@ -148,15 +149,13 @@ class Block(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
-        seen: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        clocks: dict[tuple[int, ...], Clock] | None = None,
+        reach: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         cache = past_key_values.layers[self.layer_idx] if past_key_values is not None and self.mixers else None
 
         def mix(site: str, x: torch.Tensor) -> torch.Tensor:
-            return self.mixers.at(site, x, seen=seen, padding_mask=padding_mask, cache=cache, clocks=clocks)
+            return self.mixers.at(site, x, reach, cache)
 
         def attend(x: torch.Tensor) -> torch.Tensor:
             x = self.attention(mix("attention_input", x), attention_mask, rotary, past_key_values, mix, **kwargs)[0]
@@ -186,9 +185,7 @@ class WaveletGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    # Engines that bring their own attention and key/value cache (vLLM, SGLang) ask for this and turn the model down
-    # without it: they would decode without the mixing states, silently wrong. `forward` turns down those that insist.
-    _supports_attention_backend = False
+    _supports_attention_backend = False  # vLLM and SGLang would decode without the states, silently wrong
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
@@ -220,15 +217,8 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         )
         self.rotary = _rotary(config)
         self.dropout = nn.Dropout(config.embd_pdrop)
-        # Their states lie in the first block's cache, after its own.
-        self.mixers = Mixers(config, ("embedding",), first_state=config.first_embedding_state)
+        self.mixers = Mixers(config, ("embedding",))  # its state lies in the first block's layer of the cache
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        # Windows of the mixers that have some: decoding has one layout for all mixers with the same.
-        self.layouts_needed = {m.windows for m in self.modules() if isinstance(m, Windowed)}
-        self.mixing_layers = [layer for layer in range(config.n_layer) if config.remembers(layer)]
-        # Read at every token, and a configuration's attributes are slow.
-        self.cache_shape = (config.n_layer, config.n_kv_head, config.head_dim, config.number_of_conv_states)
-        self.layouts: dict[torch.device, dict[tuple[int, ...], Layout]] = {}
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -244,40 +234,32 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
             return torch.arange(T, device=hidden.device)[None] + past
         return position_ids
 
-    def _refuse_what_mixing_gets_wrong(
-        self,
-        cache: Cache | None,
-        position_ids: torch.Tensor | None,
-        padding_mask: torch.Tensor | None,
-        batch: int,
-        **kwargs: Any,
-    ) -> None:
-        """ValueError for caches without mixing states, for packed documents, and for serving engines."""
-        if cache is not None:
-            check_cache(cache, self.mixing_layers, batch, *self.cache_shape)
-        attention = self.config._attn_implementation or ""
-        if attention.startswith(("paged", "sglang", "vllm")):
-            raise ValueError(f"attention {attention!r} has its own cache, which keeps no mixing states; use generate()")
-        packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx"))
-        # A compiler cannot look at values.
-        if position_ids is not None and position_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            restarts = position_ids.diff(dim=-1) < 1
-            if padding_mask is not None:
-                real = padding_mask.bool()
-                restarts = restarts & real[:, 1:] & real[:, :-1]
-            packed = packed or bool(restarts.any())
-        if packed:
-            raise ValueError(
-                "position_ids or cu_seq_lens put several documents in a row (packing): mixing would average across "
-                'them; give one document per row, or use mixing="none"'
-            )
+    def _open_cache(self, cache: Cache, batch: int, past: int | torch.Tensor) -> None:
+        """Make room for the states of mixers.
 
-    def _clocks(self, hidden: torch.Tensor, past: int | torch.Tensor) -> dict[tuple[int, ...], Clock]:
-        """Where decoding stands, for each kind of windows, when `hidden` (B, T, E) follow `past` tokens."""
-        if hidden.device not in self.layouts:
-            self.layouts[hidden.device] = {windows: Layout(windows, hidden.device) for windows in self.layouts_needed}
-        layouts = self.layouts[hidden.device]
-        return {windows: Clock(layout, past, hidden.shape[1], hidden.shape[0]) for windows, layout in layouts.items()}
+        Raises:
+            ValueError: what is in the cache is of another model or batch.
+        """
+        config, there = self.config, len(cache.layers)
+        keys = getattr(cache.layers[0], "keys", None) if there else None
+        if keys is not None and keys.numel():
+            held, needed = (*keys.shape[:2], keys.shape[3]), (batch, config.n_kv_head, config.head_dim)
+            if there != config.n_layer or held != needed:
+                raise ValueError(
+                    f"this cache has {there} layers and keys of {held[0]} x {held[1]} x tokens x {held[2]}, this model "
+                    f"and batch need {config.n_layer} and {batch} x {needed[1]} x tokens x {needed[2]}; start with a "
+                    "new one"
+                )
+        upgrade_cache(cache, config.n_layer)
+        if type(past) is int and past:
+            for i, block in enumerate(self.blocks):
+                wanted = [*block.mixers, *(self.mixers if i == 0 else ())]  # type: ignore[misc]
+                for mixer in wanted:
+                    if mixer.past and mixer.name not in cache.layers[i].states:  # type: ignore[union-attr]
+                        raise ValueError(
+                            f"this cache keeps no mixing state for {mixer.name} in block {i}: a model with another "
+                            "mixing filled it; start with a new one"
+                        )
 
     def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
         """Token embeddings plus absolute positions, where the scheme has them."""
@@ -311,13 +293,14 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         """Hidden states of input_ids (B, T), or of inputs_embeds (B, T, E).
 
         Args:
-            attention_mask: (B, S + T), 0 at padding; or the dict of masks that `generate` prepares.
-            position_ids: (B, T); None counts the real tokens.
-            past_key_values: a cache made with `DynamicCache(config=model.config)` or `StaticCache(...)`.
+            attention_mask: (B, S + T), 0 at padding; or a mask for attention, with the first as `wavelet_padding`.
+            position_ids: (B, T); None counts the real tokens. Where they start again, without an attention_mask,
+                another document begins: neither attention nor mixing looks beyond.
+            past_key_values: a cache of transformers; mixing keeps its states in it.
 
         Raises:
-            ValueError: packed documents, sequences beyond learned positions, a cache without mixing states, the
-                attention of a serving engine, which brings such a cache; any cache if the model is not causal.
+            ValueError: sequences beyond learned positions, a cache that another model filled, the attention of a
+                serving engine, which brings a cache without states; any cache if the model is not causal.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -328,40 +311,38 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
                 )
             use_cache = False
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given = past_key_values  # beside a cache the library's mask does not look for packed documents
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-        masks: dict[str, Any]
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-        else:
-            # Only positions that were given can mean packing; looking for it in others would cost a synchronisation.
-            masks = create_masks(self.config, hidden, attention_mask, past_key_values, position_ids)
-        if self.config.mixing != "none":
-            self._refuse_what_mixing_gets_wrong(
-                past_key_values, position_ids, masks["linear_attention"], hidden.shape[0], **kwargs
-            )
+        mixes = self.config.mixing != "none"
+        told = {"position_ids": position_ids, **kwargs}
+        reach = reach_told(hidden, attention_mask, told) if mixes else None
+        kwargs.pop(PADDING, None)
+        if mixes:
+            check_attention(self.config._attn_implementation)
+            if past_key_values is not None:
+                self._open_cache(past_key_values, hidden.shape[0], past)
+        # Only positions that were given can mean packing; looking for it in others would cost a synchronisation.
+        made: Any = attention_mask  # one that is made for attention already is handed back
+        mask = (create_causal_mask if self.config.causal else create_bidirectional_mask)(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=made,
+            past_key_values=given,
+            position_ids=position_ids,
+        )
         positions = self._positions(hidden, attention_mask, position_ids, past)
         hidden = self._embed(hidden, positions, past + hidden.shape[1])
         rotary = self.rotary(hidden, position_ids=positions) if self.rotary is not None else None
 
-        context: dict[str, Any] = {
-            "seen": positions + 1,
-            "padding_mask": masks["linear_attention"],
-            "clocks": self._clocks(hidden, past) if past_key_values is not None else None,
-        }
         if self.mixers:
             cache = past_key_values.layers[0] if past_key_values is not None else None
-            hidden = self.mixers.at("embedding", hidden, cache=cache, **context)
+            hidden = self.mixers.at("embedding", hidden, reach, cache)
         for block in self.blocks:
             hidden = block(
-                hidden,
-                attention_mask=masks["full_attention"],
-                rotary=rotary,
-                past_key_values=past_key_values,
-                **context,
-                **kwargs,
+                hidden, attention_mask=mask, rotary=rotary, past_key_values=past_key_values, reach=reach, **kwargs
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
@@ -387,28 +368,7 @@ def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
 
 
-def create_masks(
-    config: WaveletGPTConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None = None,
-) -> dict[str, Any]:
-    """The attention's mask, and the (B, T) padding mask of the mixers, both None where nothing is masked."""
-    arguments: dict[str, Any] = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
-        "position_ids": position_ids,
-    }
-    return {
-        "full_attention": (create_causal_mask if config.causal else create_bidirectional_mask)(**arguments),
-        "linear_attention": create_recurrent_attention_mask(**arguments) if config.mixing != "none" else None,
-    }
-
-
-class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
+class WaveletGPTForCausalLM(MixingGeneration, WaveletGPTPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -469,18 +429,6 @@ class WaveletGPTForCausalLM(WaveletGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: WaveletGPTConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        # Blocks with and without a mixer take the same pair, so the library's table of layer types does not apply.
-        return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
 AutoModel.register(WaveletGPTConfig, WaveletGPTModel, exist_ok=True)

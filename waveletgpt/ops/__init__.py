@@ -10,9 +10,17 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from waveletgpt.ops import autograd, cpp, fast, reference, triton
-from waveletgpt.ops.reference import reach_of
+from waveletgpt.ops.reference import ahead, reach_of, reach_with_past
 
-__all__ = ["available_backends", "ema_mix", "reach_of", "unavailable_backends", "wavelet_mix"]
+__all__ = [
+    "ahead",
+    "available_backends",
+    "ema_mix",
+    "reach_of",
+    "reach_with_past",
+    "unavailable_backends",
+    "wavelet_mix",
+]
 
 autograd.KERNELS.update(triton=triton, cpp=cpp, torch=fast)
 _FASTEST = {"cuda": "triton", "cpu": "cpp"}
@@ -41,6 +49,11 @@ def wavelet_mix(
     backend: str = "auto",
 ) -> Tensor:
     chosen = _choose(backend, x)
+    if chosen == "cpp" and state is not None and reach is None and edge == "zero" and x.dim() == state.dim() == 3:
+        kernels = None if kernels is None else list(kernels)
+        one = cpp.newest(x, tuple(windows), kernels, state) if x.shape[1] == 1 else None
+        if one is not None:
+            return one
     if chosen == "reference":
         return reference.wavelet_mix(x, windows, kernels, edge=edge, state=state, reach=reach)
     return autograd.wavelet_mix(x, windows, kernels, edge, state, chosen, reach)

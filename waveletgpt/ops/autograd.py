@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from waveletgpt.ops import reference
-from waveletgpt.ops.reference import check_ema, check_mix, group_kernels, group_windows
+from waveletgpt.ops.reference import ahead, check_ema, check_mix, group_kernels, group_windows, reach_with_past
 
 Windows = tuple[int, ...]
 Groups = dict[int, list[int]]  # window: its coordinates
@@ -48,8 +47,11 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Of `filter` with past=0, the gradients of x (in its type) and of taps."""
 
-    def decayed_sum(self, u: Tensor, a: Tensor, reverse: bool) -> Tensor:
-        """y_t = u_t + a y_{t-1}; u (B, T, C) and a (C,) are of the type that sums are in."""
+    def decayed_sum(self, u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None) -> Tensor:
+        """y_t = u_t + a y_{t-1}; u (B, T, C) and a (C,) are of the type that sums are in.
+
+        The last term counts where `keep` (B or 1, T), in the order of the tokens, is true; None: everywhere.
+        """
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -78,7 +80,7 @@ def wavelet_mix(
     if kernels is not None:
         taps = torch.cat([kernel.reshape(-1) for kernel in group_kernels(kernels, groups, x.device)])
         taps = taps.to(torch.promote_types(signal.dtype, torch.float32))
-    limits = None if reach is None else _reach_with_past(reach, past)
+    limits = None if reach is None else reach_with_past(reach, past)
     if taps is None:
         y = _mean(signal, windows, False, past, backend, limits)
     else:
@@ -95,35 +97,19 @@ def wavelet_mix(
 
 
 def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str, reach: Tensor | None = None) -> Tensor:
-    """`reference.ema_mix` by the kernels of one of `KERNELS`; with `reach` it is the reference."""
-    if reach is not None:
-        return reference.ema_mix(x, decay, state=state, reach=reach)
-    check_ema(x, decay, state)
+    """`reference.ema_mix` by the kernels of one of `KERNELS`."""
+    check_ema(x, decay, state, reach)
     a = decay.to(torch.promote_types(x.dtype, torch.float32))
-    if state is not None and x.shape[1] == 1:  # decoding, where every call is felt
+    if state is not None and x.shape[1] == 1 and reach is None:  # decoding, where every call is felt
         return torch.lerp(x.to(a.dtype), state.to(a.dtype).unsqueeze(1), a).to(x.dtype)
     u = (1 - a) * x
+    keep = None if reach is None else reach >= 1
     if state is None:
-        y = _DecayedSum.apply(u, a, False, backend)
+        y = _DecayedSum.apply(u, a, False, backend, keep)
     else:
-        y = _DecayedSum.apply(torch.cat((state.to(u.dtype).unsqueeze(1), u), dim=1), a, False, backend)[:, 1:]
+        keep = keep if keep is None else F.pad(keep, (1, 0))
+        y = _DecayedSum.apply(torch.cat((state.to(u.dtype).unsqueeze(1), u), dim=1), a, False, backend, keep)[:, 1:]
     return y.to(x.dtype)
-
-
-def _reach_with_past(reach: Tensor, past: int) -> Tensor:
-    """The reach of the `past` tokens before, too: they belong to the first one's document as far as it reaches."""
-    if not past:
-        return reach
-    ago = torch.arange(past, 0, -1, device=reach.device, dtype=reach.dtype)
-    return torch.cat([reach[:, :1] - ago, reach], dim=1)
-
-
-def ahead(reach: Tensor) -> Tensor:
-    """(B, T) how many tokens after each one belong to its document: `reach`, for time that runs backwards."""
-    tokens = reach.shape[1]
-    t = torch.arange(tokens, device=reach.device)
-    ends = torch.cat([reach[:, 1:] <= 0, torch.ones_like(reach[:, :1], dtype=torch.bool)], 1)
-    return torch.where(ends, t, tokens).flip(1).cummin(1).values.flip(1) - t
 
 
 def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
@@ -245,31 +231,36 @@ def _filter_backward_op(
 
 
 class _DecayedSum(torch.autograd.Function):
-    """y_t = u_t + a y_{t-1}; in reverse, y_t = u_t + a y_{t+1}."""
+    """y_t = u_t + a y_{t-1}, the last term where `keep` (B or 1, T) says so; in reverse, y_t = u_t + a y_{t+1}."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, a: Tensor, reverse: bool, backend: str) -> Tensor:
-        y = _decayed_sum_op(u, a, reverse, backend)
-        ctx.save_for_backward(a, y if ctx.needs_input_grad[1] else None)
+    def forward(ctx: Any, u: Tensor, a: Tensor, reverse: bool, backend: str, keep: Tensor | None) -> Tensor:
+        y = _decayed_sum_op(u, a, reverse, backend, keep)
+        ctx.save_for_backward(a, y if ctx.needs_input_grad[1] else None, keep)
         ctx.reverse, ctx.backend = reverse, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, y = ctx.saved_tensors
-        grad_u = _DecayedSum.apply(grad, a, not ctx.reverse, ctx.backend)
+        a, y, keep = ctx.saved_tensors
+        turned = None if keep is None else keep.roll(1 if ctx.reverse else -1, dims=1)
+        grad_u = _DecayedSum.apply(grad, a, not ctx.reverse, ctx.backend, turned)
         if y is None:
-            return grad_u, None, None, None
+            return grad_u, None, None, None, None
         early, late = (y, grad_u) if not ctx.reverse else (grad_u, y)
-        return grad_u, (early[:, :-1] * late[:, 1:]).sum((0, 1)), None, None
+        product = early[:, :-1] * late[:, 1:]
+        counted = turned if ctx.reverse else keep
+        if counted is not None:
+            product = torch.where(counted[:, 1:, None], product, 0)
+        return grad_u, product.sum((0, 1)), None, None, None
 
 
 @_opaque(
-    "decayed_sum(Tensor u, Tensor a, bool reverse, str backend) -> Tensor",
-    lambda u, a, reverse, backend: empty_result(u),
+    "decayed_sum(Tensor u, Tensor a, bool reverse, str backend, Tensor? keep=None) -> Tensor",
+    lambda u, a, reverse, backend, keep=None: empty_result(u),
 )
-def _decayed_sum_op(u: Tensor, a: Tensor, reverse: bool, backend: str) -> Tensor:
-    return KERNELS[backend].decayed_sum(u, a, reverse)
+def _decayed_sum_op(u: Tensor, a: Tensor, reverse: bool, backend: str, keep: Tensor | None = None) -> Tensor:
+    return KERNELS[backend].decayed_sum(u, a, reverse, keep)
 
 
 class Sorted:

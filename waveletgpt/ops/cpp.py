@@ -24,7 +24,7 @@ from waveletgpt.ops.reference import UNLIMITED
 # Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
 DIRECT_TAPS = 1024
 # That of the entries of kernels.cpp called below.
-VERSION = 3
+VERSION = 4
 
 
 class _Input(ctypes.Structure):
@@ -35,10 +35,10 @@ class _Shape(ctypes.Structure):
     _fields_ = (("batch", c_int64), ("tokens", c_int64), ("coordinates", c_int64))
 
 
-class _Token(ctypes.Structure):
+class _Newest(ctypes.Structure):
     _fields_ = (
-        *(("x", c_void_p), ("y", c_void_p), ("batch", c_int64), ("width", c_int64), ("coordinates", c_int64)),
-        *(("row", c_void_p), ("slots", c_int64), ("now", c_int64)),
+        *(("x", c_void_p), ("y", c_void_p), ("batch", c_int64), ("coordinates", c_int64), ("width", c_int64)),
+        *(("past", c_void_p), ("tokens", c_int64), ("row", c_int64), ("step", c_int64)),
     )
 
 
@@ -123,7 +123,9 @@ def filter_backward(
     return grad_x, grad_taps
 
 
-def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None) -> Tensor:
+    if keep is not None:
+        return fast.decayed_sum(u, a, reverse, keep)
     u, a = _prepare(u), a.contiguous()
     y = empty_result(u)
     arguments = (_input(u), y.data_ptr(), _Shape(*u.shape), a.data_ptr(), reverse)
@@ -131,82 +133,48 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
     return y
 
 
-def can_step(hidden: Tensor, *others: Tensor) -> bool:
-    """Whether the functions below can mix one token's hidden states: float32 and dense, no gradients, no tracing."""
-    return (
-        _LIBRARY is not None
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and all(x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() for x in (hidden, *others))
-    )
+def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state: Tensor) -> Tensor | None:
+    """`wavelet_mix` of one token x (B, 1, C) after those in `state` (B, S, C), as decoding needs it: in one call.
 
-
-def step_mean(hidden: Tensor, windows: Windows, row: Tensor, sums: Tensor, now: int) -> Tensor:
-    """Hidden states (B, 1, E) of token number `now`, its first C coordinates replaced by means over their windows.
-
-    `row` (B, R) and `sums` (B, C), float64, take it in: see `Layout` and `FixedMean` in mixing.py.
+    None where there is no such way, or something does not fit, which the general way then says.
     """
-    _check_step(hidden, row, windows, now)
-    dense = sums.is_cpu and sums.dtype is torch.float64 and sums.is_contiguous()
-    if not dense or sums.shape != (len(hidden), len(windows)):
-        raise ValueError(
-            f"sums is a {tuple(sums.shape)} {sums.dtype} tensor on {sums.device}: "
-            f"give a dense {(len(hidden), len(windows))} float64 one on the CPU"
-        )
-    y = torch.empty_like(hidden)
-    _step("mean")(_token(hidden, y, len(windows), row, now), _sizes(windows, torch.int64).data_ptr(), sums.data_ptr())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _LIBRARY is None:
+        return None
+    if x.dim() != 3 or state.dim() != 3 or x.shape[1] != 1:
+        return None
+    if not (_one_by_one(x) and _one_by_one(state) and x.shape[::2] == state.shape[::2]):
+        return None
+    groups = _neighbours(windows, kernels is None)
+    if groups is None or len(windows) != x.shape[2]:
+        return None
+    taps: tuple[int, ...] = (0,) * len(groups)
+    shared = False
+    if kernels is not None:
+        if len(kernels) != len(groups):
+            return None
+        shared = kernels[0].ndim == 1
+        for h, (w, n) in zip(kernels, groups, strict=True):
+            if h.shape != ((w,) if shared else (n, w)) or not (_one_by_one(h) and h.is_contiguous()):
+                return None
+        taps = tuple([h.data_ptr() for h in kernels])
+    y = empty_result(x)
+    batch, tokens, coordinates = state.shape
+    place = (state.data_ptr(), tokens, state.stride(0), state.stride(1))
+    token = _Newest(x.data_ptr(), y.data_ptr(), batch, coordinates, x.stride(0), *place)
+    _newest()(token, _describe(groups, taps, shared), len(groups))
     return y
 
 
-def step_filter(
-    hidden: Tensor, groups: tuple[tuple[int, int], ...], taps: Sequence[Tensor], row: Tensor, now: int
-) -> Tensor:
-    """The same with `taps` (n, w) or (w,) for each group of n neighbours with the window w; `groups` are (w, n)."""
-    _check_step(hidden, row, _windows_of(groups), now)
-    shared = len(taps) > 0 and taps[0].ndim == 1
-    fits = [h.shape == ((w,) if shared else (n, w)) and _dense(h) for (w, n), h in zip(groups, taps, strict=False)]
-    if len(taps) != len(groups) or not all(fits):
-        raise ValueError(
-            f"taps are {[(tuple(h.shape), h.dtype) for h in taps]}: give dense float32 tensors on the CPU, (w,) "
-            f"each or (n, w) each, for the windows and numbers (w, n) {groups}"
-        )
-    y = torch.empty_like(hidden)
-    described = _describe(groups, tuple(h.data_ptr() for h in taps), shared)
-    _step("filter")(_token(hidden, y, sum(n for _, n in groups), row, now), described, len(groups))
-    return y
+def _one_by_one(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype is torch.float32 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
-def _check_step(hidden: Tensor, row: Tensor, windows: Windows, now: int) -> None:
-    """The kernels believe what they are given: whatever they would read or write beyond its end is refused here."""
-    slots = _slots(windows)
-    if not (_dense(hidden) and hidden.ndim == 3 and hidden.shape[1] == 1 and hidden.shape[2] >= len(windows)) or not (
-        _dense(row) and row.shape == (len(hidden), slots)
-    ):
-        raise ValueError(
-            f"a token's hidden states and the row of inputs are {tuple(hidden.shape)} {hidden.dtype} and "
-            f"{tuple(row.shape)} {row.dtype}: give dense float32 tensors on the CPU, (B, 1, E) with E of at least "
-            f"{len(windows)} and (B, {slots})"
-        )
-    if not 0 <= now < 1 << 62:
-        raise ValueError(f"now is {now}: give the number of the token, from 0")
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
-
-
-@lru_cache(maxsize=64)
-def _slots(windows: Windows) -> int:
-    """The length of a row. Raises ValueError for windows below 1."""
-    if min(windows, default=0) < 1:
-        raise ValueError(f"windows are {windows}: give integers >= 1")
-    return sum(windows)
-
-
-@lru_cache(maxsize=64)
-def _windows_of(groups: tuple[tuple[int, int], ...]) -> Windows:
-    """The window of each coordinate, from (window, number of coordinates)."""
-    return tuple(w for w, n in groups for _ in range(n))
+@lru_cache(maxsize=256)
+def _neighbours(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] | None:
+    """(window, number of coordinates) of each group; None where coordinates of one lie apart, or windows do not go."""
+    if any(w < 1 or (dyadic and w & (w - 1)) for w in windows) or list(windows) != sorted(windows):
+        return None
+    return tuple((w, windows.count(w)) for w in sorted(set(windows)))
 
 
 @lru_cache(maxsize=256)
@@ -215,16 +183,11 @@ def _describe(groups: tuple[tuple[int, int], ...], taps: tuple[int, ...], shared
     return (_Group * len(described))(*described)
 
 
-def _token(hidden: Tensor, y: Tensor, coordinates: int, row: Tensor, now: int) -> _Token:
-    batch, _, width = hidden.shape
-    return _Token(hidden.data_ptr(), y.data_ptr(), batch, width, coordinates, row.data_ptr(), row.shape[1], now)
-
-
-@lru_cache(maxsize=2)
-def _step(name: str) -> Callable[..., None]:
-    entry = getattr(_LIBRARY, f"waveletgpt_step_{name}")
-    last = (c_void_p, c_void_p) if name == "mean" else (ctypes.POINTER(_Group), c_int64)
-    entry.argtypes, entry.restype = (_Token, *last), None
+@lru_cache(maxsize=1)
+def _newest() -> Callable[..., None]:
+    assert _LIBRARY is not None
+    entry = _LIBRARY.waveletgpt_newest
+    entry.argtypes, entry.restype = (_Newest, ctypes.POINTER(_Group), c_int64), None
     return entry
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from waveletgpt.ops.autograd import Sorted, Windows, ahead, empty_result, sorted_windows
+from waveletgpt.ops.autograd import Sorted, Windows, empty_result, sorted_windows
+from waveletgpt.ops.reference import ahead
 
 Span = tuple[int, int, int]  # window, its first coordinate, the one after its last
 
@@ -323,8 +324,10 @@ def _fft_length(signal: Tensor, taps: Tensor) -> int:
     return -(-needed // step) * step
 
 
-def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
+def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None) -> Tensor:
     """Step through all blocks of about sqrt(T) tokens at once, then from block to block, then pass on what came in."""
+    if keep is not None:
+        return _kept_sum(u.flip(1), a, keep.flip(1)).flip(1) if reverse else _kept_sum(u, a, keep)
     batch, tokens, coordinates = u.shape
     size = 1 << (tokens.bit_length() // 2)
     extra = -tokens % size
@@ -342,3 +345,22 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
     else:
         inside[:, 1:, :-1].addcmul_(inside[:, :-1, -1:], powers)
     return (y[:, extra:] if reverse else y[:, :tokens]).contiguous()
+
+
+def _kept_sum(u: Tensor, a: Tensor, keep: Tensor) -> Tensor:
+    """The same with what came before dropped where `keep` is false; by `where`, so that a NaN is dropped too."""
+    batch, tokens, coordinates = u.shape
+    size = 1 << (tokens.bit_length() // 2)
+    extra = -tokens % size
+    inside = F.pad(u, (0, 0, 0, extra)).view(batch, -1, size, coordinates).clone()  # F.pad by 0 is no copy
+    kept = F.pad(keep, (0, extra)).view(len(keep), -1, size, 1)
+    for i in range(1, size):
+        inside[:, :, i] += torch.where(kept[:, :, i], inside[:, :, i - 1] * a, 0)
+    # Where nothing was dropped since the block's first token, that one included.
+    alive = kept.byte().cumprod(2).bool()
+    across = a**size
+    for k in range(1, inside.shape[1]):
+        inside[:, k, -1] += torch.where(alive[:, k, -1], inside[:, k - 1, -1] * across, 0)
+    powers = a ** torch.arange(1, size, device=a.device).unsqueeze(1)
+    inside[:, 1:, :-1] += torch.where(alive[:, 1:, :-1], inside[:, :-1, -1:] * powers, 0)
+    return inside.flatten(1, 2)[:, :tokens].contiguous()

@@ -92,13 +92,11 @@ struct Layout {
 
 constexpr Index PART = 64;  // taps whose gradients one call of `correlate` finds
 
-// Decoding, one token of float32: of each coordinate `row` holds the last w inputs, w its window, input number t in slot
-// -t mod w of the coordinate's own. x and y are (B, E); coordinates from C on are copied.
-struct Token { const float* x; float* y; Index B, E, C; float* row; Index R, now; };
+// Decoding, one token of float32, x with E from row to row, after S that are `past`, oldest first. y is dense.
+struct Newest { const float* x; float* y; Index B, C, E; const float* past; Index S, row, step; };
 
-INLINE Index slot_of(Index t, Index window) { return (window - t % window) % window; }
-
-// Neighbours with the same window are a group: their number, the window, where their taps are, and how far apart.
+// Neighbours with the same window are a group: their number, the window, where their taps are (none: the mean), and how
+// far apart.
 struct Group { Index size, window; const float* taps; Index stride; };
 
 }  // namespace
@@ -171,11 +169,10 @@ MIXING(float64, double)
 MIXING(bfloat16, BFloat16)
 DECAYED_SUM(float32, float)
 DECAYED_SUM(float64, double)
-ENTRY(step_mean, (Token t, const Index* windows, double* sums), (t, windows, sums))
-ENTRY(step_filter, (Token t, const Group* groups, Index count), (t, groups, count))
+ENTRY(newest, (Newest t, const Group* groups, Index count), (t, groups, count))
 
 // Use vectors of at most so many bytes; gives how many they have then.
 extern "C" int waveletgpt_vectors(int most) { return bytes = widest(most); }
 
 // To be raised with every change of an entry: cpp.py calls no others than its own.
-extern "C" int waveletgpt_version() { return 3; }
+extern "C" int waveletgpt_version() { return 4; }

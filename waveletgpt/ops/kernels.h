@@ -225,44 +225,25 @@ template <class E, class Work> void for_each(Index outer, Index C, int threads, 
     for (Index i = 0; i < outer * vectors; i++) work(i / vectors, std::min(i % vectors * n, C - n), n);
 }
 
-INLINE float dot(const float* a, const float* b, Index n) {
-    Vector<float> sums{};
-    Index i = 0;
-    for (; i + WIDTH<float> <= n; i += WIDTH<float>)
-        sums += load(a + i, WIDTH<float>) * load(b + i, WIDTH<float>);
-    float sum = 0;
-    for (Index k = 0; k < WIDTH<float>; k++) sum += sums[k];
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-KERNEL void step_mean(Token t, const Index* windows, double* sums) {
+// 16 coordinates at a time, so that the sums stay in registers.
+KERNEL void newest(Newest t, const Group* groups, Index count) {
     for (Index b = 0; b < t.B; b++) {
-        const float* x = t.x + b * t.E;
-        float *y = t.y + b * t.E, *row = t.row + b * t.R;
-        std::copy(x + t.C, x + t.E, y + t.C);
-        for (Index c = 0; c < t.C; row += windows[c++]) {
-            const Index slot = slot_of(t.now, windows[c]);
-            double& sum = sums[b * t.C + c];
-            sum = sum - row[slot] + x[c];
-            row[slot] = x[c];
-            y[c] = float(sum) * (1.0f / float(windows[c]));
-        }
-    }
-}
-
-KERNEL void step_filter(Token t, const Group* groups, Index count) {
-    for (Index b = 0; b < t.B; b++) {
-        const float* x = t.x + b * t.E;
-        float *y = t.y + b * t.E, *row = t.row + b * t.R;
-        std::copy(x + t.C, x + t.E, y + t.C);
-        for (Index g = 0; g < count; g++) {
+        const float *x = t.x + b * t.E, *past = t.past + b * t.row;
+        float* y = t.y + b * t.C;
+        for (Index g = 0, c = 0; g < count; g++) {
             const auto [size, w, taps, stride] = groups[g];
-            const Index slot = slot_of(t.now, w);
-            for (Index i = 0; i < size; i++, row += w) {
-                const float* h = taps + i * stride;
-                row[slot] = *x++;
-                *y++ = dot(row + slot, h, w - slot) + dot(row, h + w - slot, slot);
+            for (Index end = c + size; c < end;) {
+                const Index n = std::min(end - c, Index(16));
+                const float* h = taps + (taps ? (c - (end - size)) * stride : 0);
+                double sums[16];
+                for (Index i = 0; i < n; i++) sums[i] = taps ? double(h[i * stride]) * x[c + i] : x[c + i];
+                for (Index j = 1; j <= std::min(w - 1, t.S); j++) {
+                    const float* from = past + (t.S - j) * t.step + c;
+                    if (taps) for (Index i = 0; i < n; i++) sums[i] += double(h[i * stride + j]) * from[i];
+                    else for (Index i = 0; i < n; i++) sums[i] += from[i];
+                }
+                for (Index i = 0; i < n; i++) y[c + i] = float(taps ? sums[i] : sums[i] / double(w));
+                c += n;
             }
         }
     }

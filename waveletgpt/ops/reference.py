@@ -88,7 +88,6 @@ def ema_mix(
     - `decay` a (C,): 0 <= a < 1, per token.
     - `state` (B, C): the y before the first token; None for 0.
     - `reach` (B or 1, T), as for `wavelet_mix`: where it is 0 (or less) a document begins, and y_{t-1} counts as 0.
-      This goes token by token in every backend.
 
     Raises ValueError for anything else; the values of `decay` are looked at on a CPU only and not while compiling,
     where it would wait for the device. Source: the EMA ablation of Verma, "WaveletGPT", arXiv 2409.12924.
@@ -162,6 +161,22 @@ def reach_of(
 
 def _changes(ids: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], 1)
+
+
+def reach_with_past(reach: Tensor, past: int) -> Tensor:
+    """The reach of the `past` tokens before, too: they belong to the first one's document as far as it reaches."""
+    if not past:
+        return reach
+    ago = torch.arange(past, 0, -1, device=reach.device, dtype=reach.dtype)
+    return torch.cat([reach[:, :1] - ago, reach], dim=1)
+
+
+def ahead(reach: Tensor) -> Tensor:
+    """(B, T) how many tokens after each one belong to its document: `reach`, for time that runs backwards."""
+    tokens = reach.shape[1]
+    t = torch.arange(tokens, device=reach.device)
+    ends = torch.cat([reach[:, 1:] <= 0, torch.ones_like(reach[:, :1], dtype=torch.bool)], 1)
+    return torch.where(ends, t, tokens).flip(1).cummin(1).values.flip(1) - t
 
 
 def group_windows(windows: Sequence[int], coordinates: int, *, dyadic: bool) -> dict[int, list[int]]:

@@ -96,8 +96,8 @@ def filter_backward(
     return _filter(grad, windows, taps, True, 0), partial.sum(0)
 
 
-def decayed_sum(u: Tensor, a: Tensor, reverse: bool) -> Tensor:
-    return fast.decayed_sum(u, a, reverse)
+def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None) -> Tensor:
+    return fast.decayed_sum(u, a, reverse, keep)
 
 
 def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:

@@ -119,13 +119,15 @@ def sweep(
     named = processes.from_first(lambda: {arm: variants(arm, grid) for arm in arms})
     trials = [variant for combinations in named.values() for variant in combinations.values()]
     shortened = recipe if steps is None else recipe.override({"max_steps": steps}, "sweep")
-    processes.from_first(lambda: parse_arms(trials, shortened))  # tells of a mistake before the first step
+    # Tells of a mistake before the first step. A recipe file's arm is called otherwise than it was given.
+    parsed = processes.from_first(lambda: parse_arms(trials, shortened))
+    called = dict(zip(trials, (arm.name for arm in parsed), strict=True))
     place = sweep_folder(out)
     summary = compare(shortened, store, place, data=data, arms=trials, resume=resume, workers=workers, engine=engine)
 
     def record() -> list[str]:
         found = {
-            arm: choose({key: _final_loss(summary, variant) for key, variant in combinations.items()}, grid)
+            arm: choose({key: _final_loss(summary, called[variant]) for key, variant in combinations.items()}, grid)
             for arm, combinations in named.items()
         }
         best = {arm: named[arm][tuple(entry["best"].values())] for arm, entry in found.items()}
@@ -139,7 +141,7 @@ def sweep(
                 "steps": shortened.max_steps,
                 "seed": recipe.seed,
                 "fingerprint": store.fingerprint,
-                "arms": {best[arm]: entry for arm, entry in found.items()},
+                "arms": {called[best[arm]]: entry for arm, entry in found.items()},
             },
         )
         return list(best.values())
