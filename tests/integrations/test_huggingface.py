@@ -642,7 +642,7 @@ def test_caches_that_do_not_fit() -> None:
     cache = model(x).past_key_values
     with pytest.raises(UserError, match=r"can't take back 4 tokens: call cache.activate_past_recording\(\)"):
         cache.crop(-4)
-    with pytest.raises(UserError, match="give how many tokens to remove"):
+    with pytest.raises(UserError, match="give how many tokens to remove as a negative number, at most 9"):
         cache.crop(4)
     static = StaticCache(config=model.config, max_cache_len=16)
     model(x, past_key_values=static)

@@ -102,8 +102,8 @@ def mixed_cache_layer(base: Any) -> type:
                 raise UserError(f"{base.__name__} cannot take tokens back: use a DynamicCache")
             if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
                 raise UserError(
-                    f"crop({tokens_to_remove}): give a negative number, of at most {self.get_seq_length()} tokens to "
-                    "take back"
+                    f"crop({tokens_to_remove}): with mixing, give how many tokens to remove as a negative number, at "
+                    f"most {self.get_seq_length()}"
                 )
             for state in self.states.values():
                 state.crop(-tokens_to_remove)

@@ -92,16 +92,11 @@ class State:
         """
         if not tokens or self._buffer is None:
             return
-        most = self._end - (0 if self._whole else self.needed)
-        if not self.recording:
-            raise UserError(
-                "mixing states cannot take tokens back that were not recorded: call activate_past_recording() on the "
-                "cache, once it is in use, before the tokens that are to be taken back"
-            )
+        most = max(0, self._end - (0 if self._whole else self.needed)) if self.recording else 0
         if tokens > most:
             raise UserError(
-                f"mixing can take back {max(0, most)} tokens, not {tokens}: only those since activate_past_recording() "
-                "are recorded; start with a new cache"
+                f"mixing can't take back {tokens} tokens: call cache.activate_past_recording() before the forward pass "
+                f"that is to be undone (of those since then {most} are left)"
             )
         self._end -= tokens
 
