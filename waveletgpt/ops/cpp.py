@@ -78,6 +78,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _LIBRARY, _REASON = _load()
+if _LIBRARY is not None:
+    _newest = _LIBRARY.waveletgpt_newest
+    _newest.argtypes, _newest.restype = (_Newest, ctypes.POINTER(_Group), c_int64), None
 
 
 def unavailable(device: str | None = None) -> str | None:
@@ -138,34 +141,35 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
 
     None where there is no such way, or something does not fit, which the general way then says.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _LIBRARY is None:
+    # Every token calls it at every site: what takes microseconds is felt.
+    if _LIBRARY is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if x.dim() != 3 or state.dim() != 3 or x.shape[1] != 1:
+    shape, before = x.shape, state.shape
+    if len(shape) != 3 or len(before) != 3 or shape[1] != 1 or shape[::2] != before[::2] or len(windows) != shape[2]:
         return None
-    if not (_one_by_one(x) and _one_by_one(state) and x.shape[::2] == state.shape[::2]):
+    if not _float32(x) or not _float32(state):
         return None
     groups = _neighbours(windows, kernels is None)
-    if groups is None or len(windows) != x.shape[2]:
+    if groups is None:
         return None
-    taps: tuple[int, ...] = (0,) * len(groups)
-    shared = False
+    taps, shared = None, False
     if kernels is not None:
+        shared = kernels[0].ndim == 1
         if len(kernels) != len(groups):
             return None
-        shared = kernels[0].ndim == 1
         for h, (w, n) in zip(kernels, groups, strict=True):
-            if h.shape != ((w,) if shared else (n, w)) or not (_one_by_one(h) and h.is_contiguous()):
+            if h.shape != ((w,) if shared else (n, w)) or not _float32(h) or not h.is_contiguous():
                 return None
         taps = tuple([h.data_ptr() for h in kernels])
-    y = empty_result(x)
-    batch, tokens, coordinates = state.shape
-    place = (state.data_ptr(), tokens, state.stride(0), state.stride(1))
-    token = _Newest(x.data_ptr(), y.data_ptr(), batch, coordinates, x.stride(0), *place)
-    _newest()(token, _describe(groups, taps, shared), len(groups))
+    y = x.new_empty(shape)
+    row, step, _ = state.stride()
+    token = _Newest(x.data_ptr(), y.data_ptr(), shape[0], shape[2], x.stride(0), state.data_ptr(), before[1], row, step)
+    _newest(token, _describe(groups, taps, shared), len(groups))
     return y
 
 
-def _one_by_one(x: Tensor) -> bool:
+def _float32(x: Tensor) -> bool:
+    """Whether it is of that type, on the CPU, with neighbours of the last dimension side by side."""
     return x.is_cpu and x.dtype is torch.float32 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
@@ -178,17 +182,10 @@ def _neighbours(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] |
 
 
 @lru_cache(maxsize=256)
-def _describe(groups: tuple[tuple[int, int], ...], taps: tuple[int, ...], shared: bool) -> ctypes.Array:
-    described = [_Group(n, w, h, 0 if shared else w) for (w, n), h in zip(groups, taps, strict=True)]
+def _describe(groups: tuple[tuple[int, int], ...], taps: tuple[int, ...] | None, shared: bool) -> ctypes.Array:
+    pointers = (None,) * len(groups) if taps is None else taps
+    described = [_Group(n, w, h, 0 if shared else w) for (w, n), h in zip(groups, pointers, strict=True)]
     return (_Group * len(described))(*described)
-
-
-@lru_cache(maxsize=1)
-def _newest() -> Callable[..., None]:
-    assert _LIBRARY is not None
-    entry = _LIBRARY.waveletgpt_newest
-    entry.argtypes, entry.restype = (_Newest, ctypes.POINTER(_Group), c_int64), None
-    return entry
 
 
 def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
