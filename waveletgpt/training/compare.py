@@ -19,7 +19,7 @@ from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe, mixing_names
+from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe
 from waveletgpt.training.resuming import check_comparison_folder
 from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
 
@@ -58,13 +58,15 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
             changes = {name: value for name, value in load_recipe(first).items() if name not in ("data", "compare")}
             spec = Path(first).stem + (f":{rest}" if rest else "")
         else:
-            check_choice("--arms", first, mixing_names())
             changes["mixing"] = first
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals:
                 raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
             changes[name.strip()] = value.strip()
+        if first == changes.get("mixing"):
+            base = {name: value for name, value in changes.items() if name == "base_model"}
+            check_choice("--arms", first, recipe.override(base, f"--arms {spec}").mixings())
         arm = Arm(spec, recipe.override(changes, f"--arms {spec}"))
         own = [*changes.get("model", ()), *(name.replace("-", "_").removeprefix("model.") for name in changes)]
         try:
@@ -215,7 +217,8 @@ def check_models(arms: list[Arm], task: Task) -> None:
     windows = []
     for arm in arms:
         model = task.build_model(arm.recipe)
-        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": model.config.n_positions}}))
+        context = task.sequence_tokens(model)
+        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": context}}))
         if windows[-1] != windows[0]:
             raise UserError(
                 f"--arms {arm.name} cannot be compared with {arms[0].name}: their evaluation windows would differ "
