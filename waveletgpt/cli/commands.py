@@ -62,6 +62,7 @@ class Train:
 
     def run(self) -> None:
         from waveletgpt.runs.folder import RunFolder
+        from waveletgpt.training.compare import check_base_model
         from waveletgpt.training.resuming import check_run_folder
         from waveletgpt.training.trainer import train
 
@@ -69,6 +70,7 @@ class Train:
         check_settings_are_read(recipe, [recipe.mixing])
         processes.from_first(lambda: check_run_folder(run, self.resume))
         processes.check_shared(run.path)
+        processes.from_first(lambda: check_base_model(recipe))
         with processes.agreed():
             store = prepare_store(self.data, self.settings, self.out)
         train(recipe, store, run.path, data=self.data, arm=self.arm, resume=self.resume)

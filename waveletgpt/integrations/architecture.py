@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -19,19 +21,27 @@ from transformers.trainer_utils import set_seed
 
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.huggingface import add_mixing
+from waveletgpt.training.recipe import OF_ADDED_MIXING
 
 if TYPE_CHECKING:
     from waveletgpt.training.recipe import Recipe
 
 OURS = "waveletgpt"
 """`model_type` of this package's own models."""
-_BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, SafetensorError)
+_BROKEN = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
 """What transformers raises at configurations and weights that do not go."""
 
 
 def context_of(config: Any) -> int:
-    """Tokens of a window that a model with this configuration is trained on."""
-    return int(config.n_positions if config.model_type == OURS else config.trained_context)
+    """Tokens of a window that a model with this configuration is trained on.
+
+    Of models of transformers a run notes it in their configuration: how many positions they have means less.
+    """
+    noted = getattr(config, "trained_context", None)
+    return int(config.n_positions if noted is None else noted)
 
 
 def longest_context(config: Any) -> int | None:
@@ -55,7 +65,7 @@ def end_tokens(config: Any) -> list[int]:
 
 
 def identity(config: Any) -> str:
-    """A hash of what makes the architecture: the same for all arms, whatever they add to it."""
+    """A hash of what makes the architecture: the same for all arms, whatever mixing they add to it."""
     skip = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")  # the trainer sets these to the tokenizer's
     values = {name: value for name, value in config.to_dict().items() if name not in (*skip, *tokens, "wavelet_mixing")}
@@ -99,6 +109,17 @@ def _is_causal_kind(config: PreTrainedConfig) -> bool:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None or hasattr(config, "wavelet_mixing")
 
 
+def check(recipe: Recipe) -> None:
+    """Tell before there is data, and without memory for weights, what `build` would.
+
+    Raises:
+        UserError: see `build`; but for weights that are not there, and losses.
+    """
+    config, context = _read(recipe)
+    with torch.device("meta"):
+        _mix(_new(config, recipe), recipe, context)
+
+
 def build(recipe: Recipe, vocab_size: int, end: int | None) -> PreTrainedModel:
     """The model of a recipe with a `base_model`: weights of the seed, the same for all arms, or trained ones; then
     mixing.
@@ -111,47 +132,52 @@ def build(recipe: Recipe, vocab_size: int, end: int | None) -> PreTrainedModel:
         UserError: see `read_config`; a model that cannot be built, or is not causal; sizes, windows or mixing that do
             not go with it; weights that are not there.
     """
-    name = str(recipe.base_model)
-    config = read_config(name)
-    context = _context(recipe, config)
-    config._attn_implementation = recipe.training.attention
+    config, context = _read(recipe)
     if recipe.from_pretrained:
-        model = _trained(name, config, vocab_size)
+        model = _trained(config, recipe, vocab_size)
     else:
-        if mixing_of(config) != "none":
-            mend = "leave base_model out" if config.model_type == OURS else "name the model it was made of"
-            raise UserError(f"base_model {name} has mixing itself: {mend}, or go on with its weights (from_pretrained)")
-        if config.model_type == OURS:
-            raise UserError(f"base_model {name} is a model of this package: leave it out and set preset and model")
         config.vocab_size = vocab_size
         config.bos_token_id = config.eos_token_id = end
         # Not `end`: most models keep the embedding of the token that pads at zero.
         config.pad_token_id = None
         set_seed(recipe.seed)
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-        except _BROKEN as error:
-            raise UserError(f"base_model {name} cannot be built: {_first_line(error)}") from None
-    if config.model_type != OURS:
-        model.config.trained_context = context
+        model = _new(config, recipe)
+    model.config.trained_context = context
     if model.device.type != "meta":
-        _check_causal(model, name)
-    _mix(model, recipe, name, context)
+        _check_causal(model, recipe)
+    _mix(model, recipe, context)
     return model
 
 
-def _context(recipe: Recipe, config: Any) -> int:
+def _read(recipe: Recipe) -> tuple[Any, int]:
+    """The configuration of a recipe's `base_model`, and the tokens of a window."""
+    name = str(recipe.base_model)
+    config = read_config(name)
+    if not recipe.from_pretrained and (config.model_type == OURS or mixing_of(config) != "none"):
+        mend = "leave it out, and set preset and model" if config.model_type == OURS else "name what it was made of"
+        raise UserError(f"base_model {name} mixes by itself: {mend}; or go on with its weights (from_pretrained)")
+    config._attn_implementation = recipe.training.attention
     most, wanted = getattr(config, "max_position_embeddings", None), recipe.model.n_positions
     if wanted is None:
         preset = int(recipe.model_settings()["n_positions"])
-        return preset if most is None else min(preset, most)
+        return config, preset if most is None else min(preset, most)
     if most is not None and wanted > most:
-        raise UserError(f"model.n_positions={wanted} is beyond the {most} positions of {recipe.base_model}; give fewer")
-    return wanted
+        raise UserError(f"model.n_positions={wanted} is beyond the {most} positions of {name}; give fewer")
+    return config, wanted
 
 
-def _trained(name: str, config: Any, vocab_size: int) -> PreTrainedModel:
+def _new(config: Any, recipe: Recipe) -> PreTrainedModel:
+    """A model with new weights."""
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except _BROKEN as error:
+        attention = f" with training.attention={recipe.training.attention}"
+        raise UserError(f"base_model {recipe.base_model} cannot be built{attention}: {_first_line(error)}") from None
+
+
+def _trained(config: Any, recipe: Recipe, vocab_size: int) -> PreTrainedModel:
     """A model with its weights."""
+    name = recipe.base_model
     safe = {"use_safetensors": True, "trust_remote_code": False}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -171,14 +197,14 @@ def _trained(name: str, config: Any, vocab_size: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _check_causal(model: Any, name: str) -> None:
+def _check_causal(model: Any, recipe: Recipe) -> None:
     """Refuse models whose losses would not be those of the next token, as all that follows takes for granted.
 
     Raises:
         UserError: later tokens change earlier predictions, or `shift_labels` means nothing to the model.
     """
     vocab_size, attention, training = model.config.vocab_size, model.config._attn_implementation, model.training
-    kind = f"base_model {name} ({model.config.model_type})"
+    kind = f"base_model {recipe.base_model} ({model.config.model_type})"
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]]) % vocab_size
     targets = ids.roll(-1, 1)
     model.eval()
@@ -186,7 +212,7 @@ def _check_causal(model: Any, name: str) -> None:
         model.set_attn_implementation("eager")  # the others may need a GPU
         out = model(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False)
     except _BROKEN as error:
-        raise UserError(f"base_model {name} does not run: {_first_line(error)}") from None
+        raise UserError(f"{kind} does not run: {_first_line(error)}") from None
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
@@ -198,15 +224,23 @@ def _check_causal(model: Any, name: str) -> None:
         raise UserError(f"{kind} has a loss of its own, not that of the next token: name another")
 
 
-def _mix(model: Any, recipe: Recipe, name: str, context: int) -> None:
+def _mix(model: Any, recipe: Recipe, context: int) -> None:
     """Add the recipe's mixing, or see that the model has it already."""
-    there = mixing_of(model.config)
+    there, name = mixing_of(model.config), recipe.base_model
     if there != "none":
         if recipe.mixing != there:
             raise UserError(f'{name} has mixing "{there}" already: give mixing={there} to go on with it')
+        given = [key for key in sorted(OF_ADDED_MIXING) if getattr(recipe.model, key) is not None]
+        if given:
+            raise UserError(f"{name} has mixing already, and model.{given[0]} of its own: leave that out")
         return
     if recipe.mixing == "none":
         return
+    if recipe.from_pretrained and recipe.mixing in ("fixed", "learnable") and recipe.pretrained is None:
+        raise UserError(
+            f"base_model {name} has trained weights, which mixing={recipe.mixing} ruins at first: give mixing=delta or "
+            "gate, which leave it as it is, or pretrained=replace to train it again"
+        )
     settings = recipe.model_settings()
     layers = settings.get("mix_layers", "all")
     longest = settings.get("max_window") or max(2, 1 << context.bit_length() >> 1)
@@ -221,5 +255,13 @@ def _mix(model: Any, recipe: Recipe, name: str, context: int) -> None:
     )
 
 
+def check_identity(model: Any, begun: dict[str, Any], name: str | None) -> None:
+    """Raises UserError where the `model` that run.json has of a run that has `begun` is of another architecture."""
+    then = begun.get("identity")
+    if then is not None and then != identity(model.config):
+        raise UserError(f"the config of base_model {name} has changed since the run began: use the one of then")
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return textwrap.shorten((str(said).strip().splitlines() or [type(said).__name__])[0], 200)

@@ -118,7 +118,7 @@ def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
     for place, mixer in mixers:
         if not isinstance(mixer, WeightedSum | WaveletMixing):
             continue
-        for taps in mixer.taps() or ():
+        for taps in _taps(mixer):
             if isinstance(mixer, FixedWavelet):
                 # Only details sum to 0.
                 rows = {"detail" if abs(float(row.sum())) < 0.5 else "approximation": row for row in taps}
@@ -129,6 +129,19 @@ def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
         if isinstance(mixer, FixedWavelet):
             break
     return found
+
+
+def _taps(mixer: Any) -> list[Any]:
+    """Weights of a mixer for each distinct window; of a gate g those of x + g (mean - x). Fixed means have none."""
+    import torch
+
+    if getattr(mixer, "kernels", None) != "gate":
+        return mixer.taps() or []
+    gates = mixer.gate.detach().split([n for _, n in mixer.groups])
+    return [
+        g[:, None] / window + (1 - g)[:, None] * torch.nn.functional.one_hot(torch.tensor(0), window)
+        for g, (window, _) in zip(gates, mixer.groups, strict=True)
+    ]
 
 
 def _decode(path: Path, ids: list[int]) -> str:

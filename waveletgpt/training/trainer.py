@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
+from waveletgpt.integrations.architecture import check_identity
 from waveletgpt.model.cost import describe, mixers_in
 from waveletgpt.runs.environment import command, environment, peak_flops
 from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, publish, write_json
@@ -265,6 +266,8 @@ def _train(
         if finished:
             return run
         model = task.build_model(recipe)
+        if run.exists():
+            check_identity(model, run.info.get("model") or {}, recipe.base_model)
     main = processes.first()
     sequences = global_batch(recipe.as_dict(), processes.count())
     info: dict[str, Any] = {
