@@ -141,6 +141,8 @@ class ClassifierRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.base_model is not None:
+            raise UserError("base_model is for language models: classifiers are this package's own; leave it out")
         check_range("training.gain", self.training.gain, 0, 60)  # a thousandfold
         check_range("training.crop", self.training.crop, 0, 1)
         check_range("training.mixup", self.training.mixup, 0, 100)

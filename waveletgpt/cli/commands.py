@@ -14,17 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe, TaskSettings
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, check_settings_are_read, mixing_names
+from waveletgpt.training.recipe import Recipe, added_mixing_names, check_settings_are_read, mixing_names
 
 DEFAULT_DATA = "python-stdlib"
 Flat = arg(name="")
-Mixing = Annotated[str, arg(help=f"The filter over time: {', '.join(mixing_names())}.")]
+Mixing = Annotated[
+    str,
+    arg(help=f"The filter over time: {', '.join(mixing_names())}; with --model: {', '.join(added_mixing_names())}."),
+]
 _WORKERS = (
     "Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as "
     "many as GPUs; 1 on CPUs)."
@@ -36,6 +39,7 @@ Engine = Annotated[Literal["local", "ray"], arg(help=_ENGINE)]
 
 @dataclass(frozen=True)
 class Settings(Recipe):
+    base_model: Annotated[str | None, arg(name="model", aliases=("--base-model",))] = None
     mixing: Mixing = Recipe.mixing
     source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
 
@@ -58,6 +62,7 @@ class Train:
 
     def run(self) -> None:
         from waveletgpt.runs.folder import RunFolder
+        from waveletgpt.training.compare import check_base_model
         from waveletgpt.training.resuming import check_run_folder
         from waveletgpt.training.trainer import train
 
@@ -65,6 +70,7 @@ class Train:
         check_settings_are_read(recipe, [recipe.mixing])
         processes.from_first(lambda: check_run_folder(run, self.resume))
         processes.check_shared(run.path)
+        processes.from_first(lambda: check_base_model(recipe))
         with processes.agreed():
             store = prepare_store(self.data, self.settings, self.out)
         train(recipe, store, run.path, data=self.data, arm=self.arm, resume=self.resume)
@@ -217,6 +223,9 @@ class Ladder:
 
 @dataclass(frozen=True)
 class ClassifierOptions(ClassifierRecipe):
+    base_model: Suppress[str | None] = None
+    from_pretrained: Suppress[bool] = False
+    pretrained: Suppress[Literal["replace"] | None] = None
     mixing: Mixing = ClassifierRecipe.mixing
     source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
 
@@ -563,7 +572,7 @@ def prepare_store(data: str, settings: Recipe, out: str) -> Any:
 
     named = (run.info.get("data") or {} for place in (out, sweep_folder(out)) for run in find_runs(place))
     begun = dict.fromkeys(there["store"] for there in named if "store" in there)
-    return prepare(data, settings.modality, settings.source, progress=processes.first(), begun=begun)
+    return prepare(data, *settings.reading(), progress=processes.first(), begun=begun)
 
 
 def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:

@@ -141,7 +141,8 @@ def one_line_usage_errors(name: str) -> Iterator[None]:
             raise UserError(
                 f'{option}: no "{value}"; use one of {", ".join(choices)}{suggest(value, choices)}'
             ) from None
-        near = next((line.split()[0] for line in lines[lines.index(first[0]) :] if line.startswith("--")), None)
+        options = (line for line in lines[lines.index(first[0]) :] if line.startswith("--"))
+        near = next((line.split()[0].rstrip(",") for line in options), None)
         hint = f'; did you mean "{near}"?' if near and "Unrecognized" in message else f"; see waveletgpt {name} --help"
         raise UserError(message.rstrip(".") + hint) from None
 

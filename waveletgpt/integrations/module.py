@@ -144,6 +144,18 @@ class WaveletMixing(nn.Module):
             y = mixed + self.gate.to(x.dtype) * (y - mixed)
         return torch.cat([y, rest], dim=2)
 
+    def flops(self) -> int:
+        """Operations for one token of a training step, forward and backward."""
+        if self.kernels in ("learnable", "delta"):
+            # Multiply-adds forward, for the gradient of the input, and for that of the taps.
+            return 3 * sum(2 * window for window in self.windows)
+        # log2(w) additions and one scaling; the gradient is the same filter. A gate has three more each.
+        return sum(2 * window.bit_length() + 9 * (self.kernels == "gate") for window in self.windows)
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes that decoding remembers for a sequence, at `itemsize` bytes a value."""
+        return self.past * (self.n_mixed + (self.edge == "partial")) * itemsize
+
     def extra_repr(self) -> str:
         windows = [window for window, _ in self.groups]
         shape = f"n_embd={self.n_embd}, n_mixed={self.n_mixed}, windows={windows}"

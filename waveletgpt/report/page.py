@@ -123,7 +123,8 @@ def rich(text: str) -> str:
 
 def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequence[str]) -> str:
     recipe, data = summary["recipe"], summary["data"]
-    facts = [data.get("name"), data.get("modality"), recipe.get("architecture"), recipe.get("preset")]
+    model = [recipe["base_model"]] if recipe.get("base_model") else [recipe.get("architecture"), recipe.get("preset")]
+    facts = [data.get("name"), data.get("modality"), *model]
     parts = [f'<p class="brand"><b>WaveletGPT</b> · {escape(" · ".join(str(f) for f in facts if f))}</p>']
     parts.append(f"<h1>{rich(headline(summary))}</h1>")
     told = (summary["baseline"], headline_arm(summary))

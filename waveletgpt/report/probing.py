@@ -59,15 +59,18 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
         Exception: whatever loading raises for a broken checkpoint.
     """
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from waveletgpt.integrations.architecture import OURS, context_of
     from waveletgpt.model.modeling import WaveletGPTModel
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that a classifier's head is left out is meant
     try:
-        model: Any = WaveletGPTModel.from_pretrained(path)
+        ours = AutoConfig.from_pretrained(path).model_type == OURS
+        model: Any = (WaveletGPTModel if ours else AutoModelForCausalLM).from_pretrained(path)
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -75,7 +78,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     model = model.eval().float()
     mixers = _mixers(model)
     kernels = _kernels(mixers)
-    ids = list(probe)[: model.config.n_positions]
+    ids = list(probe)[: context_of(model.config)]
     if not mixers or not ids:
         return Insight(None, kernels, "")
     place, mixer = mixers[len(mixers) // 2]
@@ -95,6 +98,9 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
 
 def _mixers(model: Any) -> list[tuple[str, Any]]:
     """Mixers and where they are, the first of each block; that of the embedding where the blocks have none."""
+    if not hasattr(model, "blocks"):  # a model of transformers
+        layers = [layer for layer in model.modules() if getattr(layer, "wavelet_mixing", None) is not None]
+        return [(f"block {layer.wavelet_layer_idx + 1}", layer.wavelet_mixing) for layer in layers]
     found = [
         (f"block {block.layer_idx + 1}" + ("" if site == "block" else f", {site}"), mixer)
         for block in model.blocks
@@ -105,13 +111,14 @@ def _mixers(model: Any) -> list[tuple[str, Any]]:
 
 def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
     """Kernels of (place, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
+    from waveletgpt.integrations.module import WaveletMixing
     from waveletgpt.model.mixing import FixedWavelet, WeightedSum
 
     found: list[Kernel] = []
     for place, mixer in mixers:
-        if not isinstance(mixer, WeightedSum):
+        if not isinstance(mixer, WeightedSum | WaveletMixing):
             continue
-        for taps in mixer.taps():
+        for taps in _taps(mixer):
             if isinstance(mixer, FixedWavelet):
                 # Only details sum to 0.
                 rows = {"detail" if abs(float(row.sum())) < 0.5 else "approximation": row for row in taps}
@@ -122,6 +129,19 @@ def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
         if isinstance(mixer, FixedWavelet):
             break
     return found
+
+
+def _taps(mixer: Any) -> list[Any]:
+    """Weights of a mixer for each distinct window; of a gate g those of x + g (mean - x). Fixed means have none."""
+    import torch
+
+    if getattr(mixer, "kernels", None) != "gate":
+        return mixer.taps() or []
+    gates = mixer.gate.detach().split([n for _, n in mixer.groups])
+    return [
+        g[:, None] / window + (1 - g)[:, None] * torch.nn.functional.one_hot(torch.tensor(0), window)
+        for g, (window, _) in zip(gates, mixer.groups, strict=True)
+    ]
 
 
 def _decode(path: Path, ids: list[int]) -> str:

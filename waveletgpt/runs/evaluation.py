@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -12,16 +13,18 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from waveletgpt.data import MODALITIES, TokenStore, prepare
 from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.windows import FixedWindows
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.integrations.architecture import build, context_of, end_tokens, longest_context, mixing_of
 from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.model.configuration import WaveletGPTConfig
 from waveletgpt.model.cost import describe
-from waveletgpt.model.modeling import WaveletGPTForCausalLM, WaveletGPTPreTrainedModel
+from waveletgpt.model.modeling import WaveletGPTForCausalLM
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.runs.sampling import counting, generate_tokens
 from waveletgpt.training.recipe import PRESETS, Recipe
@@ -30,10 +33,8 @@ from waveletgpt.training.trainer import choose_device
 log = logging.getLogger(__name__)
 
 
-def load_model(
-    run: RunFolder, device: str = "auto", kind: type[WaveletGPTPreTrainedModel] = WaveletGPTForCausalLM
-) -> Any:
-    """The run's newest model, of class `kind`, on the device, in evaluation mode.
+def load_model(run: RunFolder, device: str = "auto", kind: Any = AutoModelForCausalLM) -> Any:
+    """The run's newest model, as class `kind` loads it, on the device, in evaluation mode.
 
     Raises:
         UserError: no checkpoint yet, broken weights, a device that is not there.
@@ -85,8 +86,10 @@ def load_store(run: RunFolder) -> TokenStore:
     try:
         store = TokenStore.open(str(run.entry("data", "store")))
     except UserError:
-        recipe = Recipe().override({"source": run.entry("recipe", "source")}, "run.json")
-        store = prepare(str(run.entry("recipe", "data")), run.info["recipe"].get("modality"), recipe.source)
+        recorded = {"source": run.entry("recipe", "source"), **run.info["recipe"]}
+        names = ("modality", "source", "base_model", "from_pretrained")
+        recipe = Recipe.from_dict({name: recorded.get(name) for name in names})
+        store = prepare(str(run.entry("recipe", "data")), *recipe.reading())
     if store.fingerprint != fingerprint:
         raise UserError(
             f"{run.entry('recipe', 'data')}, or how it is read, has changed since {run.path} was trained on it "
@@ -119,11 +122,11 @@ def evaluate_run(
     if batch_size < 1 or (windows is not None and windows < 1):
         raise UserError(f"--batch-size {batch_size} and --windows {windows} must be at least 1")
     model, store = load_model(run, device), load_store(run)
-    trained, positions = model.config.n_positions, model.config.position_embedding
-    context = trained if context is None else context
-    if context < 1 or (context > trained and positions == "learned"):
-        most = f"1 ... {trained}, as many as it has positions for" if positions == "learned" else "1 or more"
-        raise UserError(f"--context is {context}: give {most}")
+    most = longest_context(model.config)
+    context = context_of(model.config) if context is None else context
+    if context < 1 or (most is not None and context > most):
+        mend = f"1 ... {most}, as many as it has positions for" if most is not None else "1 or more"
+        raise UserError(f"--context is {context}: give {mend}")
     tokens = store.split(split)
     if len(tokens) < context + 1:
         raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
@@ -133,7 +136,7 @@ def evaluate_run(
         if max(int(value.max()) for value in batch.values()) >= model.config.vocab_size:
             raise UserError(f"{store.path} holds tokens that the model does not know, it is damaged: prepare it again")
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        total += float(model(**batch, use_cache=False).loss) * len(batch["input_ids"])
+        total += float(model(**batch, labels=batch["shift_labels"], use_cache=False).loss) * len(batch["input_ids"])
     nll = total / len(data)
     size = store.bytes_per_token(split)
     return {
@@ -184,8 +187,8 @@ def generate_from_run(
     shown = ids if prompt else []
     with contextlib.ExitStack() as stack:
         if write and is_text and settings.get("samples", 1) == 1:
-            end: Any = model.config.eos_token_id if settings.get("stop", True) else None
-            watch: Callable[[list[int]], None] = stack.enter_context(streaming(tokenizer, shown, end, write))
+            ends = end_tokens(model.config) if settings.get("stop", True) else []
+            watch: Callable[[list[int]], None] = stack.enter_context(streaming(tokenizer, shown, ends, write))
         else:
             watch = stack.enter_context(counting("generating", settings["tokens"]))
         rows = generate_tokens(model, ids, watch=watch, **settings)
@@ -202,9 +205,9 @@ def generate_from_run(
 
 @contextlib.contextmanager
 def streaming(
-    tokenizer: Any, prompt: list[int], end: int | None, write: Callable[[str], None]
+    tokenizer: Any, prompt: list[int], ends: list[int], write: Callable[[str], None]
 ) -> Iterator[Callable[[list[int]], None]]:
-    """Write the text of `prompt` and of the tokens that come, up to `end`, a whole character at a time.
+    """Write the text of `prompt` and of the tokens that come, up to one of `ends`, a whole character at a time.
 
     Yields what to call with each token.
     """
@@ -218,7 +221,7 @@ def streaming(
         written = max(written, len(text))
 
     def watch(new: list[int]) -> None:
-        if new[0] != end:
+        if new[0] not in ends:
             tokens.extend(new)
             show()
 
@@ -248,7 +251,12 @@ def print_samples(folder: str | Path, prompt: str | None, **settings: Any) -> No
 def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str, dict[str, Any]]) -> None:
     """Print what a preset's or a run's model has, and what mixing adds to it; `classifiers` are presets of those."""
     known = {**PRESETS, **classifiers}
-    if what in known and not Path(what).is_dir():
+    if recipe.base_model is not None and what in PRESETS:
+        new = dataclasses.replace(recipe, preset=what, from_pretrained=False, pretrained=None)
+        with torch.device("meta"):
+            model = build(new, vocab_size, None)
+            rows = _model_rows(model.config, describe(model))
+    elif what in known and not Path(what).is_dir():
         settings = {**known[what], **recipe.changes()}
         kind = WaveletGPTForSequenceClassification if what in classifiers else WaveletGPTForCausalLM
         try:
@@ -261,7 +269,7 @@ def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str
         run = RunFolder.open(what)
         told = [run.entry(name) for name in ("arm", "seed", "status", "command")]
         with _damaged(f"the model in {run.model_path()}"):
-            config = WaveletGPTConfig.from_pretrained(run.model_path())
+            config = AutoConfig.from_pretrained(run.model_path())
         value = {name: run.entry("model", name) for name in _TOLD_OF_MODELS}
         with _damaged(f"what {run.path / 'run.json'} says of the model"):
             rows = _model_rows(config, value)
@@ -278,7 +286,7 @@ _TOLD_OF_MODELS = (
 )
 
 
-def _model_rows(config: WaveletGPTConfig, value: dict[str, Any]) -> list[tuple[str, str]]:
+def _model_rows(config: Any, value: dict[str, Any]) -> list[tuple[str, str]]:
     """What `print_info` tells of a model; `value` has what `cost.describe` gives."""
     windows = value["windows"]
     counts = ", ".join(f"{w} x{windows.count(w)}" for w in dict.fromkeys(windows)) or "none"
@@ -286,12 +294,13 @@ def _model_rows(config: WaveletGPTConfig, value: dict[str, Any]) -> list[tuple[s
     return [
         (
             "architecture",
-            f"{config.architecture}, {config.n_layer} blocks, E={config.n_embd}, {config.n_head} heads, "
-            f"context {config.n_positions}, vocabulary {config.vocab_size}",
+            f"{getattr(config, 'architecture', config.model_type)}, {config.num_hidden_layers} blocks, "
+            f"E={config.hidden_size}, {config.num_attention_heads} heads, "
+            f"context {context_of(config)}, vocabulary {config.vocab_size}",
         ),
         (
             "mixing",
-            f"{config.mixing}, {config.n_mixed} of {config.n_embd} channels",
+            f"{mixing_of(config)}, {getattr(config, 'n_mixed', len(windows))} of {config.hidden_size} channels",
         ),
         ("windows", counts),
         (

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from waveletgpt.data import MODALITIES
 from waveletgpt.data.progress import bar
 from waveletgpt.errors import UserError
+from waveletgpt.integrations.architecture import context_of, end_tokens
 
 
 def generate_tokens(
@@ -48,7 +49,7 @@ def generate_tokens(
     if not prompt:
         raise UserError("the prompt gives no token the model knows; give a longer one")
     config, device, was_training = model.config, model.device, model.training
-    context, end = config.n_positions, config.eos_token_id
+    context, ends = context_of(config), end_tokens(config) if stop else []
     choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     ids = torch.tensor([prompt] * samples, device=device)
     model.eval()
@@ -62,7 +63,7 @@ def generate_tokens(
                     seen,
                     attention_mask=torch.ones_like(seen),
                     max_new_tokens=new,
-                    eos_token_id=end if stop else None,
+                    eos_token_id=ends or None,
                     pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
                     suppress_tokens=list(suppress_tokens) or None,
                     streamer=_Watched(watch) if watch else None,
@@ -75,11 +76,11 @@ def generate_tokens(
                     "the model gives no probabilities (inf or nan): its weights are damaged, or it diverged"
                 ) from None
             ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
-            if stop and end is not None and bool((ids[:, len(prompt) :] == end).any(dim=1).all()):
+            if ends and all(not set(ends).isdisjoint(row) for row in ids[:, len(prompt) :].tolist()):
                 break
     model.train(was_training)
     rows = ids[:, len(prompt) :].tolist()
-    return [row[: row.index(end)] if stop and end in row else row for row in rows]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
 class _Watched(BaseStreamer):

@@ -19,7 +19,7 @@ from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe, mixing_names
+from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe
 from waveletgpt.training.resuming import check_comparison_folder
 from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
 
@@ -58,13 +58,15 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
             changes = {name: value for name, value in load_recipe(first).items() if name not in ("data", "compare")}
             spec = Path(first).stem + (f":{rest}" if rest else "")
         else:
-            check_choice("--arms", first, mixing_names())
             changes["mixing"] = first
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals:
                 raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
             changes[name.strip()] = value.strip()
+        if first == changes.get("mixing"):
+            base = {name: value for name, value in changes.items() if name == "base_model"}
+            check_choice("--arms", first, recipe.override(base, f"--arms {spec}").mixings())
         arm = Arm(spec, recipe.override(changes, f"--arms {spec}"))
         own = [*changes.get("model", ()), *(name.replace("-", "_").removeprefix("model.") for name in changes)]
         try:
@@ -120,11 +122,21 @@ def plan(
         if engine == "ray" and workers not in ("auto", 1):
             raise UserError("--engine ray decides by itself how many runs there are at a time; leave --workers out")
         check_comparison_folder(Path(out), names, resume)
+        for arm in parsed:
+            check_base_model(arm.recipe)
         return parsed
 
     parsed = processes.from_first(decide)
     processes.check_shared(Path(out))
     return parsed
+
+
+def check_base_model(recipe: Recipe) -> None:
+    """Raises UserError where a recipe's `base_model` is none, or does not take its settings."""
+    if recipe.base_model is not None:
+        from waveletgpt.integrations.architecture import check
+
+        check(recipe)
 
 
 def compare(
@@ -171,7 +183,7 @@ def compare(
         for arm, r in with_seeds(parsed, seeds)
         for there in [RunFolder(out / arm.folder(r.seed))]
     ]
-    processes.from_first(lambda: check_models(parsed, task_of(store)))
+    processes.from_first(lambda: check_models(parsed, task_of(store), begun))
     count = processes.from_first(lambda: worker_count(workers, recipe.device, len(runs)))
     if count > 1 and engine == "local":  # runs that share the machine share its cores, too
         share = max(1, cores() // count)
@@ -206,16 +218,22 @@ def compare(
     return summary
 
 
-def check_models(arms: list[Arm], task: Task) -> None:
+def check_models(arms: list[Arm], task: Task, begun: list[RunFolder]) -> None:
     """Build the model of each arm, to be told of what does not go before hours are spent.
 
     Raises:
-        UserError: settings that the model does not take, or arms that are measured on other windows than the first.
+        UserError: settings that the model does not take, arms that are measured on other windows than the first, or an
+            architecture that is another than when one of the runs of an arm has `begun`.
     """
+    from waveletgpt.integrations.architecture import check_identity
+
     windows = []
+    models = {run.info["arm"]: run.info.get("model") or {} for run in begun}
     for arm in arms:
         model = task.build_model(arm.recipe)
-        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": model.config.n_positions}}))
+        check_identity(model, models.get(arm.name) or {}, arm.recipe.base_model)
+        context = task.sequence_tokens(model)
+        windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": context}}))
         if windows[-1] != windows[0]:
             raise UserError(
                 f"--arms {arm.name} cannot be compared with {arms[0].name}: their evaluation windows would differ "

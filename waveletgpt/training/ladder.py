@@ -151,6 +151,8 @@ def plan(
         UserError: a size or a number of tokens that is none, or given twice; one rung only; fewer tokens than a batch;
             arms or a sweep that set what the rungs do; an `out` that holds something else, or a ladder and no `resume`.
     """
+    if recipe.base_model is not None:
+        raise UserError("a ladder sets the sizes of its models, a base_model has its own: use `waveletgpt compare`")
     counts: dict[str, list[int]] = {}
     for what, texts in (("sizes", sizes), ("tokens", tokens)):
         counts[what] = sorted(parse_count(text, what) for text in texts)
@@ -169,6 +171,7 @@ def plan(
     parse_arms(list(arms), bare)
     for arm in parse_arms(specs, bare):
         given = [name for name in _SHAPE if getattr(arm.recipe.model, name) is not None]
+        given += ["base_model"] if arm.recipe.base_model is not None else []
         given += ["max_steps"] if arm.recipe.max_steps != recipe.max_steps else []
         if given:
             raise UserError(

@@ -34,22 +34,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Model settings that a model of transformers leaves open; all others are in its own configuration.
+OF_ADDED_MIXING = frozenset({"min_window", "max_window", "mix_fraction", "mix_edge", "mix_layers"})
+
+
 def mixing_names() -> tuple[str, ...]:
     """Names that `mixing` takes: "none", and those in the table of model/mixing.py.
 
     Unless something has imported it, it is read as text: with it comes torch, which takes too long for --help.
     """
     loaded = sys.modules.get("waveletgpt.model.mixing")
-    return ("none", *(_names_in_source() if loaded is None else loaded.MIXERS))
+    return ("none", *(_names_in_source("model/mixing.py", "MIXERS") if loaded is None else loaded.MIXERS))
+
+
+def added_mixing_names() -> tuple[str, ...]:
+    """Names that `mixing` takes where a model of transformers is the architecture."""
+    return ("none", *_names_in_source("integrations/huggingface.py", "MIXINGS"))
 
 
 @functools.cache
-def _names_in_source() -> tuple[str, ...]:
-    tree = ast.parse((Path(__file__).parents[1] / "model" / "mixing.py").read_text(encoding="utf-8"))
+def _names_in_source(file: str, table: str) -> tuple[str, ...]:
+    tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
     tables = (
         node.value
         for node in tree.body
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MIXERS" and isinstance(node.value, ast.Dict)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table and isinstance(node.value, ast.Dict)
     )
     return tuple(ast.literal_eval(key) for key in next(tables).keys if key is not None)
 
@@ -65,6 +74,8 @@ def check_settings_are_read(
     from waveletgpt.model.mixing import MIXERS
 
     readers = {name: MIXERS[name].reads for name in mixing_names() if name != "none"}
+    if recipe.base_model is not None:
+        readers = {name: OF_ADDED_MIXING for name in added_mixing_names() if name != "none"}
     known = frozenset().union(*readers.values())
     if given is None:
         given = [name for name, value in dataclasses.asdict(recipe.model).items() if value is not None]
@@ -190,6 +201,13 @@ class Recipe:
     """Sizes of the model: tiny, small, paper, gpt2."""
     architecture: Literal["gpt2", "llama"] = "gpt2"
     """Blocks: gpt2 (learned positions, LayerNorm, GELU) or llama (RoPE, RMSNorm, SwiGLU)."""
+    base_model: str | None = None
+    """A causal language model of transformers in place of preset and architecture: a hub name, or a folder with a
+    config.json. Its config alone is read, for a model with new weights; of the preset, context and windows remain."""
+    from_pretrained: bool = False
+    """Go on with the weights of --model (.safetensors), on text read with its own tokenizer."""
+    pretrained: Literal["replace"] | None = None
+    """replace: with --from-pretrained, allow mixing fixed and learnable, which ruin trained weights at first."""
     mixing: str = "fixed"
     """The filter over time."""
     max_steps: int = 1200
@@ -214,7 +232,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, self.presets())
-        check_choice("mixing", self.mixing, mixing_names())
+        self._check_base_model()
+        check_choice("mixing", self.mixing, self.mixings())
         for settings, group in ((self, ""), (self.model, "model."), (self.training, "training.")):
             for name, hint in _hints(type(settings)).items():
                 choices, value = _choices(hint), getattr(settings, name, None)
@@ -246,6 +265,34 @@ class Recipe:
         check_range("training.samples", training.samples, 0)
         check_range("training.beta2", training.beta2, 0, 0.999999)
         check_range("seed", self.seed, 0, 2**31)  # NumPy takes up to 2^32, and every further seed is one more
+
+    def _check_base_model(self) -> None:
+        """What only means something with a model of transformers, and what means nothing with one."""
+        if self.base_model is None:
+            given = {"from_pretrained": self.from_pretrained, "pretrained": self.pretrained}
+            for name in (name for name, value in given.items() if value):
+                raise UserError(f"{name} needs a base_model, whose weights are meant")
+            return
+        if self.pretrained and not self.from_pretrained:
+            raise UserError("pretrained=replace has no effect on new weights; leave it out, or give from_pretrained")
+        if self.architecture != "gpt2":
+            raise UserError(f"architecture={self.architecture} has no effect with a base_model; leave one of them out")
+        for name, value in dataclasses.asdict(self.model).items():
+            if value is not None and name not in {"n_positions", *OF_ADDED_MIXING}:
+                raise UserError(
+                    f"model.{name}={value} has no effect with base_model {self.base_model}: its config.json has its "
+                    "sizes; copy that into a folder, change it there, and name the folder"
+                )
+
+    def mixings(self) -> tuple[str, ...]:
+        """Names that `mixing` takes."""
+        return mixing_names() if self.base_model is None else added_mixing_names()
+
+    def reading(self) -> tuple[str | None, DataSettings]:
+        """Modality and settings with which data is read: for trained weights text becomes tokens as they know them."""
+        if not self.from_pretrained or self.source.tokenizer or self.modality not in (None, "bpe"):
+            return self.modality, self.source
+        return "bpe", dataclasses.replace(self.source, tokenizer=self.base_model)
 
     # Defaults that depend on the length of the run.
 

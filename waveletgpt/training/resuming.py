@@ -148,7 +148,7 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
     for name, value in now.items():
         if isinstance(value, dict):
             yield from differences(value, then.get(name) or {}, f"{prefix}{name}.")
-        elif value != then.get(name) and prefix + name not in _FREE:
+        elif value != then.get(name) and (value or name in then) and prefix + name not in _FREE:
             yield prefix + name, value, then.get(name)
 
 

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import PreTrainedModel, default_data_collator
+from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 from transformers.trainer_utils import set_seed
 
 from waveletgpt.data import TokenStore
 from waveletgpt.data.windows import FixedWindows, RandomWindows
 from waveletgpt.errors import UserError
+from waveletgpt.integrations.architecture import build, context_of
 from waveletgpt.model.configuration import WaveletGPTConfig
 from waveletgpt.model.modeling import WaveletGPTForCausalLM
 from waveletgpt.training.recipe import Recipe
@@ -117,15 +118,19 @@ class LanguageModeling:
 
     def build_model(self, recipe: Recipe) -> PreTrainedModel:
         special = getattr(self.tokenizer(), "eos_token_id", None)
-        model = initialised(
-            WaveletGPTForCausalLM,
-            recipe,
-            vocab_size=self.store.vocab_size,
-            bos_token_id=special,
-            eos_token_id=special,
-            pad_token_id=special,
-        )
-        context = model.config.n_positions
+        if recipe.base_model is not None:
+            self._check_tokenizer(recipe)
+            model = build(recipe, self.store.vocab_size, special)
+        else:
+            model = initialised(
+                WaveletGPTForCausalLM,
+                recipe,
+                vocab_size=self.store.vocab_size,
+                bos_token_id=special,
+                eos_token_id=special,
+                pad_token_id=special,
+            )
+        context = context_of(model.config)
         for split in ("train", "validation"):
             have = len(self.store.split(split))
             if have < context + 1:
@@ -134,6 +139,18 @@ class LanguageModeling:
                     "give more data, or a shorter --model.n-positions"
                 )
         return model
+
+    def _check_tokenizer(self, recipe: Recipe) -> None:
+        """Raises UserError for trained weights whose tokens are others than the data's."""
+        from waveletgpt.data.modalities.encoders import load
+
+        mine = self.tokenizer()
+        trained = recipe.from_pretrained and mine is not None
+        if trained and load(str(recipe.base_model)).get_vocab() != mine.get_vocab():
+            raise UserError(
+                f"the data was read with another tokenizer than that of {recipe.base_model}, to which its tokens mean "
+                "other things: leave modality and tokenizer out"
+            )
 
     def describe(self, data: str) -> dict[str, Any]:
         store = self.store
@@ -149,17 +166,17 @@ class LanguageModeling:
         }
 
     def probe(self, model: Any) -> list[int]:
-        return [int(t) for t in self.store.split("validation")[: model.config.n_positions]]
+        return [int(t) for t in self.store.split("validation")[: context_of(model.config)]]
 
     def sequence_tokens(self, model: Any) -> int:
-        return model.config.n_positions
+        return context_of(model.config)
 
     def train_data(self, recipe: Recipe, model: Any, count: int) -> RandomWindows:
-        return RandomWindows(self.store.split("train"), model.config.n_positions, count, recipe.seed, self.record)
+        return RandomWindows(self.store.split("train"), context_of(model.config), count, recipe.seed, self.record)
 
     def eval_data(self, recipe: Recipe, model: Any) -> FixedWindows:
         held_out, windows = self.store.split("validation"), recipe.eval_windows
-        return FixedWindows(held_out, model.config.n_positions, windows, self.record)
+        return FixedWindows(held_out, context_of(model.config), windows, self.record)
 
     def arguments(self) -> dict[str, Any]:
         return {"label_names": ["shift_labels"], "prediction_loss_only": True}
@@ -179,7 +196,7 @@ class LanguageModeling:
         from waveletgpt.runs.sampling import sample_run
 
         # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
-        model = WaveletGPTForCausalLM.from_pretrained(run.path).to(device)  # type: ignore[arg-type]
+        model = AutoModelForCausalLM.from_pretrained(run.path).to(device)
         write_json(run.path / "samples.json", sample_run(model, self.store, recipe, run.path))
         windows = DataLoader(self.eval_data(recipe, model), batch_size=recipe.batch_size)
         nll = next(row["nll"] for row in reversed(run.metrics()) if "nll" in row)

@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
-from waveletgpt.model.cost import describe
-from waveletgpt.model.mixing import Mixer
+from waveletgpt.integrations.architecture import check_identity
+from waveletgpt.model.cost import describe, mixers_in
 from waveletgpt.runs.environment import command, environment, peak_flops
 from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, publish, write_json
 from waveletgpt.training import processes
@@ -73,7 +73,7 @@ class Clock:
 
 def mixing_kernels(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Learned weights of the mixers."""
-    return [p for module in model.modules() if isinstance(module, Mixer) for p in module.parameters()]
+    return [p for mixer in mixers_in(model) for p in mixer.parameters()]
 
 
 class RunTrainer(Trainer):
@@ -107,6 +107,12 @@ class RunTrainer(Trainer):
             rate = scale * self.args.learning_rate
             optimizer.add_param_group({"params": kernels, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own; those of transformers ask for `labels` beside the `shift_labels` that they use then."""
+        if "shift_labels" in inputs:
+            inputs = {"labels": inputs["shift_labels"], **inputs}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Counts the seconds that training waits for data."""
@@ -260,6 +266,8 @@ def _train(
         if finished:
             return run
         model = task.build_model(recipe)
+        if run.exists():
+            check_identity(model, run.info.get("model") or {}, recipe.base_model)
     main = processes.first()
     sequences = global_batch(recipe.as_dict(), processes.count())
     info: dict[str, Any] = {

@@ -312,5 +312,8 @@ def known_by(name: str) -> str:
         return name
     content = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file()):
-        content.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        content.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with open(file, "rb") as handle:  # weights may lie beside the tokenizer
+            while chunk := handle.read(1 << 20):
+                content.update(chunk)
     return content.hexdigest()
