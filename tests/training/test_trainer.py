@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.helpers import make_store, tiny_recipe
-from waveletgpt.data import TokenStore
+from waveletgpt.data import TokenStore, prepare
+from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.windows import FixedWindows, RandomWindows
 from waveletgpt.errors import UserError
 from waveletgpt.runs.environment import peak_flops
+from waveletgpt.runs.evaluation import evaluate_run
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training.task import LanguageModeling
 from waveletgpt.training.trainer import Diverged, Interrupted, Recorder, train
@@ -88,6 +91,45 @@ def test_windows_start_where_records_start() -> None:
     assert [int(fixed[i]["input_ids"][0]) for i in range(len(fixed))] == list(range(0, 90, 10))
     # A context shorter than a record must still see its end.
     assert max(int(RandomWindows(tokens, 4, 200, seed=0, record=10)[i]["shift_labels"][-1]) for i in range(200)) == 94
+
+
+def test_positions_start_again_where_a_document_is_begun() -> None:
+    tokens = np.array([5, 6, 0, 7, 8, 9, 0, 0, 4, 3], dtype=np.uint16)
+    row = FixedWindows(tokens, 9, None, end=0)[0]
+    assert row["input_ids"].tolist() == [5, 6, 0, 7, 8, 9, 0, 0, 4]
+    assert row["position_ids"].tolist() == [0, 1, 0, 1, 2, 3, 0, 0, 1]
+    assert torch.equal(RandomWindows(tokens, 9, 1, seed=0, end=0)[0]["position_ids"], row["position_ids"])
+
+
+def test_packing_learns_documents_apart(tmp_path: Path) -> None:
+    """The same tokens and targets as without; the loss is that of each piece of a document alone."""
+    for i, word in enumerate(("ab ", "cd ", "ef ")):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{i}.txt").write_text(word * 40)
+    store = prepare(str(tmp_path / "texts"), "bytes", DataSettings())
+    recipe = tiny_recipe(max_steps=4).override({"training": {"packing": True}}, "test")
+    run = train(recipe, store, tmp_path / "run", data="texts")
+    model = AutoModelForCausalLM.from_pretrained(run.path).eval()
+    end, total, count = store.end_of_documents(), 0.0, 0
+    for row in LanguageModeling(store).eval_data(recipe, model):
+        ids, targets = row["input_ids"], row["shift_labels"]
+        begins = [0, *(t for t in range(1, len(ids)) if ids[t] == end), len(ids)]
+        for first, stop in itertools.pairwise(begins):
+            with torch.no_grad():
+                logits = model(ids[None, first:stop]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, targets[first:stop], reduction="sum"))
+            count += stop - first
+    assert run.info["result"]["final_nll"] == pytest.approx(total / count, abs=2e-5)
+    assert evaluate_run(run.path)["nll"] == pytest.approx(evaluate_run(run.path, batch_size=1)["nll"], abs=1e-5)
+    assert run.info["result"]["breakdown"]["near_attention"]["windows"] > 0
+
+
+def test_packing_needs_documents(tmp_path: Path) -> None:
+    made = make_store(tmp_path)
+    made.meta["tokenizer_files"] = []
+    recipe = tiny_recipe().override({"training": {"packing": True}}, "test")
+    with pytest.raises(UserError, match=r"training\.packing: tokens of \w+ have none that ends a document"):
+        train(recipe, made, tmp_path / "run", data="words.txt")
 
 
 def test_arms_start_from_the_same_weights(store: TokenStore) -> None:

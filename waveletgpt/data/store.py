@@ -88,6 +88,17 @@ class TokenStore:
 
         return AutoTokenizer.from_pretrained(self.path / "tokenizer")
 
+    def end_of_documents(self) -> int:
+        """The token that ends each document.
+
+        Raises:
+            UserError: these tokens are not documents one after the other.
+        """
+        end = getattr(self.load_tokenizer(), "eos_token_id", None)
+        if end is None or self.meta.get("record"):
+            raise UserError(f"training.packing: tokens of {self.modality} have none that ends a document; leave it out")
+        return int(end)
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {self.meta['splits'][split]['tokens']:,}" for split in SPLITS)
         return f"TokenStore({str(self.path)!r}, {self.modality}, vocabulary {self.vocab_size:,}, tokens: {sizes})"

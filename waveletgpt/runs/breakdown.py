@@ -43,7 +43,8 @@ def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention
 
     Args:
         model: a causal language model, in evaluation mode and on its device.
-        batches: of `input_ids` and `shift_labels`, all (B, T) with one T, as of `FixedWindows`.
+        batches: of `input_ids` and `shift_labels`, all (B, T) with one T, as of `FixedWindows`, and `position_ids`
+            where documents are kept apart.
         attention_windows: of how many rows, the first, attention is looked at. It takes their attention weights,
             (heads, T, T) for each block.
 
@@ -53,16 +54,17 @@ def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention
         tokens has nll None.
     """
     sums: dict[str, torch.Tensor] = {}
-    first: list[torch.Tensor] = []
+    first: list[dict[str, torch.Tensor]] = []
     for batch in batches:
-        inputs, targets = (batch[name].to(model.device) for name in ("input_ids", "shift_labels"))
-        logits = model(input_ids=inputs, use_cache=False).logits.float()
+        given = {name: value.to(model.device) for name, value in batch.items() if name != "shift_labels"}
+        inputs, targets = given["input_ids"], batch["shift_labels"].to(model.device)
+        logits = model(**given, use_cache=False).logits.float()
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu().double()
         seen = seen_pairs(inputs, targets).cpu()
         here = {"nll": nll.sum(0), "seen": (nll * seen).sum(), "tokens": seen.sum(), "rows": torch.tensor(len(inputs))}
         sums = {name: value + sums.get(name, 0) for name, value in here.items()}
-        if sum(len(rows) for rows in first) < attention_windows:
-            first.append(inputs)
+        if sum(len(rows["input_ids"]) for rows in first) < attention_windows:
+            first.append(given)
     context, rows, known = len(sums["nll"]), int(sums["rows"]), int(sums["tokens"])
     whole = float(sums["nll"].sum())
 
@@ -78,27 +80,29 @@ def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention
             {"first": a, "last": b, **entry(float(sums["nll"][a - 1 : b].sum()), (b - a + 1) * rows)}
             for a, b in position_bins(context)
         ],
-        "near_attention": near_attention(model, torch.cat(first)[:attention_windows]),
+        "near_attention": near_attention(
+            model, **{name: torch.cat([rows[name] for rows in first])[:attention_windows] for name in first[0]}
+        ),
     }
 
 
 @torch.inference_mode()
-def near_attention(model: Any, inputs: torch.Tensor) -> dict[str, Any] | None:
+def near_attention(model: Any, input_ids: torch.Tensor, **told: torch.Tensor) -> dict[str, Any] | None:
     """Share of the attention that goes to the token itself and the two before it, by block and as a mean over blocks.
 
-    Mean over heads, rows of `inputs` (B, T) and the later half of the tokens, which have enough to choose from. None
+    Mean over heads, rows of `input_ids` (B, T) and the later half of the tokens, which have enough to choose from. None
     for a model that does not give its attention weights.
     """
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")  # the others do not form the weights
-        blocks = model(input_ids=inputs, use_cache=False, output_attentions=True).attentions
+        blocks = model(input_ids=input_ids, use_cache=False, output_attentions=True, **told).attentions
     finally:
         model.set_attn_implementation(before)
     if not blocks or blocks[0] is None:
         return None
-    T = inputs.shape[1]
+    T = input_ids.shape[1]
     distance = torch.arange(T)[:, None] - torch.arange(T)
-    near = ((distance >= 0) & (distance <= NEAR))[T // 2 :].to(inputs.device)
+    near = ((distance >= 0) & (distance <= NEAR))[T // 2 :].to(input_ids.device)
     shares = [float((weights[..., T // 2 :, :].float() * near).sum(-1).mean()) for weights in blocks]
-    return {"share": sum(shares) / len(shares), "by_block": shares, "windows": len(inputs)}
+    return {"share": sum(shares) / len(shares), "by_block": shares, "windows": len(input_ids)}

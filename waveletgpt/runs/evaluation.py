@@ -130,10 +130,11 @@ def evaluate_run(
     tokens = store.split(split)
     if len(tokens) < context + 1:
         raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
-    data = FixedWindows(tokens, context, windows, store.meta.get("record"))
+    end = store.end_of_documents() if run.info["recipe"]["training"].get("packing") else None
+    data = FixedWindows(tokens, context, windows, store.meta.get("record"), end)
     total = 0.0
     for batch in DataLoader(data, batch_size=batch_size):
-        if max(int(value.max()) for value in batch.values()) >= model.config.vocab_size:
+        if max(int(batch[name].max()) for name in ("input_ids", "shift_labels")) >= model.config.vocab_size:
             raise UserError(f"{store.path} holds tokens that the model does not know, it is damaged: prepare it again")
         batch = {name: value.to(model.device) for name, value in batch.items()}
         total += float(model(**batch, labels=batch["shift_labels"], use_cache=False).loss) * len(batch["input_ids"])

@@ -160,6 +160,8 @@ class TrainingSettings:
     """Largest gradient norm."""
     kernel_lr_scale: float | None = None
     """Learning rate of learned kernels in multiples of lr (1); long ones, which start at 1/window, may want less."""
+    packing: bool = False
+    """Keep the documents in a sequence apart: no attention, positions or mixing beyond where one begins."""
     accumulation: int = 1
     """Batches added up before each step."""
     precision: Literal["fp32", "bf16"] = "fp32"

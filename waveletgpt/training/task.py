@@ -130,6 +130,7 @@ class LanguageModeling:
                 eos_token_id=special,
                 pad_token_id=special,
             )
+        self._end(recipe)
         context = context_of(model.config)
         for split in ("train", "validation"):
             have = len(self.store.split(split))
@@ -172,11 +173,16 @@ class LanguageModeling:
         return context_of(model.config)
 
     def train_data(self, recipe: Recipe, model: Any, count: int) -> RandomWindows:
-        return RandomWindows(self.store.split("train"), context_of(model.config), count, recipe.seed, self.record)
+        place = (context_of(model.config), count, recipe.seed)
+        return RandomWindows(self.store.split("train"), *place, self.record, self._end(recipe))
 
     def eval_data(self, recipe: Recipe, model: Any) -> FixedWindows:
         held_out, windows = self.store.split("validation"), recipe.eval_windows
-        return FixedWindows(held_out, context_of(model.config), windows, self.record)
+        return FixedWindows(held_out, context_of(model.config), windows, self.record, self._end(recipe))
+
+    def _end(self, recipe: Recipe) -> int | None:
+        """The token between documents, if they are to be kept apart. Raises UserError where there is none."""
+        return self.store.end_of_documents() if recipe.training.packing else None
 
     def arguments(self) -> dict[str, Any]:
         return {"label_names": ["shift_labels"], "prediction_loss_only": True}
