@@ -59,7 +59,7 @@ class FixedWindows(Dataset):
 def window(tokens: np.ndarray, start: int, context: int, end: int | None = None) -> dict[str, torch.Tensor]:
     """Inputs (T,) from `start` on, and the target of each: the token after it.
 
-    With `end`, the token between documents, also position_ids (T,), which start again at each `end`: a document is begun
+    With `end`, the token between documents, also position_ids (T,), which start again at each `end`: a document begins
     with it, as in generation. Models keep what lies before a position of 0 apart.
     """
     piece = torch.from_numpy(tokens[start : start + context + 1].astype(np.int64))
