@@ -102,7 +102,8 @@ def read_config(name: str) -> PreTrainedConfig:
         raise UserError(f"base_model {name} ({kind}) is {what}: name a model that is nothing but a decoder of tokens")
     if kind != OURS and not _is_causal_kind(config):
         raise UserError(f"base_model {name} ({kind}) is no causal language model of transformers; name one")
-    return config
+    result: PreTrainedConfig = config
+    return result
 
 
 def _is_causal_kind(config: PreTrainedConfig) -> bool:
@@ -169,7 +170,8 @@ def _read(recipe: Recipe) -> tuple[Any, int]:
 def _new(config: Any, recipe: Recipe) -> PreTrainedModel:
     """A model with new weights."""
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        result: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        return result
     except _BROKEN as error:
         attention = f" with training.attention={recipe.training.attention}"
         raise UserError(f"base_model {recipe.base_model} cannot be built{attention}: {_first_line(error)}") from None
@@ -193,7 +195,8 @@ def _trained(config: Any, recipe: Recipe, vocab_size: int) -> PreTrainedModel:
             f"the data has {vocab_size} tokens, {name} knows {model.config.vocab_size}: read it with the model's own "
             "tokenizer; leave modality and tokenizer out"
         )
-    return model
+    result: PreTrainedModel = model
+    return result
 
 
 @torch.no_grad()

@@ -102,7 +102,8 @@ def add_mixing(
         raise UserError(f"{name} mixes by itself: give WaveletGPTConfig(mixing=...) instead")
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise UserError(f"{name} is an encoder-decoder or composite model: mixing can be added to decoder-only ones")
-    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal is not type(model):
         raise UserError(f"{name} is not what AutoModelForCausalLM makes of its config: give a causal language model")
     if mixing not in MIXINGS:
         raise UserError(f"mixing={mixing!r} is unknown; use one of {tuple(MIXINGS)}")
@@ -215,7 +216,7 @@ def _hands_on_keywords(owner: Any, name: str) -> bool:
 # The module that owns the layers.
 
 
-def _tell_layers(owner: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _tell_layers(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: how far back each token may look, of all that says so."""
     given = {**dict(zip(owner._wavelet_arguments, args, strict=False)), **kwargs}
     inputs = given.get("input_ids")
@@ -272,7 +273,7 @@ class MixedLayer:
         return _rebuild, ("layer", self._wavelet_base), self.__getstate__()  # type: ignore[attr-defined]
 
 
-def _cache_among(args: tuple, kwargs: dict[str, Any]) -> Any:
+def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
     return next((value for value in (*named, *args) if isinstance(value, Cache)), None)
 
@@ -337,7 +338,8 @@ class MixedConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         out = super().to_diff_dict()  # type: ignore[misc]
         out["base_model_type"], out["model_type"] = out["model_type"], ON_DISK
-        return out
+        result: dict[str, Any] = out
+        return result
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers; the code goes along, so that `trust_remote_code=True` loads it without this package."""

@@ -46,7 +46,8 @@ class ClassificationHead(nn.Module):
             x = torch.cat([u, v, u - v, u * v], dim=-1)
         for layer in self.layers[:-1]:
             x = nn.functional.relu(layer(x))
-        return self.layers[-1](x)
+        result: torch.Tensor = self.layers[-1](x)
+        return result
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """hidden (B, T, E) -> (B, E) over the tokens that are real by mask (B, T)."""

@@ -164,7 +164,7 @@ class WaveletGPTConfig(PreTrainedConfig):
     attn_pdrop: float = 0.0
     resid_pdrop: float = 0.0
     initializer_range: float = 0.02
-    rope_parameters: dict | None = None
+    rope_parameters: dict[str, Any] | None = None
     rope_fraction: float = 1.0
     mixing: str = "fixed"
     mix_fraction: float = 0.5
@@ -307,7 +307,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         if not self.sites:
             return 0
         heads, width = self.site_shape(self.sites[0])
-        return heads * self.filter.share(self, width)
+        result: int = heads * self.filter.share(self, width)
+        return result
 
     def mix_windows(self, site: str | None = None) -> list[int]:
         """Window in tokens of every mixed channel of a head, at the first site or a named one.
@@ -317,7 +318,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         if not self.sites:
             return []
         width = self.site_shape(site or self.sites[0])[1]
-        return self.filter.schedule(self, self.filter.share(self, width))
+        result: list[int] = self.filter.schedule(self, self.filter.share(self, width))
+        return result
 
     @property
     def vanishing_moments(self) -> int:
@@ -332,7 +334,7 @@ class WaveletGPTConfig(PreTrainedConfig):
             return self.mix_layers == "all" or layer < self.n_layer - 1
         return layer in self.mix_layers
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in Hugging Face; the code goes along, so that `trust_remote_code=True` loads it without this package.
 
         The models save their configuration through this too, before anything is uploaded.

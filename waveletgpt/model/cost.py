@@ -52,13 +52,15 @@ def flops_per_token(model: Any) -> int:
     if config.frame_size is not None:
         flops -= 2 * config.frame_size * config.frame_hidden  # nothing flows back into the waveform
     attention = 12 * config.n_layer * config.n_embd * config.n_positions
-    return flops + attention + mixing_flops_per_token(config)
+    result: int = flops + attention + mixing_flops_per_token(config)
+    return result
 
 
 def _used_by_each_token(model: Any) -> int:
     """Parameters but those of embeddings that are only looked up, and of mixers."""
     used = {p for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    return sum(p.numel() for p in used) - count_parameters(model)[1]
+    result: int = sum(p.numel() for p in used) - count_parameters(model)[1]
+    return result
 
 
 def decoding_state_bytes(config: WaveletGPTConfig, itemsize: int = 4) -> dict[str, int]:

@@ -262,4 +262,5 @@ class MixingGeneration:
         if tokens > 1 and (isinstance(prepared, dict) or (isinstance(prepared, Tensor) and prepared.ndim != 2)):
             flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
             inputs[PADDING] = attention_mask[:, -tokens:].contiguous() if flat else None
-        return inputs
+        result: dict[str, Any] = inputs
+        return result

@@ -25,7 +25,8 @@ class FrameEmbedding(nn.Module):
         self.down_proj = FrameLinear(config.frame_hidden, config.n_embd)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.gelu(self.up_proj(frames), approximate="tanh"))
+        result: torch.Tensor = self.down_proj(nn.functional.gelu(self.up_proj(frames), approximate="tanh"))
+        return result
 
 
 def split_frames(

@@ -67,7 +67,8 @@ class LearnableMean(WeightedSum):
     def taps(self) -> list[torch.Tensor]:
         kernels = self.kernels()
         if self.sharing != "head":
-            return kernels
+            result: list[torch.Tensor] = kernels
+            return result
         return [h.repeat(n // self.heads, 1) for h, (_, n) in zip(kernels, self.groups, strict=True)]
 
 
@@ -214,7 +215,8 @@ class DynamicConvolution(Windowed):
         y = x.unflatten(-1, (-1, self.sets)) * taps[:, :, None, :, 0]
         for j in range(1, self.kernel_size):
             y = y + delayed(x, j, before, reach).unflatten(-1, (-1, self.sets)) * taps[:, :, None, :, j]
-        return y.flatten(-2).to(x.dtype)
+        result: torch.Tensor = y.flatten(-2).to(x.dtype)
+        return result
 
     def flops(self) -> int:
         return (2 * self.weight.numel() + 2 * self.kernel_size * self.n_mixed) * 3
@@ -301,7 +303,8 @@ class Mixers(nn.ModuleList):
         state = None
         if cache is not None and mixer.past:
             state = cache.state(mixer.name, mixer.past, mixer.edge == "partial")
-        return mixer(hidden, reach, state)
+        result: torch.Tensor = mixer(hidden, reach, state)
+        return result
 
 
 __all__ = ["BLOCK_SITES", "MIXERS", "Mixer", "Mixers", "starting_taps"]

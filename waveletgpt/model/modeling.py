@@ -107,7 +107,8 @@ def rotate(
     """Rotary positions on the last channels of each head, as many as `cos` and `sin` (B, T, channels) have."""
     still = query.shape[-1] - cos.shape[-1]
     if not still:
-        return apply_rotary_pos_emb(query, key, cos, sin)
+        result: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(query, key, cos, sin)
+        return result
     turned = apply_rotary_pos_emb(query[..., still:], key[..., still:], cos, sin)
     return torch.cat([query[..., :still], turned[0]], dim=-1), torch.cat([key[..., :still], turned[1]], dim=-1)
 
@@ -125,8 +126,10 @@ class FeedForward(nn.Module):
         hidden = mix("mlp_hidden", self.up_proj(hidden))
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)
-            return self.out_proj(nn.functional.silu(gate) * value)
-        return self.out_proj(nn.functional.gelu(hidden, approximate="tanh"))
+            result: torch.Tensor = self.out_proj(nn.functional.silu(gate) * value)
+            return result
+        result: torch.Tensor = self.out_proj(nn.functional.gelu(hidden, approximate="tanh"))
+        return result
 
 
 class Block(GradientCheckpointingLayer):
@@ -159,10 +162,12 @@ class Block(GradientCheckpointingLayer):
 
         def attend(x: torch.Tensor) -> torch.Tensor:
             x = self.attention(mix("attention_input", x), attention_mask, rotary, past_key_values, mix, **kwargs)[0]
-            return self.dropout(mix("attention_output", x))
+            result: torch.Tensor = self.dropout(mix("attention_output", x))
+            return result
 
         def feed(x: torch.Tensor) -> torch.Tensor:
-            return self.dropout(mix("mlp_output", self.feed_forward(mix("mlp_input", x), mix)))
+            result: torch.Tensor = self.dropout(mix("mlp_output", self.feed_forward(mix("mlp_input", x), mix)))
+            return result
 
         if self.post_norm:
             hidden = self.norm_1(hidden + attend(hidden))
@@ -276,7 +281,8 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
             hidden = hidden + self.embed_positions(positions)
         elif self.config.position_embedding == "sinusoidal":
             hidden = hidden * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(hidden.dtype)
-        return self.dropout(hidden)
+        result: torch.Tensor = self.dropout(hidden)
+        return result
 
     @merge_with_config_defaults
     @capture_outputs

@@ -19,7 +19,8 @@ def daubechies(moments: int) -> np.ndarray:
     away = np.sqrt(middle**2 - 1)
     inside = np.where(abs(middle + away) < 1, middle + away, middle - away)
     taps = np.poly([*[-1] * moments, *inside]).real
-    return taps / taps.sum()
+    result: np.ndarray = taps / taps.sum()
+    return result
 
 
 def wavelet_taps(moments: int, scale: int) -> tuple[np.ndarray, np.ndarray]:

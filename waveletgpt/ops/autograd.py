@@ -109,7 +109,8 @@ def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str, reach:
     else:
         keep = keep if keep is None else F.pad(keep, (1, 0))
         y = _DecayedSum.apply(torch.cat((state.to(u.dtype).unsqueeze(1), u), dim=1), a, False, backend, keep)[:, 1:]
-    return y.to(x.dtype)
+    result: Tensor = y.to(x.dtype)
+    return result
 
 
 def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
@@ -137,7 +138,8 @@ def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"waveletgpt::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.waveletgpt, name).default
+        result: Callable[..., Any] = getattr(torch.ops.waveletgpt, name).default
+        return result
 
     return define
 
@@ -152,8 +154,10 @@ def empty_result(x: Tensor, past: int = 0) -> Tensor:
 
 def _mean(x: Tensor, windows: Windows, reverse: bool, past: int, backend: str, reach: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Mean.apply(x, windows, reverse, past, backend, reach)
-    return _mean_op(x, windows, reverse, past, backend, reach)
+        result: Tensor = _Mean.apply(x, windows, reverse, past, backend, reach)
+        return result
+    result: Tensor = _mean_op(x, windows, reverse, past, backend, reach)
+    return result
 
 
 class _Mean(torch.autograd.Function):
@@ -194,7 +198,8 @@ class _Filter(torch.autograd.Function):
             x = x.contiguous()
         ctx.save_for_backward(x if learning else None, taps, reach)
         ctx.windows, ctx.past, ctx.backend = windows, past, backend
-        return _filter_op(x, windows, taps, past, backend, reach)
+        result: Tensor = _filter_op(x, windows, taps, past, backend, reach)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -238,7 +243,8 @@ class _DecayedSum(torch.autograd.Function):
         y = _decayed_sum_op(u, a, reverse, backend, keep)
         ctx.save_for_backward(a, y if ctx.needs_input_grad[1] else None, keep)
         ctx.reverse, ctx.backend = reverse, backend
-        return y
+        result: Tensor = y
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -94,7 +94,8 @@ def unavailable(device: str | None = None) -> str | None:
 def _entry(name: str, dtype: torch.dtype) -> Callable[..., None]:
     entry = getattr(_LIBRARY, f"waveletgpt_{name}_{str(dtype).removeprefix('torch.')}")
     entry.argtypes, entry.restype = _SIGNATURES[name], None
-    return entry
+    result: Callable[..., None] = entry
+    return result
 
 
 def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None = None) -> Tensor:
@@ -182,7 +183,9 @@ def _neighbours(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] |
 
 
 @lru_cache(maxsize=256)
-def _describe(groups: tuple[tuple[int, int], ...], taps: tuple[int, ...] | None, shared: bool) -> ctypes.Array:
+def _describe(
+    groups: tuple[tuple[int, int], ...], taps: tuple[int, ...] | None, shared: bool
+) -> "ctypes.Array[_Group]":
     pointers = (None,) * len(groups) if taps is None else taps
     described = [_Group(n, w, h, 0 if shared else w) for (w, n), h in zip(groups, pointers, strict=True)]
     return (_Group * len(described))(*described)

@@ -314,7 +314,8 @@ def _convolves(signal: Tensor) -> bool:
 
 
 def _spectrum(signal: Tensor, length: int) -> Tensor:
-    return torch.fft.rfft(signal.transpose(1, 2), length)
+    result: Tensor = torch.fft.rfft(signal.transpose(1, 2), length)
+    return result
 
 
 def _fft_length(signal: Tensor, taps: Tensor) -> int:

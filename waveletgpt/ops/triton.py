@@ -141,7 +141,7 @@ def _prepare(x: Tensor) -> Tensor:
 _MAKER = ThreadPoolExecutor(1)
 
 
-def _resident(values: list, device: torch.device) -> Tensor:
+def _resident(values: list[int], device: torch.device) -> Tensor:
     return _MAKER.submit(torch.tensor, values, dtype=torch.int32, device=device).result()
 
 

@@ -112,7 +112,8 @@ def _mixers(model: Any) -> list[tuple[str, Any]]:
 def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
     """Kernels of (place, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
     from waveletgpt.integrations.module import WaveletMixing
-    from waveletgpt.model.mixing import FixedWavelet, WeightedSum
+    from waveletgpt.model.mixer import WeightedSum
+    from waveletgpt.model.mixing import FixedWavelet
 
     found: list[Kernel] = []
     for place, mixer in mixers:
