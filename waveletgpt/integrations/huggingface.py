@@ -25,7 +25,7 @@ import textwrap
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -130,11 +130,12 @@ def add_mixing(
     settings: dict[str, Any] = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
     settings["edge"] = mix_edge
     _install(model, settings)
-    config.__class__ = _known_to_auto_classes(mixed_config(type(config)))
+    kind, config_kind = cast(Any, type(model)), cast(Any, type(config))
+    config.__class__ = _known_to_auto_classes(mixed_config(config_kind))
     config.wavelet_mixing = settings
     # What these name is the model without mixing: others would take it for this one (an adapter's base, a reference).
     config._name_or_path = model.name_or_path = ""
-    model.__class__ = mixed_root(type(model))
+    model.__class__ = mixed_root(kind)
     return model
 
 

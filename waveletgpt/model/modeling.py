@@ -126,9 +126,10 @@ class FeedForward(nn.Module):
         hidden = mix("mlp_hidden", self.up_proj(hidden))
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)
-            result: torch.Tensor = self.out_proj(nn.functional.silu(gate) * value)
-            return result
-        result: torch.Tensor = self.out_proj(nn.functional.gelu(hidden, approximate="tanh"))
+            hidden = nn.functional.silu(gate) * value
+        else:
+            hidden = nn.functional.gelu(hidden, approximate="tanh")
+        result: torch.Tensor = self.out_proj(hidden)
         return result
 
 

@@ -153,11 +153,8 @@ def empty_result(x: Tensor, past: int = 0) -> Tensor:
 
 
 def _mean(x: Tensor, windows: Windows, reverse: bool, past: int, backend: str, reach: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Mean.apply(x, windows, reverse, past, backend, reach)
-        return result
-    result: Tensor = _mean_op(x, windows, reverse, past, backend, reach)
-    return result
+    apply: Callable[..., Tensor] = _Mean.apply if torch.is_grad_enabled() and x.requires_grad else _mean_op
+    return apply(x, windows, reverse, past, backend, reach)
 
 
 class _Mean(torch.autograd.Function):

@@ -10,8 +10,10 @@ Shapes: B batch, T tokens, C mixed coordinates.
 """
 
 import contextlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +143,7 @@ def _prepare(x: Tensor) -> Tensor:
 _MAKER = ThreadPoolExecutor(1)
 
 
-def _resident(values: list[int], device: torch.device) -> Tensor:
+def _resident(values: Sequence[Any], device: torch.device) -> Tensor:
     return _MAKER.submit(torch.tensor, values, dtype=torch.int32, device=device).result()
 
 
