@@ -27,7 +27,7 @@ from waveletgpt.model.cost import describe
 from waveletgpt.report.probing import look_inside
 from waveletgpt.runs.evaluation import evaluate_run, generate_from_run, print_info
 from waveletgpt.runs.folder import RunFolder
-from waveletgpt.training.compare import compare
+from waveletgpt.training.compare import compare, parse_arms
 from waveletgpt.training.ladder import plan as plan_ladder
 from waveletgpt.training.recipe import Recipe, added_mixing_names
 from waveletgpt.training.task import LanguageModeling
@@ -68,16 +68,17 @@ def built(store: TokenStore, recipe: Recipe) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compare_and_what_follows(kind: str, store: TokenStore, folders: Path, tmp_path: Path, capsys: Any) -> None:
-    out, arms = tmp_path / "out", ["none", "fixed", "gate:max_window=8"]
+    out, arms = tmp_path / "out", ["none", "fixed:max_window=8" if kind == "llama" else "gate:max_window=8"]
     recipe = recipe_of(folders / kind, max_steps=6)
     summary = compare(recipe, store, out, data="words.txt", arms=arms)
     assert list(summary["arms"]) == arms
-    assert summary["arms"]["fixed"]["parameters"] == summary["arms"]["none"]["parameters"]
+    stock, mixed = (arm["parameters"] for arm in summary["arms"].values())
+    assert mixed - stock == (0 if kind == "llama" else 2 * 8)  # a gate for each mixed channel of both blocks
     page = (out / "report.html").read_text()
-    assert "w=8" in page  # the picture of a gate's hidden states, with its windows
+    assert "w=8" in page  # the picture of the hidden states, with their windows
     assert "could not be pictured" not in page
-    for arm, name in zip(arms, ("none-seed0", "fixed-seed0", "gate_max_window=8-seed0"), strict=True):
-        run = RunFolder.open(out / name)
+    for arm in arms:
+        run = RunFolder.open(out / f"{arm.replace(':', '_')}-seed0")
         model = AutoModelForCausalLM.from_pretrained(run.path)
         assert model.config.vocab_size == store.vocab_size
         assert type(model).__name__.startswith("Wavelet") == (arm != "none")
@@ -92,10 +93,11 @@ def test_compare_and_what_follows(kind: str, store: TokenStore, folders: Path, t
         assert run.info["result"]["breakdown"]["near_attention"]["share"] > 0
         text = generate_from_run(run.path, "the cat", tokens=20, device="cpu")[0]  # more than the context has room for
         assert text.startswith("the cat")
-    print_info(str(out / "fixed-seed0"), Recipe(), 256, {})
+    print_info(str(run.path), Recipe(), 256, {})
     told = capsys.readouterr().out
     assert f"{kind}, 2 blocks, E=16, 2 heads, context 16, vocabulary {store.vocab_size}" in told
-    assert "fixed, 8 of 16 channels" in told
+    assert "8 of 16 channels" in told
+    assert "windows: 2 x3, 4 x3, 8 x2" in told
 
 
 def by_hand(store: TokenStore, recipe: Recipe, base: Path) -> dict[str, torch.Tensor]:
@@ -235,10 +237,14 @@ def read(trained: Path, tmp_path: Path) -> tuple[Recipe, TokenStore]:
 
 def test_training_goes_on_where_the_weights_are(trained: Path, read: tuple[Recipe, TokenStore], tmp_path: Path) -> None:
     recipe, store = read
-    arms = ["none", "delta", "gate", "fixed:pretrained=replace"]
-    compare(recipe, store, tmp_path / "out", data="words.txt", arms=arms)
-    names = ("none-seed0", "delta-seed0", "gate-seed0", "fixed_pretrained=replace-seed0")
-    none, delta, gate, fixed = (RunFolder(tmp_path / "out" / name).curve() for name in names)
+    recipe = recipe.override({"samples": 0}, "test")
+
+    def curve(recipe: Recipe) -> list[tuple[int, float, float]]:
+        run = train(recipe, store, tmp_path / recipe.mixing, data="words.txt", show_progress=False)
+        return run.curve()
+
+    none, delta, gate = (curve(recipe.override({"mixing": name}, "test")) for name in ("none", "delta", "gate"))
+    fixed = curve(recipe.override({"mixing": "fixed", "pretrained": "replace"}, "test"))
     model = AutoModelForCausalLM.from_pretrained(trained)
     windows = FixedWindows(store.split("validation"), 16, recipe.eval_windows)
     with torch.no_grad():
@@ -252,7 +258,7 @@ def test_training_goes_on_where_the_weights_are(trained: Path, read: tuple[Recip
     for curve in (none, delta, gate, fixed):
         assert curve[-1][2] < curve[0][2]
     # A model that was given mixing goes on with it, and with no other.
-    mixed = recipe.override({"base_model": str(tmp_path / "out" / "delta-seed0"), "mixing": "delta"}, "test")
+    mixed = recipe.override({"base_model": str(tmp_path / "delta"), "mixing": "delta"}, "test")
     again = train(mixed, store, tmp_path / "again", data="words.txt", show_progress=False).curve()
     assert again[0][2] == pytest.approx(delta[-1][2], abs=1e-6)
     for changes, told in (({"mixing": "gate"}, "give mixing=delta"), ({"max_window": 8}, "max_window of its own")):
@@ -385,6 +391,15 @@ def test_models_that_are_refused(store: TokenStore, tmp_path: Path) -> None:
     built(store, recipe_of(tmp_path / "bloom", mixing="none", attention="eager"))
     with pytest.raises(UserError, match=r"cannot be built with training\.attention=sdpa"):
         built(store, recipe_of(tmp_path / "bloom", mixing="none"))
+
+
+def test_an_arm_can_have_an_architecture_of_its_own(store: TokenStore, folders: Path) -> None:
+    llama, qwen = folders / "llama", folders / "qwen3"
+    arms = parse_arms(["fixed", f"delta:base_model={qwen}"], recipe_of(llama))
+    kinds = [built(store, arm.recipe).config.model_type for arm in arms]
+    assert kinds == ["llama", "qwen3"]
+    with pytest.raises(UserError, match="use one of none, fixed, learnable, wavelet"):
+        parse_arms(["delta"], tiny_recipe())
 
 
 def test_trained_weights_need_a_model() -> None:
