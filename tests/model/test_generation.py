@@ -273,7 +273,7 @@ def test_streamed_text_is_the_text(prompt: bytes, new: list[int]) -> None:
     """Any bytes, also those that are no characters: what was written adds up, and nothing was taken back."""
     tokenizer = Bytes().tokenizer()
     written: list[str] = []
-    with streaming(tokenizer, list(prompt), 256, written.append) as watch:
+    with streaming(tokenizer, list(prompt), [256], written.append) as watch:
         for token in [*new, 256]:
             watch([token])
     assert "".join(written) == tokenizer.decode([*prompt, *new])
@@ -281,7 +281,7 @@ def test_streamed_text_is_the_text(prompt: bytes, new: list[int]) -> None:
 
 def test_whole_characters_are_streamed_at_once() -> None:
     written: list[str] = []
-    with streaming(Bytes().tokenizer(), list(b"a"), None, written.append) as watch:
+    with streaming(Bytes().tokenizer(), list(b"a"), [], written.append) as watch:
         for token in "b한c".encode():
             watch([token])
     assert [text for text in written if text] == ["a", "b", "한", "c"]
