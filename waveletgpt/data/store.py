@@ -133,6 +133,14 @@ class FolderWriter:
             file.close()
         shutil.rmtree(self.scratch)
 
+    def publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
+        """Give the folder its name, with `meta` as its meta.json; `others` are files in it that were not opened here.
+
+        `opens` raises UserError for what is no whole store.
+        """
+        self._close()
+        self._publish(meta, opens, others)
+
     def _publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
         """Write meta.json and give the folder its name; if another process was first, its store stays.
 

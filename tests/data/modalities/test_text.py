@@ -51,7 +51,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
         sample = "Don't the waves of the small scale wave? They'll wave 1234 times, über alles.\n\n  Indented\n" * 50
         spool.end_document("train", spool.write(sample.encode()))
         spool.divide(DataSettings())
-        encoder = fit_bpe(spool, DataSettings(vocab_size=400))
+        encoder = fit_bpe([(spool, 1.0)], DataSettings(vocab_size=400))
     assert isinstance(encoder, HuggingFace)
     return encoder
 

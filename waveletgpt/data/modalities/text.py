@@ -7,6 +7,9 @@ the same to a single string.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import hashlib
+import json
 import logging
 import re
 from collections import Counter
@@ -23,7 +26,7 @@ from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Document, Source
 from waveletgpt.data.splits import HASHED, Spool, point_of, split_of
-from waveletgpt.data.store import SPLITS, StoreWriter
+from waveletgpt.data.store import FORMAT, SPLITS, FolderWriter, StoreWriter, made_once, read_meta
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -117,9 +120,11 @@ class TextModality:
     name: str
     description: str
     normaliser: Callable[[], Normaliser]
-    fit: Callable[[Spool, DataSettings], encoders.Encoder]
+    fit: Callable[[encoders.Shares, DataSettings], encoders.Encoder]
     identity: Callable[[DataSettings], dict[str, Any]] = encoders.no_settings
     """The settings, beyond the shared ones, that change the tokens."""
+    learned: bool = False
+    """Whether the vocabulary is found from the data."""
     binary: bool = False
     """Whether any file will do."""
     suffixes: frozenset[str] = frozenset()
@@ -132,15 +137,8 @@ class TextModality:
         Raises UserError if there is no text, or too little for the splits.
         """
         with Spool(writer.scratch) as spool:
-            with bar(f"reading {source.name}", source.size, progress) as advance:
-                for document in source.documents(binary=self.binary):
-                    self._spool(document, spool, settings, source.own_splits, lambda: advance(source.done))
-            if source.skipped:
-                names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
-                log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
-            spool.divide(settings, source.own_splits)
-            require_splits(source.name, spool.sizes, settings, "bytes of text")
-            encoder = self.fit(spool, settings)
+            self._read(source, settings, spool, progress)
+            encoder = self.fit([(spool, 1.0)], settings)
             writer.begin(encoder.vocab_size)
             with bar(f"encoding {source.name}", spool.size, progress) as advance:
                 self._encode(spool, encoder, writer, advance)
@@ -151,6 +149,17 @@ class TextModality:
             split=spool.method,
             skipped={"count": len(source.skipped), "names": source.skipped[:100]},
         )
+
+    def _read(self, source: Source, settings: DataSettings, spool: Spool, progress: bool) -> None:
+        """Normalise all documents onto the spool, and decide the splits."""
+        with bar(f"reading {source.name}", source.size, progress) as advance:
+            for document in source.documents(binary=self.binary):
+                self._spool(document, spool, settings, source.own_splits, lambda: advance(source.done))
+        if source.skipped:
+            names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
+            log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
+        spool.divide(settings, source.own_splits)
+        require_splits(source.name, spool.sizes, settings, "bytes of text")
 
     def _spool(
         self, document: Document, spool: Spool, settings: DataSettings, own: Set[str], advance: Callable[[], None]
@@ -213,6 +222,42 @@ class TextModality:
         return SampleFile("text", path, text, counted(Counter({"unknown tokens left out": len(tokens) - len(known)})))
 
 
+def shared_tokenizer(
+    kind: TextModality, sources: Sequence[Source], weights: Sequence[float], settings: DataSettings, progress: bool
+) -> Path:
+    """The folder of one tokenizer for several sources, that of their characters or trained on them by weights."""
+    identity = {
+        "format": FORMAT,
+        "modality": kind.name,
+        "content": [source.key(settings.cache) for source in sources],
+        "weights": [round(weight, 12) for weight in weights] if kind.name != "chars" else None,
+        **{name: getattr(settings, name) for name in ("column", "include", "exclude", "encoding")},
+        **{name: getattr(settings, name) for name in ("validation_fraction", "test_fraction")},
+        **kind.identity(settings),
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = settings.cache / "tokenizers" / f"{kind.name}-{fingerprint[:16]}"
+
+    def opens(folder: Path) -> Path:
+        read_meta(folder, "tokenizer", FORMAT, lambda meta: meta["tokenizer_files"])
+        return folder / "tokenizer"
+
+    def make() -> None:
+        with FolderWriter(path, fingerprint, identity) as writer, contextlib.ExitStack() as spools:
+            shares = []
+            for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+                (writer.scratch / str(i)).mkdir()
+                spool = spools.enter_context(Spool(writer.scratch / str(i)))
+                kind._read(source, settings, spool, progress)
+                shares.append((spool, weight))
+            kind.fit(shares, settings).tokenizer().save_pretrained(writer.folder / "tokenizer")
+            files = sorted((writer.folder / "tokenizer").iterdir())
+            sizes = {f"tokenizer/{file.name}": file.stat().st_size for file in files}
+            writer.publish({"format": FORMAT, "tokenizer_files": sizes}, opens, files)
+
+    return made_once(path, opens, make)
+
+
 def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, unit: str, least: int = 2) -> None:
     """Raises UserError unless each split that is asked for has at least `least` of what is counted."""
     needed = [split for split in SPLITS if split != "test" or settings.test_fraction]
@@ -224,8 +269,9 @@ def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, uni
 
 TEXT = (
     TextModality("text8", "lower-case a-z and space, digits spelled out (27 + 1)", Text8, encoders.fit_text8),
-    TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars),
+    TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars,
+                 encoders.chars_settings, learned=True),
     TextModality("bytes", "the 256 bytes, of text or of any file (256 + 1)", AsIs, encoders.fit_bytes, binary=True),
     TextModality("bpe", "byte-pair encoding trained on the data, or --tokenizer", Utf8, encoders.fit_bpe,
-                 encoders.bpe_settings),
+                 encoders.bpe_settings, learned=True),
 )  # fmt: skip
