@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,8 @@ class Encoder(Protocol):
     vocab_size: int
     end: int
     """The token that ends a document."""
+    batch: int
+    """Bytes of text that are best encoded at a time."""
 
     def cut(self, block: bytes) -> int:
         """How many bytes of an unfinished document can be encoded by themselves; 0 if more must be known first."""
@@ -105,6 +109,7 @@ class Characters:
         self._table = np.full(0x110000, self.end, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
+    batch = 1 << 20
     cut = staticmethod(last_character)
 
     def encode(self, pieces: list[bytes]) -> list[np.ndarray]:
@@ -188,6 +193,7 @@ class Bytes:
 
     vocab_size = 257
     end = 256
+    batch = 1 << 20
 
     def cut(self, block: bytes) -> int:
         return len(block)
@@ -217,12 +223,15 @@ def fit_bytes(shares: Shares, settings: DataSettings) -> Encoder:
 
 
 class HuggingFace:
-    """Any Hugging Face tokenizer."""
+    """Any Hugging Face tokenizer; encodes about a megabyte at a time on each core, which bounds the memory it takes."""
+
+    batch = 1 << 24
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.end = tokenizer.eos_token_id
+        self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def cut(self, block: bytes) -> int:
         """Before a lone space or after a lone line end: byte-level tokenizers cut there anyway, so the pieces add up.
@@ -247,10 +256,28 @@ class HuggingFace:
                 np.array(ids, np.uint32)
                 for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             ]
-        return [np.array(found.ids, np.uint32) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+        def encode(group: list[str]) -> list[np.ndarray]:
+            return [np.array(one.ids, np.uint32) for one in backend.encode_batch_fast(group, add_special_tokens=False)]
+
+        # One call for the whole batch would be as fast, but keep fifty bytes a byte of text until its end.
+        return [ids for found in self._threads.map(encode, _groups(texts)) for ids in found]
 
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+
+def _groups(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, about a megabyte at a time."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= 1 << 20:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def fit_bpe(shares: Shares, settings: DataSettings) -> Encoder:
