@@ -221,4 +221,5 @@ def test_the_command_line_takes_one_name_or_several(tmp_path: Path) -> None:
     there.touch()
     assert named((str(there),)) == str(there)
     assert named(("a=1",)) == ["a=1"]
+    assert named(("https://host/file?version=1",)) == "https://host/file?version=1"
     assert named(("a=1", "b=2")) == ["a=1", "b=2"]

@@ -45,7 +45,8 @@ class Train:
     """Train one model on DATA: a file, a folder, an archive, or a name from `waveletgpt data list`."""
 
     data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
-    """File, folder, archive, data set name, or hf:OWNER/NAME; several, each with a weight, are mixed: a/=0.7 b/=0.3."""
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     out: str = "runs/train"
     """Run folder to write."""
     arm: str | None = None
@@ -89,7 +90,8 @@ class Compare:
     """
 
     data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
-    """File, folder, archive, data set name, or hf:OWNER/NAME; several, each with a weight, are mixed: a/=0.7 b/=0.3."""
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     out: str = "runs/compare"
     """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
     arms: tuple[str, ...] = ("none", "fixed")
@@ -171,7 +173,8 @@ class Ladder:
     """
 
     data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
-    """File, folder, archive, data set name, or hf:OWNER/NAME; several, each with a weight, are mixed: a/=0.7 b/=0.3."""
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     out: str = "runs/ladder"
     """Folder to write: report.html, ladder.json, ladder.csv, and a comparison per rung, SIZE-TOKENS."""
     arms: tuple[str, ...] = ("none", "fixed")
@@ -496,7 +499,8 @@ class DataPrepare:
     """Turn DATA into a token store, as training would, and say where it is."""
 
     data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
-    """File, folder, archive, data set name, or hf:OWNER/NAME; several, each with a weight, are mixed: a/=0.7 b/=0.3."""
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     modality: str | None = None
     """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own, else what the
     names of the files tell."""
@@ -606,7 +610,7 @@ def is_weighted(source: str) -> bool:
         float(weight)
     except ValueError:
         return False
-    return bool(name and equals) and not Path(source).exists()
+    return bool(name and equals and "?" not in name) and not Path(source).exists()  # ?: of an address
 
 
 def is_classifier(folder: str) -> bool:

@@ -43,8 +43,8 @@ USAGE = "\n".join(
         "",
         *(f"  {name:<20}{what}" for name, what in HELP.items()),
         "",
-        "DATA is a file, a folder, an archive, a name from `waveletgpt data list`, or hf:OWNER/NAME; or several of",
-        "these, each with a weight, to be mixed: a/=0.7 b/=0.3.",
+        "DATA is a file, a folder, an archive, an address (https://, s3://, gs://, az://, hf://datasets/), a name from",
+        "`waveletgpt data list`, or hf:OWNER/NAME; or several, each with a weight, to be mixed: a/=0.7 b/=0.3.",
         "Each command explains its options with --help.",
     ]
 )

@@ -33,6 +33,7 @@ from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Document, Files, Source
 from waveletgpt.data.sources.hub import PREFIX, Hub
 from waveletgpt.data.sources.named import NAMED, NamedSet, fetch
+from waveletgpt.data.sources.remote import at_address, is_address
 from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, disk_errors, made_once
 from waveletgpt.errors import UserError, suggest
 
@@ -81,11 +82,12 @@ def prepare(
 ) -> TokenStore | Mixture:
     """The tokens of `data`: made once, and found again as long as neither its content nor the settings change.
 
-    `data` is a file, a folder, a name in `NAMED`, or `hf:owner/name`; or several of these, each with a weight:
-    `["a/=0.7", "b/=0.3"]` (see `Mixture`). `modality` is a name in `MODALITIES` (default: that of the named set, else
-    what `detect` finds). With `progress`, bars and what was taken are shown on standard error. `begun` are stores that
-    runs have begun with: one of the same data and settings is kept, even if this version reads the data in another way
-    than the one that made it. Any number of processes may ask at once. Raises UserError for what cannot be used.
+    `data` is a file, a folder, a name in `NAMED`, `hf:owner/name`, or an address (`https://`, `s3://`, ...); or several
+    of these, each with a weight: `["a/=0.7", "b/=0.3"]` (see `Mixture`). `modality` is a name in `MODALITIES` (default:
+    that of the named set, else what `detect` finds). With `progress`, bars and what was taken are shown on standard
+    error. `begun` are stores that runs have begun with: one of the same data and settings is kept, even if this version
+    reads the data in another way than the one that made it. Any number of processes may ask at once. Raises UserError
+    for what cannot be used.
     """
     settings = settings or DataSettings()
     if modality is not None and modality not in MODALITIES:
@@ -222,7 +224,7 @@ def _say(shown: bool, line: str) -> None:
 
 
 def find(data: str, settings: DataSettings, progress: bool = True) -> Source:
-    """What `data` names: a path that exists, else a named set (downloaded if need be), else one of the hub.
+    """What `data` names: a path that exists, else a named set (downloaded if need be), an address, or a set of the hub.
 
     Raises UserError if it names nothing.
     """
@@ -230,6 +232,8 @@ def find(data: str, settings: DataSettings, progress: bool = True) -> Source:
         return Files(Path(data), settings, split_folders=True)
     if data in NAMED:
         return fetch(NAMED[data], settings, progress)
+    if is_address(data):
+        return at_address(data, settings, progress)
     if data.startswith(PREFIX):
         return Hub(data, settings)
     raise UserError(
