@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from waveletgpt.data import DataSettings, StoreWriter, prepare, splits, store
@@ -30,10 +32,15 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def corpus(tmp_path: Path, prose: Callable[[int, int], str], kind: str) -> Path:
-    """About 130 kB: one file, or many that are divided by their hashes."""
+    """About 130 kB: one file, or many or a table, which are divided by their hashes."""
     if kind == "file":
         path = tmp_path / "one.txt"
         path.write_text(prose(24_000, 1), encoding="utf-8")
+        return path
+    if kind == "rows":
+        path = tmp_path / "rows.jsonl"
+        rows = [json.dumps({"text": f"{index} {prose(3, index)}"}) for index in range(9000)]
+        path.write_text("\n".join(rows), encoding="utf-8")
         return path
     folder = tmp_path / "many"
     folder.mkdir()
@@ -72,7 +79,7 @@ def _killed_at(data: Path, modality: str, settings: DataSettings, saves: int, ho
     [
         ("bytes", "file", 2, "kill"),  # while reading
         ("bytes", "file", 12, "kill"),  # while encoding
-        ("text8", "file", 3, "kill"),
+        ("bytes", "rows", 12, "kill"),
         ("text8", "many", 3, "kill"),
         ("text8", "many", 11, "Ctrl-C"),
         ("chars", "many", 13, "kill"),
@@ -82,7 +89,7 @@ def _killed_at(data: Path, modality: str, settings: DataSettings, saves: int, ho
 )
 def test_what_was_killed_goes_on_to_the_same_store(
     modality: str, kind: str, saves: int, how: str, tmp_path: Path, prose: Callable[[int, int], str],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     data = corpus(tmp_path, prose, kind)
     whole = prepare(data, modality, settings_in(tmp_path, "whole"), progress=False)
@@ -108,7 +115,8 @@ def test_what_was_killed_goes_on_to_the_same_store(
         append(writer, split, tokens, **more)
 
     monkeypatch.setattr(StoreWriter, "append", counted)
-    again = prepare(data, modality, settings, progress=False)
+    again = prepare(data, modality, settings)
+    assert "going on with a preparation that was stopped" in capsys.readouterr().err
     assert content(again.path) == content(whole.path)
     assert [path.name for path in stores.iterdir() if not path.name.endswith(".lock")] == [again.path.name]
     size = sum(split["bytes"] for split in whole.meta["splits"].values())
@@ -117,6 +125,17 @@ def test_what_was_killed_goes_on_to_the_same_store(
         assert sum(encoded) < size - (1 << 13)
     else:
         assert 0 < sum(written) < size - (1 << 13)
+
+
+def test_no_document_is_lost_between_what_is_noted(tmp_path: Path, prose: Callable[[int, int], str]) -> None:
+    data = corpus(tmp_path, prose, "rows")
+    made = prepare(data, "bytes", settings_in(tmp_path, "cache"), progress=False)
+    texts = [json.loads(line)["text"].encode() for line in data.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for tokens in map(made.split, store.SPLITS):
+        ends = np.flatnonzero(tokens == 256) + 1
+        found += [part[:-1].astype(np.uint8).tobytes() for part in np.split(tokens, ends)[:-1]]
+    assert sorted(found) == sorted(texts)
 
 
 @pytest.mark.parametrize("kind", ["file", "many"])

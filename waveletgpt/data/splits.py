@@ -10,7 +10,6 @@ Data that comes in splits keeps them; one that it lacks is taken from its traini
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
@@ -127,6 +126,7 @@ class _Segments:
 
     def free(self, before: int) -> None:
         """Give back what lies in files that end at `before` or earlier."""
+        self.close("r")
         for number in range(self._freed, before // SEGMENT):
             (self._folder / f"documents-{number}.bin").unlink(missing_ok=True)
         self._freed = max(self._freed, before // SEGMENT)
@@ -171,7 +171,7 @@ class Spool:
         sync(self._index)
         return {
             "text": self._text.end,
-            "index": self._index.seek(0, io.SEEK_END),
+            "index": os.fstat(self._index.fileno()).st_size,  # it may be in use: its place stays
             "sizes": self.sizes,
             "documents": self.documents,
             "method": self.method,

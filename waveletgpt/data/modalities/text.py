@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
@@ -139,6 +140,8 @@ class TextModality:
         Raises UserError if there is no text, or too little for the splits.
         """
         learned = self.learned and not settings.tokenizer
+        if writer.saved and progress:
+            print(f"{source.name}: going on with a preparation that was stopped", file=sys.stderr, flush=True)
         with Spool(writer.scratch, writer.saved.get("spool")) as spool:
             if "tokens" in writer.saved:  # all has been read, and encoded in part
                 kept = replace(settings, tokenizer=str(writer.tokenizer_folder)) if learned else settings
