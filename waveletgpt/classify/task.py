@@ -6,6 +6,7 @@ was cut into several, their probabilities are averaged and the recording is what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from waveletgpt.classify.examples import Examples, ExampleStore, show
 from waveletgpt.classify.settings import ClassifierRecipe
+from waveletgpt.data.mixture import said
 from waveletgpt.data.modalities.audio import write_wav
 from waveletgpt.errors import UserError
 from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
@@ -73,10 +75,10 @@ class Classification:
             )
         return model
 
-    def describe(self, data: str) -> dict[str, Any]:
+    def describe(self, data: str | Sequence[str]) -> dict[str, Any]:
         store = self.store
         return {
-            "name": data,
+            "name": said(data),
             "modality": store.modality,
             "fingerprint": store.fingerprint,
             "store": str(store.path),

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +48,9 @@ class Settings(Recipe):
 class Train:
     """Train one model on DATA: a file, a folder, an archive, or a name from `waveletgpt data list`."""
 
-    data: Positional[str] = DEFAULT_DATA
-    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     out: str = "runs/train"
     """Run folder to write."""
     arm: str | None = None
@@ -73,12 +74,12 @@ class Train:
         processes.from_first(lambda: check_base_model(recipe))
         with processes.agreed():
             store = prepare_store(self.data, self.settings, self.out)
-        train(recipe, store, run.path, data=self.data, arm=self.arm, resume=self.resume)
+        train(recipe, store, run.path, data=named(self.data), arm=self.arm, resume=self.resume)
         if not processes.first():
             return
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
-        say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}")
+        say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}{by_source(result['breakdown'])}")
         share = f", {result['mfu']:.1%} of this GPU's peak" if result["mfu"] else ""
         say(
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['flops_per_second'] / 1e9:,.3g} GFLOP/s of the model"
@@ -94,8 +95,9 @@ class Compare:
     The first arm is the baseline. An arm is a mixing, with settings of its own if need be: none:n_layer=12,lr=1e-3
     """
 
-    data: Positional[str] = DEFAULT_DATA
-    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     out: str = "runs/compare"
     """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
     arms: tuple[str, ...] = ("none", "fixed")
@@ -126,7 +128,7 @@ class Compare:
         if not self.sweep:
             if self.sweep_steps is not None:
                 raise UserError("--sweep-steps has no effect without --sweep")
-            train_arms(self, lambda: prepare_store(self.data, self.settings, self.out), self.data, self.out)
+            train_arms(self, lambda: prepare_store(self.data, self.settings, self.out), named(self.data), self.out)
             return
         from waveletgpt.training.compare import plan
         from waveletgpt.training.sweep import parse_grid, sweep
@@ -142,7 +144,7 @@ class Compare:
             recipe,
             store,
             self.out,
-            data=self.data,
+            data=named(self.data),
             arms=self.arms,
             grid=grid,
             steps=self.sweep_steps,
@@ -150,7 +152,7 @@ class Compare:
             workers=self.workers,
             engine=self.engine,
         )
-        train_arms(dataclasses.replace(self, arms=tuple(best), resume=True), lambda: store, self.data, self.out)
+        train_arms(dataclasses.replace(self, arms=tuple(best), resume=True), lambda: store, named(self.data), self.out)
 
     def commands(self) -> list[str]:
         """The command of each run; all can go on where they were stopped."""
@@ -162,7 +164,7 @@ class Compare:
         lines = []
         for arm, recipe in with_seeds(arms, self.seeds):
             out = str(Path(self.out) / arm.folder(recipe.seed))
-            words = ["waveletgpt", "train", self.data, "--out", out, "--arm", arm.name, "--resume"]
+            words = ["waveletgpt", "train", *self.data, "--out", out, "--arm", arm.name, "--resume"]
             lines.append(shlex.join(words + options(recipe)))
         return lines
 
@@ -176,8 +178,9 @@ class Ladder:
     width and heads; --max-steps and the settings of these have no effect.
     """
 
-    data: Positional[str] = DEFAULT_DATA
-    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     out: str = "runs/ladder"
     """Folder to write: report.html, ladder.json, ladder.csv, and a comparison per rung, SIZE-TOKENS."""
     arms: tuple[str, ...] = ("none", "fixed")
@@ -216,7 +219,7 @@ class Ladder:
                 shape = rung.shape
                 say(f"{rung.name}: {shape.n_layer} blocks of {shape.n_embd}, {rung.recipe.max_steps:,} steps")
         planned |= {"workers": self.workers, "engine": self.engine}
-        ladder = train_ladder(recipe, store, self.out, data=self.data, **planned)
+        ladder = train_ladder(recipe, store, self.out, data=named(self.data), **planned)
         if processes.first():
             print_ladder(ladder, Path(self.out))
 
@@ -374,7 +377,7 @@ class Evaluate:
         bits = f", {value['bits_per_byte']:.4f} bits per byte" if value["bits_per_byte"] else ""
         say(
             f"{value['split']}: {value['nll']:.4f} nats per token, perplexity {value['perplexity']:.3f}{bits} "
-            f"({value['tokens']:,} tokens)"
+            f"({value['tokens']:,} tokens){by_source(value)}"
         )
 
 
@@ -504,8 +507,9 @@ class DataList:
 class DataPrepare:
     """Turn DATA into a token store, as training would, and say where it is."""
 
-    data: Positional[str] = DEFAULT_DATA
-    """File, folder, archive, data set name, or hf:OWNER/NAME."""
+    data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
+    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
+    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
     modality: str | None = None
     """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own, else what the
     names of the files tell."""
@@ -513,16 +517,21 @@ class DataPrepare:
 
     def run(self) -> None:
         from waveletgpt.data import prepare
+        from waveletgpt.data.mixture import parts_of
 
-        store = prepare(self.data, self.modality, self.source)
-        for split in ("train", "validation", "test"):
-            size = store.bytes_per_token(split)
-            say(
-                f"{split:>10}: {len(store.split(split)):>12,} tokens"
-                + (f", {size:.3f} bytes per token" if size else "")
-            )
-        say(f"vocabulary: {store.vocab_size} ({store.modality})")
-        say(f"token store: {store.path}")
+        mixed = prepare(named(self.data), self.modality, self.source)
+        parts = parts_of(mixed)
+        for part in parts:
+            if len(parts) > 1:
+                say(f"{part.name}: {part.weight:.2%} of what is read")
+            for split in ("train", "validation", "test"):
+                size = part.store.bytes_per_token(split)
+                say(
+                    f"{split:>10}: {len(part.store.split(split)):>12,} tokens"
+                    + (f", {size:.3f} bytes per token" if size else "")
+                )
+            say(f"token store: {part.store.path}")
+        say(f"vocabulary: {mixed.vocab_size} ({mixed.modality})")
 
 
 COMMANDS: dict[str, type] = {
@@ -564,18 +573,24 @@ def options(recipe: Recipe) -> list[str]:
     return words
 
 
-def prepare_store(data: str, settings: Recipe, out: str) -> Any:
+def named(data: Sequence[str]) -> str | list[str]:
+    """DATA as it is recorded: one name, or the sources of a mixture with their weights."""
+    return data[0] if len(data) == 1 and not is_weighted(data[0]) else list(data)
+
+
+def prepare_store(data: Sequence[str], settings: Recipe, out: str) -> Any:
     """The tokens of `data`: those that the runs in `out`, or its sweep's, have begun with, if they are of it."""
     from waveletgpt.data import prepare
     from waveletgpt.report.summary import sweep_folder
     from waveletgpt.runs.folder import find_runs
 
-    named = (run.info.get("data") or {} for place in (out, sweep_folder(out)) for run in find_runs(place))
-    begun = dict.fromkeys(there["store"] for there in named if "store" in there)
-    return prepare(data, *settings.reading(), progress=processes.first(), begun=begun)
+    recorded = (run.info.get("data") or {} for place in (out, sweep_folder(out)) for run in find_runs(place))
+    each = (part for there in recorded for part in [there, *(there.get("mixture") or {}).values()])
+    begun = dict.fromkeys(part["store"] for part in each if "store" in part)
+    return prepare(named(data), *settings.reading(), progress=processes.first(), begun=begun)
 
 
-def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str, out: str) -> None:
+def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str | list[str], out: str) -> None:
     """Train the arms of a command on the store that `prepare` makes, print the table and where the report is."""
     from waveletgpt.training.compare import compare, plan
 
@@ -589,6 +604,22 @@ def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], da
     summary = compare(recipe, store, out, data=data, **planned)
     print_summary(summary)
     say(f"report: {Path(out) / 'report.html'}")
+
+
+def by_source(found: dict[str, Any]) -> str:
+    """The loss on each source of a mixture, in words; nothing of data that is none."""
+    sources = found.get("sources") or {}
+    return "".join(f"; {name}: {value['nll']:.4f}" for name, value in sources.items())
+
+
+def is_weighted(source: str) -> bool:
+    """Whether DATA is one source with a weight, and not a file that is called so."""
+    name, equals, weight = source.rpartition("=")
+    try:
+        float(weight)
+    except ValueError:
+        return False
+    return bool(name and equals and "?" not in name) and not Path(source).exists()  # ?: of an address
 
 
 def is_classifier(folder: str) -> bool:

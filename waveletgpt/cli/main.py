@@ -43,7 +43,8 @@ USAGE = "\n".join(
         "",
         *(f"  {name:<20}{what}" for name, what in HELP.items()),
         "",
-        "DATA is a file, a folder, an archive, a name from `waveletgpt data list`, or hf:OWNER/NAME.",
+        "DATA is a file, a folder, an archive, an address (https://, s3://, gs://, az://, hf://datasets/), a name from",
+        "`waveletgpt data list`, or hf:OWNER/NAME; or several, each with a weight, to be mixed: a/=0.7 b/=0.3.",
         "Each command explains its options with --help.",
     ]
 )
@@ -67,12 +68,16 @@ def _defaults(kind: type, words: list[str]) -> Any:
         raise UserError(f"{path}: `compare` holds `arms` and `seeds`, nothing else")
     if not isinstance(compare.get("arms", []), list) or not isinstance(compare.get("seeds", 1), int):
         raise UserError(f"{path}: `compare` needs a list and a number, as in {{arms: [none, fixed], seeds: 3}}")
+    default = kind()
     for name, value in [(key, changes.pop(key, None)) for key in ("data", "task")] + list(compare.items()):
-        if name in ("data", "task") and not isinstance(value, str | None):
+        several = isinstance(getattr(default, name, None), tuple)
+        if name in ("data", "task") and isinstance(value, str) and several:
+            value = [value]
+        texts = isinstance(value, list) and several and all(isinstance(item, str) for item in value) and value
+        if name in ("data", "task") and not (texts or isinstance(value, str | None)):
             raise UserError(f"{path}: {name} is {value!r}, not a text such as `{name}: imdb`")
         if name in names and value is not None:
             command[name] = tuple(map(str, value)) if isinstance(value, list) else value
-    default = kind()
     return dataclasses.replace(default, settings=default.settings.override(changes, str(path)), **command)
 
 

@@ -2,6 +2,7 @@
 
     store = prepare("my-texts/", "bytes")
     store.split("train")            # tokens, memory-mapped
+    prepare(["a/=0.7", "b/=0.3"])   # a mixture
 
 A further kind of data is one file in this package, with a class like `Modality`, and one line in `MODALITIES`.
 """
@@ -15,27 +16,30 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+from waveletgpt.data.mixture import Mixture, Part, parse_mixture
 from waveletgpt.data.modalities.acoustic import ACOUSTIC
 from waveletgpt.data.modalities.audio import AUDIO
 from waveletgpt.data.modalities.images import IMAGES
 from waveletgpt.data.modalities.listops import LISTOPS
 from waveletgpt.data.modalities.modality import Modality, SampleFile
 from waveletgpt.data.modalities.music import MUSIC
-from waveletgpt.data.modalities.text import TEXT
+from waveletgpt.data.modalities.text import TEXT, TextModality, shared_tokenizer
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Document, Files, Source
 from waveletgpt.data.sources.hub import PREFIX, Hub
 from waveletgpt.data.sources.named import NAMED, NamedSet, fetch
+from waveletgpt.data.sources.remote import at_address, is_address
 from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, disk_errors, made_once
 from waveletgpt.errors import UserError, suggest
 
 __all__ = [
-    "MODALITIES", "NAMED", "SPLITS", "DataSettings", "Document", "Modality", "NamedSet", "SampleFile", "Source",
-    "StoreWriter", "TokenStore", "detect", "find", "prepare",
+    "MODALITIES", "NAMED", "SPLITS", "DataSettings", "Document", "Mixture", "Modality", "NamedSet", "SampleFile",
+    "Source", "StoreWriter", "TokenStore", "detect", "find", "prepare",
 ]  # fmt: skip
 
 MODALITIES: dict[str, Modality] = {
@@ -49,36 +53,83 @@ MAJORITY = 2 / 3
 """The share of files of one kind from which on a folder is taken to be of that kind."""
 
 
+@overload
 def prepare(
     data: str | os.PathLike[str],
     modality: str | None = None,
     settings: DataSettings | None = None,
     progress: bool = True,
     begun: Iterable[str | os.PathLike[str]] = (),
-) -> TokenStore:
+) -> TokenStore: ...
+
+
+@overload
+def prepare(
+    data: str | os.PathLike[str] | Sequence[str],
+    modality: str | None = None,
+    settings: DataSettings | None = None,
+    progress: bool = True,
+    begun: Iterable[str | os.PathLike[str]] = (),
+) -> TokenStore | Mixture: ...
+
+
+def prepare(
+    data: str | os.PathLike[str] | Sequence[str],
+    modality: str | None = None,
+    settings: DataSettings | None = None,
+    progress: bool = True,
+    begun: Iterable[str | os.PathLike[str]] = (),
+) -> TokenStore | Mixture:
     """The tokens of `data`: made once, and found again as long as neither its content nor the settings change.
 
-    `data` is a file, a folder, a name in `NAMED`, or `hf:owner/name`; `modality` a name in `MODALITIES` (default: that
-    of the named set, else what `detect` finds). With `progress`, bars and what was taken are shown on standard error.
-    `begun` are stores that runs have begun with: one of the same data and settings is kept, even if this version reads
-    the data in another way than the one that made it. Any number of processes may ask at once. Raises UserError for
-    what cannot be used.
+    `data` is a file, a folder, a name in `NAMED`, `hf:owner/name`, or an address (`https://`, `s3://`, ...); or several
+    of these, each with a weight: `["a/=0.7", "b/=0.3"]` (see `Mixture`). `modality` is a name in `MODALITIES` (default:
+    that of the named set, else what `detect` finds). With `progress`, bars and what was taken are shown on standard
+    error. `begun` are stores that runs have begun with: one of the same data and settings is kept, even if this version
+    reads the data in another way than the one that made it. Any number of processes may ask at once. Raises UserError
+    for what cannot be used.
     """
     settings = settings or DataSettings()
     if modality is not None and modality not in MODALITIES:
         raise UserError(f'no modality "{modality}": there are {", ".join(MODALITIES)}{suggest(modality, MODALITIES)}')
     with disk_errors(settings.cache):
-        return _prepare(str(data), modality, settings, progress, begun)
+        if not isinstance(data, str | os.PathLike):
+            return _mixture(parse_mixture(data), modality, settings, progress, list(begun))
+        source = find(str(data), settings, progress)
+        chosen = _chosen(str(data), source, modality, settings, progress)
+        return _prepare(str(data), source, chosen, settings, progress, begun)
 
 
-def _prepare(
-    data: str,
+def _mixture(
+    sources: list[tuple[str, float]],
     modality: str | None,
     settings: DataSettings,
     progress: bool,
-    begun: Iterable[str | os.PathLike[str]],
-) -> TokenStore:
-    source = find(data, settings, progress)
+    begun: Sequence[str | os.PathLike[str]],
+) -> Mixture:
+    """The stores of several sources, each as `prepare` would make it, but for the vocabulary, which they share."""
+    found = [find(name, settings, progress) for name, _ in sources]
+    kinds = [_chosen(n, source, modality, settings, progress) for (n, _), source in zip(sources, found, strict=True)]
+    for (name, _), other in zip(sources, kinds, strict=True):
+        if other != kinds[0]:
+            raise UserError(
+                f"{sources[0][0]} is taken as {kinds[0]}, {name} as {other}, and a mixture has one kind of tokens: "
+                f"choose it for all, --modality {kinds[0]}"
+            )
+    kind = MODALITIES[kinds[0]]
+    if isinstance(kind, TextModality) and kind.learned and not settings.tokenizer:
+        weights = [weight for _, weight in sources]
+        settings = replace(settings, tokenizer=str(shared_tokenizer(kind, found, weights, settings, progress)))
+    return Mixture(
+        [
+            Part(name, weight, _prepare(name, source, kinds[0], settings, progress, begun))
+            for (name, weight), source in zip(sources, found, strict=True)
+        ]
+    )
+
+
+def _chosen(data: str, source: Source, modality: str | None, settings: DataSettings, progress: bool) -> str:
+    """The modality to take `data` in, said where nobody named it; what its folders and files say of splits is, too."""
     named = NAMED.get(source.name)
     chosen = modality or ("bpe" if settings.tokenizer else named.modality if named else "")
     if not chosen:
@@ -94,6 +145,17 @@ def _prepare(
     if isinstance(source, Files) and source.unclear and not source.own_splits:
         names = _some(source.unclear)
         _say(progress, f"{data}: {names} may be splits, but others beside them are none: all is divided anew")
+    return chosen
+
+
+def _prepare(
+    data: str,
+    source: Source,
+    chosen: str,
+    settings: DataSettings,
+    progress: bool,
+    begun: Iterable[str | os.PathLike[str]],
+) -> TokenStore:
     kind = MODALITIES[chosen]
     identity = {
         "format": FORMAT,
@@ -162,7 +224,7 @@ def _say(shown: bool, line: str) -> None:
 
 
 def find(data: str, settings: DataSettings, progress: bool = True) -> Source:
-    """What `data` names: a path that exists, else a named set (downloaded if need be), else one of the hub.
+    """What `data` names: a path that exists, else a named set (downloaded if need be), an address, or a set of the hub.
 
     Raises UserError if it names nothing.
     """
@@ -170,6 +232,8 @@ def find(data: str, settings: DataSettings, progress: bool = True) -> Source:
         return Files(Path(data), settings, split_folders=True)
     if data in NAMED:
         return fetch(NAMED[data], settings, progress)
+    if is_address(data):
+        return at_address(data, settings, progress)
     if data.startswith(PREFIX):
         return Hub(data, settings)
     raise UserError(

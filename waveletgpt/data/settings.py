@@ -28,7 +28,8 @@ class DataSettings:
     vocab_size: int = 4096
     """Size of the vocabulary that `--modality bpe` trains, the special token included."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer, by name or folder, for `--modality bpe` instead of one trained on the data."""
+    """A Hugging Face tokenizer, by name or folder, for `--modality bpe` instead of one trained on the data; for
+    `--modality chars` the folder of a run or store whose characters to take."""
     include: str | None = None
     """Only files whose name or path matches this glob; several are separated by commas: `*.md,*.rst`."""
     exclude: str | None = None

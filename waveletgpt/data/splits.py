@@ -10,14 +10,15 @@ Data that comes in splits keeps them; one that it lacks is taken from its traini
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from waveletgpt.data.settings import DataSettings
-from waveletgpt.data.store import SPLITS
+from waveletgpt.data.store import SPLITS, sync
 from waveletgpt.errors import UserError
 
 HASHED = 1 << 20
@@ -53,27 +54,139 @@ def split_of(given: str | None, point: float, settings: DataSettings, own: Set[s
     return "test" if point < test else "validation" if point < test + validation else "train"
 
 
+SEGMENT = 1 << 25
+"""Bytes of a spool that lie in one file, and are given back to the disk together."""
+
+
 class Piece(NamedTuple):
     """A run of bytes of one document."""
 
     split: str
     data: bytes
     ends_document: bool
+    place: tuple[int, int]
+    """Where to go on after it: the place in the spool that it ends at, and the one up to which was read."""
+
+
+class _Segments:
+    """Bytes that are appended, can be read anywhere, and are given back from their start on: in files of `SEGMENT`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, tuple[int, BinaryIO]] = {}
+        self._freed = 0
+        self.end = 0
+
+    def _file(self, mode: str, number: int) -> BinaryIO:
+        if mode in self._files and self._files[mode][0] == number:
+            return self._files[mode][1]
+        if mode == "w":
+            self.sync()
+        self.close(mode)
+        path = self._folder / f"documents-{number}.bin"
+        file: BinaryIO = path.open("rb" if mode == "r" else "r+b" if path.exists() else "wb")
+        if mode == "w":
+            file.seek(self.end % SEGMENT)
+        self._files[mode] = (number, file)
+        return file
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        while rest:
+            number, at = divmod(self.end, SEGMENT)
+            taken = self._file("w", number).write(rest[: SEGMENT - at])
+            self.end += taken
+            rest = rest[taken:]
+        return len(data)
+
+    def read(self, start: int, count: int) -> bytes:
+        """Up to `count` bytes from `start` on, all that there are."""
+        if "w" in self._files:
+            self._files["w"][1].flush()
+        found = b""
+        stop = min(start + count, self.end)
+        while start < stop:
+            number, at = divmod(start, SEGMENT)
+            file = self._file("r", number)
+            file.seek(at)
+            block = file.read(min(stop - start, SEGMENT - at))
+            found = found + block if found else block
+            start += len(block)
+        return found
+
+    def truncate(self, end: int) -> None:
+        self.close()
+        for path in self._folder.glob("documents-*.bin"):
+            start = int(path.stem.removeprefix("documents-")) * SEGMENT
+            if start >= end:
+                path.unlink()
+            elif path.stat().st_size > end - start:
+                os.truncate(path, end - start)
+        self.end = end
+
+    def free(self, before: int) -> None:
+        """Give back what lies in files that end at `before` or earlier."""
+        self.close("r")
+        for number in range(self._freed, before // SEGMENT):
+            (self._folder / f"documents-{number}.bin").unlink(missing_ok=True)
+        self._freed = max(self._freed, before // SEGMENT)
+
+    def sync(self) -> None:
+        if "w" in self._files:
+            sync(self._files["w"][1])
+
+    def close(self, mode: str | None = None) -> None:
+        for each in [mode] if mode else [*self._files]:
+            if each in self._files:
+                self._files.pop(each)[1].close()
 
 
 class Spool:
-    """All documents of a source, one after the other in a temporary file, with where each ends and its split.
+    """All documents of a source, one after the other in temporary files, with where each ends and its split.
 
     Reading, unpacking and normalising happen once, in bounded memory; what comes after (splitting, an alphabet,
-    training a tokenizer, encoding) then reads the parts it needs, as often as it needs.
+    training a tokenizer, encoding) then reads the parts it needs, as often as it needs. What was encoded is given back
+    to the disk with `free`, so that text and tokens are never there in full at once.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._text = (folder / "documents.bin").open("w+b")
-        self._index = (folder / "index.bin").open("w+b")
+    def __init__(self, folder: Path, state: dict[str, Any] | None = None) -> None:
+        """With `state`, one that `state()` gave, the spool that another process has left in `folder`."""
+        self._text = _Segments(folder)
+        self._index = (folder / "index.bin").open("r+b" if state else "w+b")
         self.sizes = dict.fromkeys(SPLITS, 0)
         self.documents = 0
         self.method = ""
+        self.gap = 0
+        self._cuts: list[tuple[int, str | None]] = []
+        if state:
+            self._text.truncate(state["text"])
+            self._index.truncate(state["index"])
+            self._index.seek(state["index"])
+            self.sizes, self.documents, self.method = state["sizes"], state["documents"], state["method"]
+            self.gap, self._cuts = state["gap"], [(int(end), split) for end, split in state["cuts"]]
+
+    def state(self) -> dict[str, Any]:
+        """What `Spool` needs to go on from here, once all that was written is on the disk."""
+        self._text.sync()
+        sync(self._index)
+        return {
+            "text": self._text.end,
+            "index": os.fstat(self._index.fileno()).st_size,  # it may be in use: its place stays
+            "sizes": self.sizes,
+            "documents": self.documents,
+            "method": self.method,
+            "gap": self.gap,
+            "cuts": self._cuts,
+        }
+
+    @property
+    def written(self) -> int:
+        """Bytes written, those of the open document too."""
+        return self._text.end
+
+    def free(self, before: int) -> None:
+        """Give back to the disk what lies before a place; it cannot be read again."""
+        self._text.free(before)
 
     def __enter__(self) -> Spool:
         return self
@@ -103,8 +216,7 @@ class Spool:
 
     def drop_document(self) -> None:
         """Forget what was written of the open document."""
-        self._text.seek(self.size)
-        self._text.truncate()
+        self._text.truncate(self.size)
 
     def divide(
         self,
@@ -124,7 +236,7 @@ class Spool:
         """
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
         total = self.size
-        self._cuts: list[tuple[int, str | None]] = []
+        self._cuts = []
         self.gap = 0
         if own:
             self.method = "given"
@@ -197,32 +309,35 @@ class Spool:
     def _start(self, position: int, unit: int) -> int:
         if unit:
             return position // unit * unit
-        self._text.seek(position)
-        following = self._text.read(3)  # a character has at most three bytes after its first
+        following = self._text.read(position, 3)  # a character has at most three bytes after its first
         return position + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
-    def pieces(self, cut: Callable[[bytes], int], only: str | None = None) -> Iterator[Piece]:
+    def pieces(
+        self, cut: Callable[[bytes], int], only: str | None = None, since: tuple[int, int] = (0, 0)
+    ) -> Iterator[Piece]:
         """The documents in order, in pieces of about `BLOCK` bytes; with `only`, those of one split.
 
+        With `since`, the `place` of a piece, those after it.
         `cut(block)` says how many bytes of a block may be handed on before more of its document is known (0: none yet).
         """
         for split, start, stop, ends in self._ranges():
-            if only not in (None, split):
+            if only not in (None, split) or stop <= since[0]:
                 continue
-            self._text.seek(start)
             rest = b""
+            if start < since[0]:
+                start = max(since)
+                rest = self._text.read(since[0], start - since[0])
             while start < stop:
-                block = rest + self._text.read(min(BLOCK, stop - start))
+                block = rest + self._text.read(start, min(BLOCK, stop - start))
                 start += len(block) - len(rest)
                 done = start == stop
                 length = len(block) if done else cut(block)
-                if length:
-                    yield Piece(split, block[:length], done and ends)
                 rest = block[length:]
+                if length:
+                    yield Piece(split, block[:length], done and ends, (start - len(rest), start))
 
     def _ranges(self) -> Iterator[tuple[str, int, int, bool]]:
         """(split, start, stop, ends a document), in order."""
-        self._text.flush()
         self._index.seek(0)
         start = 0
         cuts = list(self._cuts)
@@ -239,11 +354,11 @@ class Spool:
                         yield cuts[0][1], start, stop, stop == end
                     start = stop
 
-    def batches(self, cut: Callable[[bytes], int], size: int) -> Iterator[list[Piece]]:
-        """The pieces in lists of about `size` bytes."""
+    def batches(self, cut: Callable[[bytes], int], size: int, since: tuple[int, int] = (0, 0)) -> Iterator[list[Piece]]:
+        """The pieces, those after the place `since`, in lists of about `size` bytes."""
         batch: list[Piece] = []
         gathered = 0
-        for piece in self.pieces(cut):
+        for piece in self.pieces(cut, since=since):
             batch.append(piece)
             gathered += len(piece.data) + 1
             if gathered >= size:

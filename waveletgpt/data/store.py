@@ -18,7 +18,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import IO, Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 
@@ -107,7 +107,8 @@ class TokenStore:
 class FolderWriter:
     """Writes a store in a temporary folder beside `path` and publishes it in one step: a half-made one is never seen.
 
-    `scratch` is for intermediate files. Leaving the block without publishing removes everything, and `remove_leftovers`
+    `scratch` is for intermediate files. What a killed process, or a Ctrl-C, has left is taken over if it had `save`d,
+    with the state in `saved`. Otherwise leaving the block without publishing removes everything, and `remove_leftovers`
     what a killed process left.
     """
 
@@ -121,28 +122,61 @@ class FolderWriter:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.folder = _temporary_folder(self.path)
+        self.saved: dict[str, Any] = {}
+        """What the process before had saved; empty where there is nothing to go on from."""
+        for left in _leftovers(self.path):
+            with contextlib.suppress(OSError, ValueError):  # nothing was saved, or another process took it
+                saved = json.loads((left / _STATE).read_bytes())
+                if saved["fingerprint"] == self.fingerprint:
+                    left.rename(self.folder)  # onto an empty one
+                    self.saved = saved["state"]
+                    break
         self.scratch = self.folder / "scratch"
-        self.scratch.mkdir()
+        self.scratch.mkdir(exist_ok=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def save(self, state: dict[str, Any]) -> None:
+        """Note how far it is, in `state`, for a process that goes on; what that names is on the disk already."""
+        with (self.folder / f"{_STATE}.new").open("w") as file:
+            json.dump({"fingerprint": self.fingerprint, "state": state}, file)
+            sync(file)
+        (self.folder / f"{_STATE}.new").replace(self.folder / _STATE)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file in self._open.values():
             with contextlib.suppress(OSError):  # on a full disk closing flushes, and fails, again
                 file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        stopped = kind is not None and not issubclass(kind, Exception)
+        if stopped and (self.folder / _STATE).is_file():
+            self.folder.rename(_temporary_folder(self.path, process=0))  # of no process that lives
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _file(self, name: str) -> BinaryIO:
-        """The file `name` of the store, opened for writing when it is first asked for."""
+    def _file(self, name: str, size: int = 0) -> BinaryIO:
+        """The file `name` of the store, opened for writing after `size` bytes when it is first asked for."""
         if name not in self._open:
-            self._open[name] = (self.folder / name).open("wb")
+            path = self.folder / name
+            if size and path.stat().st_size < size:
+                raise UserError(f"{path} is truncated: remove {self.folder} and prepare the data again")
+            self._open[name] = path.open("r+b" if size else "wb")
+            self._open[name].truncate(size)
+            self._open[name].seek(size)
         return self._open[name]
 
     def _close(self) -> None:
         for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
             file.close()
+        (self.folder / _STATE).unlink(missing_ok=True)
         shutil.rmtree(self.scratch)
+
+    def publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
+        """Give the folder its name, with `meta` as its meta.json; `others` are files in it that were not opened here.
+
+        `opens` raises UserError for what is no whole store.
+        """
+        self._close()
+        self._publish(meta, opens, others)
 
     def _publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
         """Write meta.json and give the folder its name; if another process was first, its store stays.
@@ -185,6 +219,19 @@ class StoreWriter(FolderWriter):
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         for split in SPLITS:
             self._file(f"tokens-{split}.bin")
+
+    def state(self) -> dict[str, Any]:
+        """What `go_on` needs, once all that was appended is on the disk."""
+        for file in self._open.values():
+            sync(file)
+        return {"vocab_size": self.vocab_size, "counts": self.counts}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Instead of `begin`: append to what there was when `state` was given; what came after it is dropped."""
+        self.vocab_size, self.counts = state["vocab_size"], state["counts"]
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        for split in SPLITS:
+            self._file(f"tokens-{split}.bin", self.counts[split]["tokens"] * self.dtype.itemsize)
 
     def append(self, split: str, tokens: np.ndarray, *, documents: int = 0, size: int = 0) -> None:
         """Add `tokens` (1-D integers in 0 .. vocab_size-1), which end `documents` documents and stand for `size` bytes.
@@ -249,9 +296,15 @@ def _a(what: str) -> str:
     return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
-def _temporary_folder(path: Path) -> Path:
+def sync(file: IO[Any]) -> None:
+    """Bring what was written to a file through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _temporary_folder(path: Path, process: int | None = None) -> Path:
     # The host and process in the name tell a later run whether the writer is still alive.
-    prefix = f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-"
+    prefix = f".{path.name}.tmp-{socket.gethostname()}-{os.getpid() if process is None else process}-"
     return Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
 
 
@@ -286,15 +339,36 @@ def _publish(folder: Path, path: Path, opens: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary folders for the store at `path` that killed processes of this machine left."""
-    start = f".{path.name}.tmp-{socket.gethostname()}-"
-    for folder in path.parent.glob(f".{path.name}.tmp-*"):
-        process = folder.name.removeprefix(start).split("-")[0]
-        if folder.name.startswith(start) and process.isdigit() and not _alive(int(process)):
+    """Remove the temporary folders for the store at `path` that killed processes of this machine left, but for the one
+    that got furthest of those that can be gone on from."""
+    left = _leftovers(path)
+    for folder in left:
+        if folder != left[0] or not (folder / _STATE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
 
 
+_STATE = "state.json"
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """What killed processes of this machine left, the one last saved first."""
+    start = f".{path.name}.tmp-{socket.gethostname()}-"
+    found = []
+    for folder in path.parent.glob(f".{path.name}.tmp-*"):
+        process = folder.name.removeprefix(start).split("-")[0]
+        if folder.name.startswith(start) and process.isdigit() and not _alive(int(process)):
+            found.append(folder)
+
+    def saved(folder: Path) -> float:
+        state = folder / _STATE
+        return state.stat().st_mtime if state.is_file() else 0.0
+
+    return sorted(found, key=saved, reverse=True)
+
+
 def _alive(process: int) -> bool:
+    if not process:
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

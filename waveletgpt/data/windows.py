@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 
 class RandomWindows(Dataset):
@@ -36,6 +40,34 @@ class RandomWindows(Dataset):
         return window(self.tokens, int(random.integers(places)) * self.step, self.context, self.end)
 
 
+class MixedWindows(Dataset):
+    """Windows of several sources, each source its share; item i depends on (seed, i) alone.
+
+    Item i is item i of the source in whose interval of [0, 1] the i-th multiple of the golden ratio falls, from a place
+    that the seed decides. Of all sequences that need no memory these multiples are the most even: among any items in a
+    row a source has its share to within a few.
+    """
+
+    def __init__(self, parts: Sequence[RandomWindows], weights: Sequence[float], seed: int):
+        self.parts = list(parts)
+        self.bounds = list(itertools.accumulate(weights))[:-1]
+        self.offset = int(np.random.Generator(np.random.Philox(key=seed)).integers(1 << 64, dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def source(self, index: int) -> int:
+        """The place in `parts` of the source that item `index` is from."""
+        return bisect.bisect_right(self.bounds, ((self.offset + index * _GOLDEN) % (1 << 64)) / 2**64)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.parts[self.source(index)][index]
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4)."""
+
+
 class FixedWindows(Dataset):
     """`length` windows spread evenly over `tokens`, without overlap; None for as many as there are."""
 
@@ -54,6 +86,28 @@ class FixedWindows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return window(self.tokens, self.starts[index], self.context, self.end)
+
+
+def fixed_mixture(
+    sources: Sequence[np.ndarray],
+    weights: Sequence[float],
+    context: int,
+    length: int,
+    record: int | None = None,
+    end: int | None = None,
+) -> Dataset:
+    """`length` windows at most, each source its share of them as nearly as whole windows go."""
+    if len(sources) == 1:
+        return FixedWindows(sources[0], context, length, record, end)
+    there = [len(FixedWindows(tokens, context, None, record)) for tokens in sources]
+    # Fewer where a source has too few for its share.
+    total = max(1, min(length, *(int(most / weight) for most, weight in zip(there, weights, strict=True))))
+    counts = [int(weight * total) for weight in weights]
+    by_rest = sorted(range(len(counts)), key=lambda i: counts[i] - weights[i] * total)
+    for i in by_rest[: total - sum(counts)]:
+        counts[i] += 1
+    shares = zip(sources, counts, there, strict=True)
+    return ConcatDataset([FixedWindows(t, context, min(n, most), record, end) for t, n, most in shares if n])
 
 
 def window(tokens: np.ndarray, start: int, context: int, end: int | None = None) -> dict[str, torch.Tensor]:

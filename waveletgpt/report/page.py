@@ -38,6 +38,7 @@ from waveletgpt.report.wording import (
     plural,
     plus_minus,
     quantity,
+    sources_table,
     summary_table,
 )
 from waveletgpt.runs.folder import RunFolder, write_atomically
@@ -224,8 +225,18 @@ def _breakdown(summary: dict[str, Any], styles: dict[str, int]) -> str:
         "<p>A token completes a seen pair if it and the token before it came after each other earlier in the same "
         "window: what a model can copy from its context. In brackets: minus the baseline's.</p>"
         + table(header, cells, "arms", "Loss by kind of token")
+        + _sources(summary, styles)
         + breakdown_figures(summary, styles)
     )
+
+
+def _sources(summary: dict[str, Any], styles: dict[str, int]) -> str:
+    header, rows = sources_table(summary)
+    if not rows:
+        return ""
+    cells = [[f"{swatch(styles[arm])}{escape(arm)}", *(cell.replace("-", "−") for cell in row)] for arm, *row in rows]
+    told = "<p>The sources that are mixed, each by itself:</p>"
+    return told + table([escape(name) for name in header], cells, "arms", "Loss by source")
 
 
 def _sweep(summary: dict[str, Any]) -> str:

@@ -333,6 +333,16 @@ def _mean_breakdown(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | 
             {**place, "nll": mean([entry["positions"][i]["nll"] for entry in parts])}
             for i, place in enumerate(first["positions"])
         ],
+        **(
+            {
+                "sources": {
+                    name: {**place, "nll": mean([entry["sources"][name]["nll"] for entry in parts])}
+                    for name, place in first["sources"].items()
+                }
+            }
+            if all("sources" in entry for entry in parts)
+            else {}
+        ),
         "near_attention": {
             **near_first,
             "share": mean([entry["share"] for entry in near]),

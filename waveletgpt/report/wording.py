@@ -191,6 +191,23 @@ def breakdown_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]
     return [*header, "attention within 2 tokens"], rows
 
 
+def sources_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): loss on each source of a mixture, with the difference to the baseline; no rows for other data."""
+    each = {name: (arm.get("breakdown") or {}).get("sources") for name, arm in summary["arms"].items()}
+    found: dict[str, dict[str, Any]] = {name: sources for name, sources in each.items() if sources}
+    base = found.get(summary["baseline"])
+    names = list(next(iter(found.values()), dict[str, Any]()))
+    rows = []
+    for arm, sources in found.items():
+        cells = []
+        for name in names:
+            own = sources[name]["nll"]
+            theirs = base[name]["nll"] if base and arm != summary["baseline"] else None
+            cells.append(f"{own:.3f}" if theirs is None else f"{own:.3f} ({own - theirs:+.3f})")
+        rows.append([arm, *cells])
+    return ["arm", *(f"loss on {name}" for name in names)], rows
+
+
 def markdown_table(summary: dict[str, Any]) -> str:
     """`summary_table` as Markdown, without columns that say nothing."""
     header, rows = summary_table(summary)

@@ -5,10 +5,11 @@ B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 NEAR = 2
 """Attention to the token itself and to the tokens up to so many before it counts as near."""
@@ -106,3 +107,31 @@ def near_attention(model: Any, input_ids: torch.Tensor, **told: torch.Tensor) ->
     near = ((distance >= 0) & (distance <= NEAR))[T // 2 :].to(input_ids.device)
     shares = [float((weights[..., T // 2 :, :].float() * near).sum(-1).mean()) for weights in blocks]
     return {"share": sum(shares) / len(shares), "by_block": shares, "windows": len(input_ids)}
+
+
+class UnknownToken(ValueError):
+    """A token that the model has no embedding for."""
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, data: Dataset, batch_size: int) -> float:
+    """Nats per token over windows of one length. Raises UnknownToken for those beyond the vocabulary."""
+    total, count = 0.0, 0
+    for batch in DataLoader(data, batch_size=batch_size):
+        if max(int(batch[name].max()) for name in ("input_ids", "shift_labels")) >= model.config.vocab_size:
+            raise UnknownToken
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        total += float(model(**batch, labels=batch["shift_labels"], use_cache=False).loss) * len(batch["input_ids"])
+        count += len(batch["input_ids"])
+    return total / count
+
+
+def by_source(model: Any, sources: Mapping[str, Any], batch_size: int) -> dict[str, dict[str, Any]]:
+    """Loss on each source of a mixture: its windows -> {"nll", "windows"}. UnknownToken names the source."""
+    found = {}
+    for name, data in sources.items():
+        try:
+            found[name] = {"nll": mean_loss(model, data, batch_size), "windows": len(data)}
+        except UnknownToken:
+            raise UnknownToken(name) from None
+    return found

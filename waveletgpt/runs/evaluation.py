@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from waveletgpt.data import MODALITIES, TokenStore, prepare
+from waveletgpt.data.mixture import Mixture, parts_of, said
 from waveletgpt.data.modalities.text import TextModality
 from waveletgpt.data.windows import FixedWindows
 from waveletgpt.errors import UserError, suggest
@@ -25,6 +25,7 @@ from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.model.configuration import WaveletGPTConfig
 from waveletgpt.model.cost import describe
 from waveletgpt.model.modeling import WaveletGPTForCausalLM
+from waveletgpt.runs.breakdown import UnknownToken, by_source
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.runs.sampling import counting, generate_tokens
 from waveletgpt.training.recipe import PRESETS, Recipe
@@ -76,23 +77,26 @@ def _damaged(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {reason}; train it again") from None
 
 
-def load_store(run: RunFolder) -> TokenStore:
-    """The token store the run was trained on, prepared anew if it is gone.
+def load_store(run: RunFolder) -> TokenStore | Mixture:
+    """The token store, or the mixture of them, that the run was trained on, prepared anew if it is gone.
 
     Raises:
         UserError: the data is gone too, or is not what it was.
     """
     fingerprint = str(run.entry("data", "fingerprint"))
+    mixture, data = run.info["data"].get("mixture"), run.entry("recipe", "data")
+    store: TokenStore | Mixture
     try:
-        store = TokenStore.open(str(run.entry("data", "store")))
+        with _damaged(f"what {run.path / 'run.json'} says of the data"):
+            store = Mixture.opened(mixture) if mixture else TokenStore.open(str(run.entry("data", "store")))
     except UserError:
         recorded = {"source": run.entry("recipe", "source"), **run.info["recipe"]}
         names = ("modality", "source", "base_model", "from_pretrained")
         recipe = Recipe.from_dict({name: recorded.get(name) for name in names})
-        store = prepare(str(run.entry("recipe", "data")), *recipe.reading())
+        store = prepare(data, *recipe.reading())
     if store.fingerprint != fingerprint:
         raise UserError(
-            f"{run.entry('recipe', 'data')}, or how it is read, has changed since {run.path} was trained on it "
+            f"{said(data)}, or how it is read, has changed since {run.path} was trained on it "
             f"({fingerprint[:12]} then, {store.fingerprint[:12]} now)"
         )
     return store
@@ -111,7 +115,8 @@ def evaluate_run(
 
     Returns:
         nll (nats per token), perplexity, bits_per_byte (None where tokens have no bytes), tokens, split, windows,
-        context.
+        context; of a mixture also sources, by name the nll and windows of each: nll is their mean by weights, and
+        `windows` holds for each source.
 
     Raises:
         UserError: no run, unknown split, a split shorter than one window, a context beyond learned positions.
@@ -127,27 +132,31 @@ def evaluate_run(
     if context < 1 or (most is not None and context > most):
         mend = f"1 ... {most}, as many as it has positions for" if most is not None else "1 or more"
         raise UserError(f"--context is {context}: give {mend}")
-    tokens = store.split(split)
-    if len(tokens) < context + 1:
-        raise UserError(f"the {split} split has {len(tokens)} tokens, a window needs {context + 1}")
-    end = store.end_of_documents() if run.info["recipe"]["training"].get("packing") else None
-    data = FixedWindows(tokens, context, windows, store.meta.get("record"), end)
-    total = 0.0
-    for batch in DataLoader(data, batch_size=batch_size):
-        if max(int(batch[name].max()) for name in ("input_ids", "shift_labels")) >= model.config.vocab_size:
-            raise UserError(f"{store.path} holds tokens that the model does not know, it is damaged: prepare it again")
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        total += float(model(**batch, labels=batch["shift_labels"], use_cache=False).loss) * len(batch["input_ids"])
-    nll = total / len(data)
+    parts, data = parts_of(store), {}
+    packing = (run.info["recipe"].get("training") or {}).get("packing")
+    end = parts[0].store.end_of_documents() if packing else None
+    for part in parts:
+        tokens, of = part.store.split(split), f" of {part.name}" if len(parts) > 1 else ""
+        if len(tokens) < context + 1:
+            raise UserError(f"the {split} split{of} has {len(tokens)} tokens, a window needs {context + 1}")
+        data[part.name] = FixedWindows(tokens, context, windows, store.meta.get("record"), end)
+    try:
+        sources = by_source(model, data, batch_size)
+    except UnknownToken as error:
+        place = next(part.store.path for part in parts if part.name == str(error))
+        raise UserError(f"{place} holds tokens that the model does not know, it is damaged: prepare it again") from None
+    nll = sum(part.weight * sources[part.name]["nll"] for part in parts)
+    count = sum(len(found) for found in data.values())
     size = store.bytes_per_token(split)
     return {
         "split": split,
         "nll": nll,
         "perplexity": math.exp(nll) if nll < 700 else math.inf,
         "bits_per_byte": nll / math.log(2) / size if size else None,
-        "windows": len(data),
-        "tokens": len(data) * context,
+        "windows": count,
+        "tokens": count * context,
         "context": context,
+        **({"sources": sources} if len(parts) > 1 else {}),
     }
 
 

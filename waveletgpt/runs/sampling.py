@@ -13,6 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from waveletgpt.data import MODALITIES
+from waveletgpt.data.mixture import parts_of
 from waveletgpt.data.progress import bar
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.architecture import context_of, end_tokens
@@ -112,7 +113,10 @@ def sample_run(model: Any, store: Any, recipe: Any, folder: Path) -> list[dict[s
     """
     modality, tokenizer = MODALITIES[store.modality], store.load_tokenizer()
     rows: list[dict[str, Any]] = []
-    for i, prompt in enumerate(modality.excerpts(store.split("validation"), recipe.training.samples, tokenizer)):
+    parts, count = parts_of(store), recipe.training.samples
+    # Of a mixture each source in turn.
+    excerpts = [modality.excerpts(p.store.split("validation"), -(-count // len(parts)), tokenizer) for p in parts]
+    for i, prompt in enumerate(itertools.islice(itertools.chain(*zip(*excerpts, strict=True)), count)):
         length = recipe.training.sample_tokens or modality.new_tokens(prompt, tokenizer)
         with counting(f"sample {i + 1}", length) as advance:
             new = generate_tokens(

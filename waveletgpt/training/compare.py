@@ -10,6 +10,7 @@ import contextlib
 import gc
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from waveletgpt.training.resuming import check_comparison_folder
 from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
 
 if TYPE_CHECKING:
-    from waveletgpt.data import TokenStore
+    from waveletgpt.data import Mixture, TokenStore
     from waveletgpt.training.task import HasTask, Task
 
 
@@ -141,10 +142,10 @@ def check_base_model(recipe: Recipe) -> None:
 
 def compare(
     recipe: Recipe,
-    store: TokenStore | HasTask,
+    store: TokenStore | Mixture | HasTask,
     out: str | Path,
     *,
-    data: str,
+    data: str | Sequence[str],
     arms: list[str] | tuple[str, ...],
     seeds: int = 1,
     resume: bool = False,

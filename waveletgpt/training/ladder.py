@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from waveletgpt.data.mixture import Mixture, parts_of
 from waveletgpt.errors import UserError
 from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name, write_ladder
 from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
@@ -202,22 +203,25 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out} already holds a ladder; add --resume to go on with it, or name another folder")
 
 
-def check_data(store: TokenStore, rungs: Sequence[Rung]) -> None:
+def check_data(store: TokenStore | Mixture, rungs: Sequence[Rung]) -> None:
     """Raises UserError where a rung would read the training data more than four times."""
-    have, most = len(store.split("train")), max(rung.tokens for rung in rungs)
-    if most > MOST_EPOCHS * have:
-        raise UserError(
-            f"tokens {count_name(most)}: the training data has {have:,}, and more than {MOST_EPOCHS} times through it "
-            f"is not like more data; give more data, or {count_name(MOST_EPOCHS * have)} tokens at most"
-        )
+    most = max(rung.tokens for rung in rungs)
+    for part in parts_of(store):
+        have, of = len(part.store.split("train")), f" of {part.name}" if isinstance(store, Mixture) else ""
+        enough = int(MOST_EPOCHS * have / part.weight)
+        if most > enough:
+            raise UserError(
+                f"tokens {count_name(most)}: the training data{of} has {have:,}, and more than {MOST_EPOCHS} times "
+                f"through it is not like more data; give more data, or {count_name(enough)} tokens at most"
+            )
 
 
 def train_ladder(
     recipe: Recipe,
-    store: TokenStore,
+    store: TokenStore | Mixture,
     out: str | Path,
     *,
-    data: str,
+    data: str | Sequence[str],
     arms: Sequence[str],
     sizes: Sequence[str],
     tokens: Sequence[str],
@@ -272,7 +276,7 @@ def train_ladder(
     return ladder
 
 
-def _finished(rung: Rung, store: TokenStore, folder: Path, arms: Sequence[str], seeds: int) -> bool:
+def _finished(rung: Rung, store: TokenStore | Mixture, folder: Path, arms: Sequence[str], seeds: int) -> bool:
     """Whether all runs of a rung are done, and reported, with these settings and this data.
 
     Raises UserError for others.
@@ -290,9 +294,9 @@ def _finished(rung: Rung, store: TokenStore, folder: Path, arms: Sequence[str], 
 
 def _tuned(
     rung: Rung,
-    store: TokenStore,
+    store: TokenStore | Mixture,
     out: Path,
-    data: str,
+    data: str | Sequence[str],
     arms: list[str],
     grid: dict[str, list[str]],
     at_once: dict[str, Any],

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from waveletgpt.data.mixture import Mixture
 from waveletgpt.errors import UserError
 from waveletgpt.training import processes
 from waveletgpt.training.workers import RESTARTS, Ended, Job, Outcome, Table, attempt, interrupted, settle, stop_asked
@@ -95,9 +96,15 @@ def _attempt(job: Job, argv: list[str]) -> Outcome:
 
 def _elsewhere(job: Job, at_once: int) -> Job:
     """The job for a process with another working folder."""
-    store = copy.copy(job.store)
-    store.path = store.path.resolve()
+    store = copy.deepcopy(job.store)
+    for each in _stores(store):
+        each.path = each.path.resolve()
     return dataclasses.replace(job, store=store, folder=job.folder.resolve(), resume=True, at_once=at_once)
+
+
+def _stores(store: Any) -> list[Any]:
+    """The stores that lie on disk: of a mixture several."""
+    return [part.store for part in store.parts] if isinstance(store, Mixture) else [store]
 
 
 def _check_nodes(ray: Any, job: Job) -> None:
@@ -108,7 +115,8 @@ def _check_nodes(ray: Any, job: Job) -> None:
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    out, store = job.folder.parent.resolve(), job.store.path.resolve()
+    out = job.folder.parent.resolve()
+    stores = [store.path.resolve() for store in _stores(job.store)]
     out.mkdir(parents=True, exist_ok=True)
     token = out / f".shared-{secrets.token_hex(8)}"
     token.touch()
@@ -117,13 +125,13 @@ def _check_nodes(ray: Any, job: Job) -> None:
         refs = {
             node["NodeManagerHostname"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote([token, store])
+            ).remote([token, *stores])
             for node in ray.nodes()
             if node["Alive"]
         }
         for host, ref in refs.items():
             if missing := ray.get(ref):
-                place = out if missing[0] == token else store
+                place = out if missing[0] == token else missing[0]
                 raise UserError(f"{host} of the Ray cluster does not see {place}; name folders that all machines share")
     finally:
         token.unlink(missing_ok=True)

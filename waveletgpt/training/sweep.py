@@ -94,7 +94,7 @@ def sweep(
     store: Any,
     out: str | Path,
     *,
-    data: str,
+    data: str | Sequence[str],
     arms: Sequence[str],
     grid: dict[str, list[str]],
     steps: int | None = None,

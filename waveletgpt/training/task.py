@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 from transformers.trainer_utils import set_seed
 
 from waveletgpt.data import TokenStore
-from waveletgpt.data.windows import FixedWindows, RandomWindows
+from waveletgpt.data.mixture import Mixture, parts_of, said
+from waveletgpt.data.windows import FixedWindows, MixedWindows, RandomWindows, fixed_mixture
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.architecture import build, context_of
 from waveletgpt.model.configuration import WaveletGPTConfig
@@ -40,7 +42,7 @@ class Task(Protocol):
         Raises UserError for settings that contradict each other or do not fit the data.
         """
 
-    def describe(self, data: str) -> dict[str, Any]:
+    def describe(self, data: str | Sequence[str]) -> dict[str, Any]:
         """The `data` part of run.json; `data` is what the user called it."""
 
     def probe(self, model: Any) -> list[int]:
@@ -81,9 +83,9 @@ class HasTask(Protocol):
         """What is to be learned of it."""
 
 
-def task_of(store: TokenStore | HasTask) -> Task:
+def task_of(store: TokenStore | Mixture | HasTask) -> Task:
     """What a store is for: tokens are modelled, others say it."""
-    return LanguageModeling(store) if isinstance(store, TokenStore) else store.task()
+    return LanguageModeling(store) if isinstance(store, TokenStore | Mixture) else store.task()
 
 
 def initialised(kind: type[PreTrainedModel], recipe: Recipe, **settings: Any) -> PreTrainedModel:
@@ -105,14 +107,15 @@ def initialised(kind: type[PreTrainedModel], recipe: Recipe, **settings: Any) ->
 
 
 class LanguageModeling:
-    """Predict the next token of a token store."""
+    """Predict the next token of a token store, or of a mixture of them."""
 
     name = "language modeling"
     measures: tuple[str, ...] = ()
     measure = None
 
-    def __init__(self, store: TokenStore):
+    def __init__(self, store: TokenStore | Mixture):
         self.store = store
+        self.parts = parts_of(store)
         self.fingerprint = store.fingerprint
         self.record = store.meta.get("record")
 
@@ -132,11 +135,11 @@ class LanguageModeling:
             )
         self._end(recipe)
         context = context_of(model.config)
-        for split in ("train", "validation"):
-            have = len(self.store.split(split))
+        for part, split in itertools.product(self.parts, ("train", "validation")):
+            have, of = len(part.store.split(split)), f" of {part.name}" if len(self.parts) > 1 else ""
             if have < context + 1:
                 raise UserError(
-                    f"the {split} split has {have} tokens, a window needs {context + 1}; "
+                    f"the {split} split{of} has {have} tokens, a window needs {context + 1}; "
                     "give more data, or a shorter --model.n-positions"
                 )
         return model
@@ -153,13 +156,14 @@ class LanguageModeling:
                 "other things: leave modality and tokenizer out"
             )
 
-    def describe(self, data: str) -> dict[str, Any]:
+    def describe(self, data: str | Sequence[str]) -> dict[str, Any]:
         store = self.store
+        where = {"mixture": store.describe()} if isinstance(store, Mixture) else {"store": str(store.path)}
         return {
-            "name": data,
+            "name": said(data),
             "modality": store.modality,
             "fingerprint": store.fingerprint,
-            "store": str(store.path),
+            **where,
             "vocab_size": store.vocab_size,
             "bytes_per_token": {split: store.bytes_per_token(split) for split in ("train", "validation", "test")},
             "splits": store.meta.get("splits"),
@@ -167,22 +171,24 @@ class LanguageModeling:
         }
 
     def probe(self, model: Any) -> list[int]:
-        return [int(t) for t in self.store.split("validation")[: context_of(model.config)]]
+        return [int(t) for t in self.parts[0].store.split("validation")[: context_of(model.config)]]
 
     def sequence_tokens(self, model: Any) -> int:
         return context_of(model.config)
 
-    def train_data(self, recipe: Recipe, model: Any, count: int) -> RandomWindows:
-        place = (context_of(model.config), count, recipe.seed)
-        return RandomWindows(self.store.split("train"), *place, self.record, self._end(recipe))
+    def train_data(self, recipe: Recipe, model: Any, count: int) -> RandomWindows | MixedWindows:
+        place, end = (context_of(model.config), count, recipe.seed, self.record), self._end(recipe)
+        each = [RandomWindows(part.store.split("train"), *place, end) for part in self.parts]
+        return each[0] if len(each) == 1 else MixedWindows(each, [part.weight for part in self.parts], recipe.seed)
 
-    def eval_data(self, recipe: Recipe, model: Any) -> FixedWindows:
-        held_out, windows = self.store.split("validation"), recipe.eval_windows
-        return FixedWindows(held_out, context_of(model.config), windows, self.record, self._end(recipe))
+    def eval_data(self, recipe: Recipe, model: Any) -> Any:
+        held_out = [part.store.split("validation") for part in self.parts]
+        weights, place = [part.weight for part in self.parts], (context_of(model.config), recipe.eval_windows)
+        return fixed_mixture(held_out, weights, *place, self.record, self._end(recipe))
 
     def _end(self, recipe: Recipe) -> int | None:
         """The token between documents, if they are to be kept apart. Raises UserError where there is none."""
-        return self.store.end_of_documents() if recipe.training.packing else None
+        return self.parts[0].store.end_of_documents() if recipe.training.packing else None
 
     def arguments(self) -> dict[str, Any]:
         return {"label_names": ["shift_labels"], "prediction_loss_only": True}
@@ -197,7 +203,7 @@ class LanguageModeling:
     def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
         from torch.utils.data import DataLoader
 
-        from waveletgpt.runs.breakdown import break_down
+        from waveletgpt.runs.breakdown import break_down, by_source
         from waveletgpt.runs.folder import write_json
         from waveletgpt.runs.sampling import sample_run
 
@@ -208,4 +214,9 @@ class LanguageModeling:
         nll = next(row["nll"] for row in reversed(run.metrics()) if "nll" in row)
         size = self.store.bytes_per_token("validation")
         bits = nll / math.log(2) / size if size else None
-        return {"bits_per_byte": bits, "breakdown": break_down(model.eval(), windows)}
+        found = break_down(model.eval(), windows)
+        if len(self.parts) > 1:
+            place = (context_of(model.config), recipe.eval_windows, self.record, self._end(recipe))
+            held_out = {part.name: FixedWindows(part.store.split("validation"), *place) for part in self.parts}
+            found["sources"] = by_source(model, held_out, recipe.batch_size)
+        return {"bits_per_byte": bits, "breakdown": found}

@@ -17,7 +17,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
-from waveletgpt.data import TokenStore
+from waveletgpt.data import Mixture, TokenStore
+from waveletgpt.data.mixture import said
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.architecture import check_identity
 from waveletgpt.model.cost import describe, mixers_in
@@ -198,10 +199,10 @@ class Recorder(TrainerCallback):
 
 def train(
     recipe: Recipe,
-    store: TokenStore | HasTask,
+    store: TokenStore | Mixture | HasTask,
     out: str | Path,
     *,
-    data: str,
+    data: str | Sequence[str],
     arm: str | None = None,
     resume: bool = False,
     show_progress: bool = True,
@@ -211,7 +212,7 @@ def train(
 
     Args:
         store: tokens to model, or a store that brings another task (`HasTask`).
-        data: the name or path the store was made of, for the record.
+        data: the name or path the store was made of, for the record; of a mixture one `NAME=WEIGHT` for each source.
         arm: name of the arm in a comparison; default: the mixing.
         resume: go on from the newest checkpoint of `out`; a finished run is left as it is.
         at_once: how many runs share the machine meanwhile, for the record.
@@ -230,9 +231,9 @@ def train(
 
 def _train(
     recipe: Recipe,
-    store: TokenStore | HasTask,
+    store: TokenStore | Mixture | HasTask,
     run: RunFolder,
-    data: str,
+    data: str | Sequence[str],
     arm: str,
     resume: bool,
     show_progress: bool,
@@ -260,7 +261,7 @@ def _train(
     with processes.agreed():
         if task.fingerprint != fingerprint:
             raise UserError(
-                f"{data} is not the data of process 0: {task.fingerprint[:12]}, not {fingerprint[:12]}; "
+                f"{said(data)} is not the data of process 0: {task.fingerprint[:12]}, not {fingerprint[:12]}; "
                 "give all machines the same"
             )
         if finished:
@@ -276,7 +277,7 @@ def _train(
         "arm": arm,
         "seed": recipe.seed,
         "command": command(),
-        "recipe": {"data": data, **recipe.as_dict()},
+        "recipe": {"data": data if isinstance(data, str) else list(data), **recipe.as_dict()},
         "data": task.describe(data),
         "model": describe(model),
         "environment": {**environment(), "at_once": at_once},

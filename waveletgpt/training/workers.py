@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -43,7 +43,7 @@ class Job:
     recipe: Recipe
     store: Any
     folder: Path
-    data: str
+    data: str | Sequence[str]
     arm: str
     resume: bool
     at_once: int = 1

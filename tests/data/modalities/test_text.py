@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from waveletgpt.data import MODALITIES, DataSettings, TokenStore, prepare
+from waveletgpt.data.modalities import encoders
 from waveletgpt.data.modalities.encoders import END, Bytes, Characters, HuggingFace, fit_bpe, load, text8_normalizer
 from waveletgpt.data.modalities.text import Text8, Utf8
 from waveletgpt.data.splits import Spool
@@ -51,7 +52,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
         sample = "Don't the waves of the small scale wave? They'll wave 1234 times, über alles.\n\n  Indented\n" * 50
         spool.end_document("train", spool.write(sample.encode()))
         spool.divide(DataSettings())
-        encoder = fit_bpe(spool, DataSettings(vocab_size=400))
+        encoder = fit_bpe([(spool, 1.0)], DataSettings(vocab_size=400))
     assert isinstance(encoder, HuggingFace)
     return encoder
 
@@ -290,3 +291,20 @@ def test_large_document_in_pieces_is_the_whole(
         assert tokenizer.decode(whole[:-1].tolist()) == content
         train = store.split("train").tolist()
         assert tokenizer(tokenizer.decode(train))["input_ids"] == train
+
+
+def test_pairs_are_the_same_however_the_text_is_grouped(prose: Callable[[int, int], str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    sample = prose(2000, 0)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([sample], trainer)
+    tokenizer.add_special_tokens([END])
+    # Of a few bytes and of more than a group has, in no order.
+    pieces = [prose(words, seed) for seed, words in enumerate((3, 1, 180_000, 0, 2, 60_000, 60_000, 60_000, 5))]
+    found = HuggingFace(encoders.fast(tokenizer)).encode([piece.encode() for piece in pieces])
+    assert [ids.tolist() for ids in found] == [tokenizer.encode(piece).ids for piece in pieces]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,8 @@ class Encoder(Protocol):
     vocab_size: int
     end: int
     """The token that ends a document."""
+    batch: int
+    """Bytes of text that are best encoded at a time."""
 
     def cut(self, block: bytes) -> int:
         """How many bytes of an unfinished document can be encoded by themselves; 0 if more must be known first."""
@@ -105,6 +109,7 @@ class Characters:
         self._table = np.full(0x110000, self.end, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
+    batch = 1 << 20
     cut = staticmethod(last_character)
 
     def encode(self, pieces: list[bytes]) -> list[np.ndarray]:
@@ -129,15 +134,26 @@ def codes(text: bytes) -> np.ndarray:
     return np.frombuffer(text.decode().encode("utf-32-le"), np.uint32)
 
 
-def fit_text8(spool: Spool, settings: DataSettings) -> Encoder:
+Shares = Sequence[tuple[Spool, float]]
+"""The data that a vocabulary is found from: spools, and how much each counts."""
+
+
+def fit_text8(shares: Shares, settings: DataSettings) -> Encoder:
     return Characters(TEXT8, text8_normalizer())
 
 
-def fit_chars(spool: Spool, settings: DataSettings) -> Encoder:
-    """The alphabet of the training data, in the order of code points."""
+def fit_chars(shares: Shares, settings: DataSettings) -> Encoder:
+    """The alphabet of the training data, in the order of code points, or that of the tokenizer the settings name."""
+    if settings.tokenizer:
+        known = load(settings.tokenizer).get_vocab()
+        alphabet = sorted(known.keys() - {END}, key=known.__getitem__)
+        if any(len(character) > 1 for character in alphabet) or known.get(END) != len(alphabet):
+            raise UserError(f"tokenizer {settings.tokenizer} is no alphabet: name the folder of a model of characters")
+        return Characters("".join(alphabet))
     seen = np.zeros(0x110000, bool)
-    for piece in spool.pieces(last_character, "train"):
-        seen[codes(piece.data)] = True
+    for spool, _ in shares:
+        for piece in spool.pieces(last_character, "train"):
+            seen[codes(piece.data)] = True
     return Characters("".join(map(chr, np.flatnonzero(seen))))
 
 
@@ -177,6 +193,7 @@ class Bytes:
 
     vocab_size = 257
     end = 256
+    batch = 1 << 20
 
     def cut(self, block: bytes) -> int:
         return len(block)
@@ -201,17 +218,20 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
 
 
-def fit_bytes(spool: Spool, settings: DataSettings) -> Encoder:
+def fit_bytes(shares: Shares, settings: DataSettings) -> Encoder:
     return Bytes()
 
 
 class HuggingFace:
-    """Any Hugging Face tokenizer."""
+    """Any Hugging Face tokenizer; encodes about a megabyte at a time on each core, which bounds the memory it takes."""
+
+    batch = 1 << 24
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.end = tokenizer.eos_token_id
+        self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def cut(self, block: bytes) -> int:
         """Before a lone space or after a lone line end: byte-level tokenizers cut there anyway, so the pieces add up.
@@ -236,14 +256,32 @@ class HuggingFace:
                 np.array(ids, np.uint32)
                 for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             ]
-        return [np.array(found.ids, np.uint32) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+        def encode(group: list[str]) -> list[np.ndarray]:
+            return [np.array(one.ids, np.uint32) for one in backend.encode_batch_fast(group, add_special_tokens=False)]
+
+        # One call for the whole batch would be as fast, but keep fifty bytes a byte of text until its end.
+        return [ids for found in self._threads.map(encode, _groups(texts)) for ids in found]
 
     def tokenizer(self) -> Any:
         return self._tokenizer
 
 
-def fit_bpe(spool: Spool, settings: DataSettings) -> Encoder:
-    """Byte-level pairs learned from the training split, or the tokenizer that the settings name."""
+def _groups(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, about a megabyte at a time."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= 1 << 20:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+def fit_bpe(shares: Shares, settings: DataSettings) -> Encoder:
+    """Byte-level pairs learned from the training splits, or the tokenizer that the settings name."""
     if settings.tokenizer:
         return HuggingFace(load(settings.tokenizer))
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -256,19 +294,23 @@ def fit_bpe(spool: Spool, settings: DataSettings) -> Encoder:
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size - 1, initial_alphabet=byte_characters(), special_tokens=[], show_progress=False
     )
-    tokenizer.train_from_iterator(_training_text(spool), trainer)
+    tokenizer.train_from_iterator(_training_text(shares), trainer)
     tokenizer.add_special_tokens([END])
     return HuggingFace(fast(tokenizer))
 
 
-def _training_text(spool: Spool) -> Iterator[str]:
-    share = min(1.0, TRAINING_BYTES / max(1, spool.sizes["train"]))
-    seen = taken = 0
-    for piece in spool.pieces(last_character, "train"):
-        seen += len(piece.data)
-        if taken <= share * seen:
-            taken += len(piece.data)
-            yield piece.data.decode()
+def _training_text(shares: Shares) -> Iterator[str]:
+    """Text of each spool by its weight, a small one several times over."""
+    total = min(TRAINING_BYTES, sum(spool.sizes["train"] for spool, _ in shares))
+    for spool, weight in shares:
+        times, rest = divmod(weight * total / max(1, spool.sizes["train"]), 1)
+        for share in [1.0] * int(times) + [rest] * (rest > 0):
+            seen = taken = 0
+            for piece in spool.pieces(last_character, "train"):
+                seen += len(piece.data)
+                if taken <= share * seen:
+                    taken += len(piece.data)
+                    yield piece.data.decode()
 
 
 def load(name: str) -> Any:
@@ -296,8 +338,15 @@ def load(name: str) -> Any:
 def no_settings(settings: DataSettings) -> dict[str, Any]:
     """Nothing to set, and no tokenizer to name."""
     if settings.tokenizer:
-        raise UserError(f'tokenizer "{settings.tokenizer}" goes with --modality bpe only: leave one of the two out')
+        raise UserError(
+            f'tokenizer "{settings.tokenizer}" goes with --modality bpe or chars only: leave one of the two out'
+        )
     return {}
+
+
+def chars_settings(settings: DataSettings) -> dict[str, Any]:
+    """The alphabet, where it is not that of the data."""
+    return {"tokenizer": known_by(settings.tokenizer)} if settings.tokenizer else {}
 
 
 def bpe_settings(settings: DataSettings) -> dict[str, Any]:

@@ -7,11 +7,15 @@ the same to a single string.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import hashlib
+import json
 import logging
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +27,15 @@ from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Document, Source
 from waveletgpt.data.splits import HASHED, Spool, point_of, split_of
-from waveletgpt.data.store import SPLITS, StoreWriter
+from waveletgpt.data.store import FORMAT, SPLITS, FolderWriter, StoreWriter, made_once, read_meta
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
 
 BATCH = 1 << 20
-"""Bytes of text encoded at a time."""
+"""Bytes of text read between two looks at the progress."""
+SAVED = 1 << 26
+"""Bytes of text after which, again and again, it is noted how far the preparation is."""
 
 _BEYOND_ASCII = re.compile("[^\\0-\x7f]+")
 
@@ -117,9 +123,11 @@ class TextModality:
     name: str
     description: str
     normaliser: Callable[[], Normaliser]
-    fit: Callable[[Spool, DataSettings], encoders.Encoder]
+    fit: Callable[[encoders.Shares, DataSettings], encoders.Encoder]
     identity: Callable[[DataSettings], dict[str, Any]] = encoders.no_settings
     """The settings, beyond the shared ones, that change the tokens."""
+    learned: bool = False
+    """Whether the vocabulary is found from the data."""
     binary: bool = False
     """Whether any file will do."""
     suffixes: frozenset[str] = frozenset()
@@ -131,50 +139,94 @@ class TextModality:
 
         Raises UserError if there is no text, or too little for the splits.
         """
-        with Spool(writer.scratch) as spool:
-            with bar(f"reading {source.name}", source.size, progress) as advance:
-                for document in source.documents(binary=self.binary):
-                    self._spool(document, spool, settings, source.own_splits, lambda: advance(source.done))
-            if source.skipped:
-                names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
-                log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
-            spool.divide(settings, source.own_splits)
-            require_splits(source.name, spool.sizes, settings, "bytes of text")
-            encoder = self.fit(spool, settings)
-            writer.begin(encoder.vocab_size)
+        learned = self.learned and not settings.tokenizer
+        if writer.saved and progress:
+            print(f"{source.name}: going on with a preparation that was stopped", file=sys.stderr, flush=True)
+        with Spool(writer.scratch, writer.saved.get("spool")) as spool:
+            if "tokens" in writer.saved:  # all has been read, and encoded in part
+                kept = replace(settings, tokenizer=str(writer.tokenizer_folder)) if learned else settings
+                encoder, skipped = self.fit([(spool, 1.0)], kept), writer.saved["skipped"]
+                writer.go_on(writer.saved["tokens"])
+            else:
+                skipped = self._read(source, settings, spool, progress, writer)
+                encoder = self.fit([(spool, 1.0)], settings)
+                encoder.tokenizer().save_pretrained(writer.tokenizer_folder)
+                writer.begin(encoder.vocab_size)
             with bar(f"encoding {source.name}", spool.size, progress) as advance:
-                self._encode(spool, encoder, writer, advance)
-            encoder.tokenizer().save_pretrained(writer.tokenizer_folder)
+                self._encode(spool, encoder, writer, advance, skipped)
         require_splits(source.name, {split: writer.counts[split]["tokens"] for split in SPLITS}, settings, "tokens")
-        writer.finish(
-            source={"name": source.name, "documents": spool.documents},
-            split=spool.method,
-            skipped={"count": len(source.skipped), "names": source.skipped[:100]},
-        )
+        writer.finish(source={"name": source.name, "documents": spool.documents}, split=spool.method, skipped=skipped)
+
+    def _read(
+        self, source: Source, settings: DataSettings, spool: Spool, progress: bool, writer: FolderWriter | None = None
+    ) -> dict[str, Any]:
+        """Normalise all documents onto the spool, and decide the splits; which files were passed over.
+
+        With `writer`, what has been read is saved on the way, and a spool that was taken over is gone on with.
+        """
+        saved = writer.saved if writer else {}
+        first, own = saved.get("documents", 0), source.own_splits
+        last = spool.written
+        with bar(f"reading {source.name}", source.size, progress) as advance:
+            for number, document in enumerate(source.documents(binary=self.binary)):
+                if number < first:
+                    continue
+                open_at = saved if number == first else {}
+                for chunks, size in self._spool(document, spool, settings, own, open_at):
+                    advance(source.done)
+                    # What a source without a size gives (the hub's) may be something else next time.
+                    if writer and source.size and spool.written - last >= SAVED:
+                        last = spool.written
+                        writer.save({"spool": spool.state(), "documents": number, "chunks": chunks, "size": size})
+        if source.skipped:
+            names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
+            log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
+        spool.divide(settings, own)
+        require_splits(source.name, spool.sizes, settings, "bytes of text")
+        return {"count": len(source.skipped), "names": source.skipped[:100]}
 
     def _spool(
-        self, document: Document, spool: Spool, settings: DataSettings, own: Set[str], advance: Callable[[], None]
-    ) -> None:
+        self, document: Document, spool: Spool, settings: DataSettings, own: Set[str], saved: dict[str, Any]
+    ) -> Iterator[tuple[int, int]]:
+        """Write a document onto the spool; yields, about once for each `BATCH`, how many chunks and bytes it is in.
+
+        `saved` says how much of it is there already.
+        """
         normalise = self.normaliser()
-        start = b""
-        size = 0
-        for chunk in document.chunks:
+        start = before = b""
+        there, size = saved.get("chunks", 0), saved.get("size", 0)
+        for number, chunk in enumerate(document.chunks, 1):
             if len(start) < HASHED:
                 start += chunk[: HASHED - len(start)]
+            if number <= there:
+                before = chunk
+                continue
+            if before:  # what a normaliser keeps in mind is of the end of the last chunk
+                normalise(before, False)
+                before = b""
             size += spool.write(normalise(chunk, False))
             if (spool.size + size) // BATCH != (spool.size + size - len(chunk)) // BATCH:  # often enough for the eye
-                advance()
+                yield number, size
+        if before:
+            normalise(before, False)
         size += spool.write(normalise(b"", True))
         point = point_of(start)
         # Without splits of its own, text is never dealt out whole: all documents share a point.
         spool.end_document(split_of(document.split, point, settings, own), size, point if own else 0.0)
 
     def _encode(
-        self, spool: Spool, encoder: encoders.Encoder, writer: StoreWriter, advance: Callable[[int], None]
+        self,
+        spool: Spool,
+        encoder: encoders.Encoder,
+        writer: StoreWriter,
+        advance: Callable[[int], None],
+        skipped: dict[str, Any],
     ) -> None:
         end = np.array([encoder.end], np.uint32)
-        done = 0
-        for batch in spool.batches(encoder.cut, BATCH):
+        since = tuple(writer.saved.get("encoded", (0, 0)))
+        done = sum(counts["bytes"] for counts in writer.counts.values())
+        last = since[0]
+        for batch in spool.batches(encoder.cut, encoder.batch, since):
             tokens = encoder.encode([piece.data for piece in batch])
             for split in SPLITS:
                 mine = [(ids, piece) for ids, piece in zip(tokens, batch, strict=True) if piece.split == split]
@@ -185,6 +237,12 @@ class TextModality:
                     writer.append(split, np.concatenate(parts), documents=documents, size=size)
                     done += size
             advance(done)
+            place = batch[-1].place
+            if place[0] - last >= SAVED:
+                last = place[0]
+                state = {"spool": spool.state(), "tokens": writer.state(), "encoded": place, "skipped": skipped}
+                writer.save(state)
+                spool.free(place[0])
 
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
         """Tokens of `prompt`; of an empty one, the token between documents, so that a new document begins."""
@@ -213,6 +271,42 @@ class TextModality:
         return SampleFile("text", path, text, counted(Counter({"unknown tokens left out": len(tokens) - len(known)})))
 
 
+def shared_tokenizer(
+    kind: TextModality, sources: Sequence[Source], weights: Sequence[float], settings: DataSettings, progress: bool
+) -> Path:
+    """The folder of one tokenizer for several sources, that of their characters or trained on them by weights."""
+    identity = {
+        "format": FORMAT,
+        "modality": kind.name,
+        "content": [source.key(settings.cache) for source in sources],
+        "weights": [round(weight, 12) for weight in weights] if kind.name != "chars" else None,
+        **{name: getattr(settings, name) for name in ("column", "include", "exclude", "encoding")},
+        **{name: getattr(settings, name) for name in ("validation_fraction", "test_fraction")},
+        **kind.identity(settings),
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = settings.cache / "tokenizers" / f"{kind.name}-{fingerprint[:16]}"
+
+    def opens(folder: Path) -> Path:
+        read_meta(folder, "tokenizer", FORMAT, lambda meta: meta["tokenizer_files"])
+        return folder / "tokenizer"
+
+    def make() -> None:
+        with FolderWriter(path, fingerprint, identity) as writer, contextlib.ExitStack() as spools:
+            shares = []
+            for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+                (writer.scratch / str(i)).mkdir()
+                spool = spools.enter_context(Spool(writer.scratch / str(i)))
+                kind._read(source, settings, spool, progress)
+                shares.append((spool, weight))
+            kind.fit(shares, settings).tokenizer().save_pretrained(writer.folder / "tokenizer")
+            files = sorted((writer.folder / "tokenizer").iterdir())
+            sizes = {f"tokenizer/{file.name}": file.stat().st_size for file in files}
+            writer.publish({"format": FORMAT, "tokenizer_files": sizes}, opens, files)
+
+    return made_once(path, opens, make)
+
+
 def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, unit: str, least: int = 2) -> None:
     """Raises UserError unless each split that is asked for has at least `least` of what is counted."""
     needed = [split for split in SPLITS if split != "test" or settings.test_fraction]
@@ -224,8 +318,9 @@ def require_splits(name: str, sizes: dict[str, int], settings: DataSettings, uni
 
 TEXT = (
     TextModality("text8", "lower-case a-z and space, digits spelled out (27 + 1)", Text8, encoders.fit_text8),
-    TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars),
+    TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars,
+                 encoders.chars_settings, learned=True),
     TextModality("bytes", "the 256 bytes, of text or of any file (256 + 1)", AsIs, encoders.fit_bytes, binary=True),
     TextModality("bpe", "byte-pair encoding trained on the data, or --tokenizer", Utf8, encoders.fit_bpe,
-                 encoders.bpe_settings),
+                 encoders.bpe_settings, learned=True),
 )  # fmt: skip

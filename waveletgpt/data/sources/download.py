@@ -25,18 +25,26 @@ _AGENT = "Mozilla/5.0 (compatible; waveletgpt)"
 
 
 def download(
-    url: str, path: Path, *, size: int | None, sha: str | None, progress: bool = True, cache: Path | None = None
+    url: str,
+    path: Path,
+    *,
+    size: int | None,
+    sha: str | None,
+    progress: bool = True,
+    cache: Path | None = None,
+    mend: str | None = None,
 ) -> Path:
     """The file of `url` at `path`, fetched if it isn't there, `size` bytes with SHA-256 `sha` where these are known.
 
     Where `sha` isn't known, that of the first download is recorded in `path`.sha256 and holds from then on.
-    Raises UserError if the address cannot be reached, or gives something else.
+    Raises UserError if the address cannot be reached, with `mend`, or gives something else.
     """
+    mend = mend or f"put {path.name} in a folder and give that with --data-dir"
     with exclusive(path):
         if not path.exists():
             part = path.with_name(path.name + ".part")
             if size is None or not part.exists() or part.stat().st_size < size:
-                _fetch(url, part, path.name, size, progress)
+                _fetch(url, part, path.name, size, progress, mend)
             try:
                 verify(part, size=size, sha=sha, name=path.name)
             except UserError as error:
@@ -70,7 +78,7 @@ def _record(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _fetch(url: str, part: Path, name: str, size: int | None, progress: bool) -> None:
+def _fetch(url: str, part: Path, name: str, size: int | None, progress: bool, mend: str) -> None:
     reason: object = "connection closed"
     with bar(f"downloading {name}", size or 0, progress) as advance:
         for attempt in range(ATTEMPTS):
@@ -83,10 +91,10 @@ def _fetch(url: str, part: Path, name: str, size: int | None, progress: bool) ->
                         return
             except urllib.error.HTTPError as error:
                 if error.code != 416:
-                    raise _unreachable(url, name, f"{error.code} {error.reason}") from error
+                    raise _unreachable(url, mend, f"{error.code} {error.reason}") from error
                 part.unlink()  # 416: what is here is no beginning of what is there
             except urllib.error.URLError as error:
-                raise _unreachable(url, name, error.reason) from error
+                raise _unreachable(url, mend, error.reason) from error
             except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
                 reason = str(error) or type(error).__name__
     have = part.stat().st_size if part.exists() else 0
@@ -109,5 +117,5 @@ def _receive(answer: http.client.HTTPResponse, part: Path, have: int, advance: C
     return total is None or have == total
 
 
-def _unreachable(url: str, name: str, reason: object) -> UserError:
-    return UserError(f"cannot reach {url} ({reason}); put {name} in a folder and give that with --data-dir")
+def _unreachable(url: str, mend: str, reason: object) -> UserError:
+    return UserError(f"cannot reach {url} ({reason}); {mend}")

@@ -142,7 +142,8 @@ class Files:
             self._find_splits()
         self.size = sum(path.stat().st_size for _, path in self._paths)
 
-    def _list(self) -> list[tuple[str, Path]]:
+    def _list(self) -> list[tuple[str, Any]]:
+        """(path inside the folder, file) of all that is wanted; files are paths, or know as much (see `remote`)."""
         path = self.path
         if not path.is_dir():
             if not stat.S_ISREG(path.stat().st_mode):
@@ -157,11 +158,20 @@ class Files:
                 inside = file.relative_to(path).as_posix()
                 if not name.startswith(".") and self._wanted(inside) and file.is_file():
                     found.append((inside, file))
+        return self._some(found)
+
+    def _some(self, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """The files of a folder, sorted. Raises UserError where there is none."""
         if not found:
             globs = (("include", self.settings.include), ("exclude", self.settings.exclude))
             given = " and ".join(f'{name} "{glob}"' for name, glob in globs if glob)
-            raise UserError(f"nothing to read in the folder {path}: no visible files{given and ' with '}{given}")
-        return sorted(found)
+            raise UserError(f"nothing to read in the folder {self.name}: no visible files{given and ' with '}{given}")
+        return sorted(found, key=lambda pair: pair[0])
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder, not a file by itself."""
+        return self.path.is_dir()
 
     def _find_splits(self) -> None:
         """Splits that the names of folders, else of files, say: those of the folder, or of the one archive there is."""
@@ -209,11 +219,11 @@ class Files:
 
     def _wanted(self, name: str) -> bool:
         include, exclude = self.settings.include, self.settings.exclude
-        return (include is None or _matches(name, include)) and (exclude is None or not _matches(name, exclude))
+        return (include is None or matches(name, include)) and (exclude is None or not matches(name, exclude))
 
     def _entered(self, folder: Path) -> bool:
         inside = folder.relative_to(self.path).as_posix()
-        return self.settings.exclude is None or not _matches(f"{inside}/", self.settings.exclude)
+        return self.settings.exclude is None or not matches(f"{inside}/", self.settings.exclude)
 
     def key(self, cache: Path) -> str:
         """SHA-256 over names and contents; remembered in `cache` for as long as no size or time changes."""
@@ -254,7 +264,7 @@ class Files:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")
                     # Globs choose among the files of a folder, or among the members of an archive given by itself.
-                    chosen = self.path.is_dir() or self._wanted(member)
+                    chosen = self.is_folder or self._wanted(member)
                     if stream.file is not self._file and (not chosen or _hidden(member)):
                         continue
                     if self._archive is None or not self.own_splits or self._split(stream.name):
@@ -368,7 +378,7 @@ def report_skipped(source: Source, wanted: str, usable: int) -> None:
         log.warning("skipped %d files without usable %s: %s", len(skipped), wanted, names)
 
 
-def remembered(cache: Path, what: Sequence[str], paths: Sequence[Path], compute: Callable[[], str]) -> str:
+def remembered(cache: Path, what: Sequence[str], paths: Sequence[Any], compute: Callable[[], str]) -> str:
     """`compute()`, or what it gave before for the same files, as long as none changes its path, size or time.
 
     `what` tells apart different things computed from the same files.
@@ -376,7 +386,8 @@ def remembered(cache: Path, what: Sequence[str], paths: Sequence[Path], compute:
     stats = [path.stat() for path in paths]
     listing = hashlib.sha256("\0".join(what).encode(errors="surrogateescape"))
     for path, status in zip(paths, stats, strict=True):
-        line = f"\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        place = os.path.abspath(path) if isinstance(path, Path) else str(path)
+        line = f"\0{place}\0{status.st_size}\0{status.st_mtime_ns}"
         listing.update(line.encode(errors="surrogateescape"))
     memory = cache / "hashes" / listing.hexdigest()
     if memory.is_file() and (known := memory.read_text()):
@@ -399,7 +410,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _update(digest: Any, path: Path) -> None:
+def _update(digest: Any, path: Any) -> None:
     with path.open("rb") as file:
         while block := file.read(CHUNK):
             digest.update(block)
@@ -424,7 +435,8 @@ def looks_like_text(start: bytes) -> bool:
     return b"\0" not in start and len(start) - len(start.translate(None, _CONTROLS)) <= len(start) // 50
 
 
-def _matches(name: str, globs: str) -> bool:
+def matches(name: str, globs: str) -> bool:
+    """Whether a path, or its last part, matches one of the globs, which are separated by commas."""
     patterns = [pattern.strip() for pattern in globs.split(",") if pattern.strip()]
     return any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(name.rpartition("/")[2], p) for p in patterns)
 
