@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from waveletgpt.data import TokenStore
+from waveletgpt.training.recipe import Recipe
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["waveletgpt.training.trainer", "waveletgpt.cli.commands", "tests.helpers"])
 
@@ -63,3 +66,26 @@ def _child(
     ):
         work(*arguments)
     sys.exit(0)
+
+
+def train_until(
+    recipe: Recipe, store: TokenStore, out: Path, resume: bool = False, hit: tuple[int, int, int] | None = None
+) -> None:
+    """Train; `hit` is (rank, step, signal): what that process then sends itself."""
+    from waveletgpt.cli.main import plain_errors
+    from waveletgpt.training import processes
+    from waveletgpt.training.trainer import Recorder, train
+
+    original = Recorder.on_step_end
+
+    def on_step_end(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hit and (processes.rank(), state.global_step) == hit[:2]:
+            os.kill(os.getpid(), hit[2])
+        original(self, args, state, control, **kwargs)
+
+    Recorder.on_step_end = on_step_end  # type: ignore[method-assign]
+    try:
+        with plain_errors():
+            train(recipe, store, out, data="words.txt", resume=resume, show_progress=False)
+    finally:
+        Recorder.on_step_end = original  # type: ignore[method-assign]
