@@ -102,7 +102,7 @@ def folder(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = recipe("learnable", fsdp=True, batch_size=8)
     with pytest.raises(SystemExit):
         train_until(alone, store, folder / "from-one", hit=(0, 3, signal.SIGINT))
-    results = launch(folder, all_of_it, folder, store)
+    results = launch(folder, all_of_it, folder, store, timeout=400)
     assert [code for code, *_ in results] == [1, -signal.SIGKILL], results
     ended = "waveletgpt: another process of this run has ended; go on with the same command and --resume"
     assert results[0][2].splitlines()[-1] == ended
@@ -212,7 +212,7 @@ def flip(file: Path) -> None:
         (flip, "optimizer/__0_0.distcp", "(optimizer: "),
         (cut, "model.safetensors", "(model.safetensors is cut short)"),
         (Path.unlink, "config.json", "(config.json is missing or cut short)"),
-        (cut, "scheduler.pt", "(scheduler.pt is cut short)"),
+        (cut, "scheduler.pt", "(scheduler.pt is missing or cut short)"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(

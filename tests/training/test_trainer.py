@@ -299,7 +299,7 @@ def test_truncated_checkpoint_is_named(name: str, store: TokenStore, tmp_path: P
     run = train(tiny_recipe(max_steps=6), store, tmp_path / "run", data=DATA, show_progress=False)
     run.update_info(status="interrupted")
     file = run.checkpoints()[-1][1] / name
-    if name == "optimizer.bin":  # as FSDP calls it
+    if name == "optimizer.bin":  # as FSDP called it
         (file.parent / "optimizer.pt").rename(file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoint-6 is broken .*delete it"):

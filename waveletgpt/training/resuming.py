@@ -174,12 +174,11 @@ def checkpoint_problem(folder: Path, sharded: bool) -> str | None:
                 pass
         except (OSError, SafetensorError):
             return f"{shard.name} is cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if (folder / name).is_file():
-            try:
-                torch.load(folder / name, map_location="meta", weights_only=True)
-            except Exception:  # torch raises half a dozen kinds on a broken archive
-                return f"{name} is cut short"
+    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
+        try:
+            torch.load(folder / name, map_location="meta", weights_only=True)
+        except Exception:  # torch raises half a dozen kinds on a broken archive
+            return f"{name} is missing or cut short"
     if sharded:
         from waveletgpt.training import sharding
 
