@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/waveletgpt compare --recipe recipes/demo.yaml --out runs/demo --resume
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from waveletgpt.data import DataSettings, TokenStore, prepare
@@ -50,7 +51,25 @@ def tiny_recipe(**changes: object) -> Recipe:
     return Recipe().override({**base, **changes}, "test")
 
 
-def waveletgpt(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+def waveletgpt(*words: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, as a user does."""
-    command = [sys.executable, "-m", "waveletgpt", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+    from tests.processes import begin
+
+    typed = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = begin(_typed, typed, out=out, err=err)
+        process.join(300)
+        ended = process.exitcode is not None
+        process.kill()
+        told = [file.read_text(encoding="utf-8") for file in (out, err)]
+        assert ended, f"waveletgpt {typed} did not end: {told}"
+        return subprocess.CompletedProcess(typed, process.exitcode, *told)
+
+
+def _typed(words: list[str]) -> None:
+    from waveletgpt.cli import main
+
+    sys.argv = ["waveletgpt", *words]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]
+    main()

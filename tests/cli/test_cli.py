@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import waveletgpt, write_text
+from tests.helpers import write_text
 from waveletgpt import cli
 
 SMALL = [
@@ -353,8 +353,11 @@ def test_sampling_settings_out_of_range(trained: Path, words: list[str], capsys:
 
 
 def test_module_and_version() -> None:
-    result = waveletgpt("--version")
-    assert (result.returncode, result.stdout.split()[0]) == (0, "waveletgpt")
-    result = waveletgpt("evaluate", "nowhere")
+    version, mistake = (
+        subprocess.run([sys.executable, "-m", "waveletgpt", *words], capture_output=True, text=True, timeout=120)
+        for words in (["--version"], ["evaluate", "nowhere"])
+    )
+    assert (version.returncode, version.stdout.split()[0]) == (0, "waveletgpt")
+    result = mistake
     assert result.returncode == 2
     assert result.stderr.startswith("waveletgpt: no run folder")

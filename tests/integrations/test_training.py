@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from tests.integrations.tiny_models import VOCAB, mixed, stock, tokens
+from tests.training.launch import launch
 from waveletgpt import add_mixing
 
 # Tokens of documents: rows that need padding, and one of a single token.
@@ -154,10 +155,10 @@ def steps(model: Any, parameters: Any, rank: int, world: int) -> None:
         optimizer.zero_grad()
 
 
-def one_of_two(rank: int, folder: str) -> None:
+def one_of_two(folder: Path) -> None:
     """What each process runs: every way and mixing, one after the other."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for mixing in KINDS:
         for way in WAYS:
             model: Any = mixed("llama", mixing).train()
@@ -174,14 +175,15 @@ def one_of_two(rank: int, folder: str) -> None:
             if way == "fsdp":
                 state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
             if rank == 0:
-                torch.save(state, f"{folder}/{way}-{mixing}.pt")
+                torch.save(state, folder / f"{way}-{mixing}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
+    results = launch(folder, one_of_two, folder)
+    assert [code for code, *_ in results] == [0, 0], results
     return folder
 
 

@@ -1,19 +1,16 @@
-"""Start several processes as torchrun does, but in no time: they are forked from a server that has torch loaded."""
+"""Start the processes of one run as torchrun does, but in no time."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["waveletgpt.training.trainer", "waveletgpt.cli.commands", "tests.helpers"])
+from tests.processes import begin
+from waveletgpt.data import TokenStore
+from waveletgpt.training.recipe import Recipe
 
 
 def launch(
@@ -27,12 +24,14 @@ def launch(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    running: list[Any] = [
-        _CONTEXT.Process(target=_child, args=(rank, processes, port, folder, work, arguments))
-        for rank in range(processes)
-    ]
-    for process in running:
-        process.start()
+    running = []
+    for rank in range(processes):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+        environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        files = {"out": folder / f"out{rank}", "err": folder / f"err{rank}"}
+        own = folder / str(rank)
+        cwd = own if own.is_dir() else None
+        running.append(begin(work, *arguments, **files, cwd=cwd, environment={**environment, "OMP_NUM_THREADS": "1"}))
     for process in running:
         process.join(timeout)
     stuck = [rank for rank, process in enumerate(running) if process.exitcode is None]
@@ -43,23 +42,24 @@ def launch(
     return [(process.exitcode, *texts) for process, texts in zip(running, told, strict=True)]
 
 
-def _child(
-    rank: int, processes: int, port: int, folder: Path, work: Callable[..., object], arguments: tuple[Any, ...]
+def train_until(
+    recipe: Recipe, store: TokenStore, out: Path, resume: bool = False, hit: tuple[int, int, int] | None = None
 ) -> None:
-    import torch
+    """Train; `hit` is (rank, step, signal): what that process then sends itself."""
+    from waveletgpt.cli.main import plain_errors
+    from waveletgpt.training import processes
+    from waveletgpt.training.trainer import Recorder, train
 
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if (folder / str(rank)).is_dir():
-        os.chdir(folder / str(rank))
-    with (
-        open(folder / f"out{rank}", "w", buffering=1) as out,
-        open(folder / f"err{rank}", "w", buffering=1) as err,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        work(*arguments)
-    sys.exit(0)
+    original = Recorder.on_step_end
+
+    def on_step_end(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hit and (processes.rank(), state.global_step) == hit[:2]:
+            os.kill(os.getpid(), hit[2])
+        original(self, args, state, control, **kwargs)
+
+    Recorder.on_step_end = on_step_end  # type: ignore[method-assign]
+    try:
+        with plain_errors():
+            train(recipe, store, out, data="words.txt", resume=resume, show_progress=False)
+    finally:
+        Recorder.on_step_end = original  # type: ignore[method-assign]

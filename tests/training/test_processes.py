@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers import make_store, tiny_recipe
-from tests.training.launch import launch
+from tests.training.launch import launch, train_until
 from waveletgpt.cli import main
 from waveletgpt.cli.main import plain_errors
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe
-from waveletgpt.training.trainer import Recorder, train
+from waveletgpt.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +30,6 @@ def told(results: list[tuple[int, str, str]]) -> list[str]:
 
 def evaluations(run: Path) -> list[float]:
     return [loss for _, _, loss in RunFolder(run).curve()]
-
-
-def train_until(
-    recipe: Recipe, store: TokenStore, out: Path, resume: bool = False, hit: tuple[int, int, int] | None = None
-) -> None:
-    """Train; `hit` is (rank, step, signal): what that process then sends itself."""
-    original = Recorder.on_step_end
-
-    def on_step_end(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hit and (processes.rank(), state.global_step) == hit[:2]:
-            os.kill(os.getpid(), hit[2])
-        original(self, args, state, control, **kwargs)
-
-    Recorder.on_step_end = on_step_end  # type: ignore[method-assign]
-    with plain_errors():
-        train(recipe, store, out, data="words.txt", resume=resume, show_progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import make_store, tiny_recipe
+from tests.helpers import make_store, tiny_recipe, waveletgpt
+from tests.processes import begin
 from waveletgpt.data import TokenStore, prepare
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.windows import FixedWindows, RandomWindows
@@ -233,21 +234,9 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed: RunFolder, store: 
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*") if path.is_file()}
 
 
-TRAIN = """
-import sys; sys.path.insert(0, {root!r})
-from tests.helpers import tiny_recipe
-from waveletgpt.data import TokenStore
-from waveletgpt.training.trainer import train
-print("ready", flush=True)
-train(tiny_recipe(max_steps={steps}, save_every=2, eval_every=4), TokenStore.open({store!r}), {out!r}, data="words.txt",
-      resume=True, show_progress=False)
-"""
-
-
-def start(store: TokenStore, out: Path, steps: int) -> subprocess.Popen:
-    root = str(Path(__file__).parents[2])
-    code = TRAIN.format(root=root, steps=steps, store=str(store.path), out=str(out))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def go_on(store: Path, out: Path, steps: int) -> None:
+    recipe = tiny_recipe(max_steps=steps, save_every=2, eval_every=4)
+    train(recipe, TokenStore.open(store), out, data="words.txt", resume=True, show_progress=False)
 
 
 def test_kill_9_at_random_moments_changes_no_bit(store: TokenStore, tmp_path: Path) -> None:
@@ -258,20 +247,21 @@ def test_kill_9_at_random_moments_changes_no_bit(store: TokenStore, tmp_path: Pa
     recipe = tiny_recipe(max_steps=steps, save_every=2, eval_every=4)
     whole = train(recipe, store, tmp_path / "whole", data=DATA, show_progress=False)
     killed = RunFolder(tmp_path / "killed")
+    told = {name: tmp_path / name for name in ("out", "err")}
     for _ in range(kills):
-        process = start(store, killed.path, steps)
+        process = begin(go_on, store.path, killed.path, steps, **told)
         saved = max((step for step, _ in killed.checkpoints()), default=0)
         goal = saved + rng.randint(3, 8)  # at least one checkpoint further
         while max((row["step"] for row in killed.metrics()), default=0) < goal:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), told["err"].read_text()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
-        process.communicate()
+        process.join()
         assert max(step for step, _ in killed.checkpoints()) > saved
-    process = start(store, killed.path, steps)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    process = begin(go_on, store.path, killed.path, steps, **told)
+    process.join(300)
+    assert process.exitcode == 0, told["err"].read_text()
     assert_same_weights(whole, killed)
     assert without_seconds(whole) == without_seconds(killed)
 
@@ -351,7 +341,7 @@ def test_truncated_checkpoint_is_named(name: str, store: TokenStore, tmp_path: P
     run = train(tiny_recipe(max_steps=6), store, tmp_path / "run", data=DATA, show_progress=False)
     run.update_info(status="interrupted")
     file = run.checkpoints()[-1][1] / name
-    if name == "optimizer.bin":  # as FSDP calls it
+    if name == "optimizer.bin":  # as FSDP called it
         (file.parent / "optimizer.pt").rename(file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoint-6 is broken .*delete it"):
@@ -430,10 +420,11 @@ def test_two_processes_are_one_with_twice_the_batch(store: TokenStore, tmp_path:
         *("--training.eval-windows", 16, "--training.threads", 1, "--model.n-positions", 32),
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    for prefix, batch, out in (([*launch, "-m"], 4, "two"), ([sys.executable, "-m"], 8, "one")):
-        command = [*prefix, "waveletgpt", *words, "--batch-size", batch, "--out", tmp_path / out]
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+    command = [*launch, "-m", "waveletgpt", *words, "--batch-size", 4, "--out", tmp_path / "two"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    result = waveletgpt(*words, "--batch-size", 8, "--out", tmp_path / "one")
+    assert result.returncode == 0, result.stderr
     one, two = (RunFolder(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one.metrics(), two.metrics(), strict=True):
         assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])

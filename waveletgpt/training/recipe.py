@@ -171,7 +171,7 @@ class TrainingSettings:
     compile: bool = False
     """torch.compile the model."""
     fsdp: bool = False
-    """Shard the model over several GPUs (FSDP 2); without, each holds a copy (DDP)."""
+    """Each of several processes holds a part of the model (FSDP 2); without, each holds a copy (DDP)."""
     eval_every: int | None = None
     """Steps between evaluations; default: a 40th of the run, more where that would cost over 5 % of it."""
     eval_windows: int | None = None

@@ -116,12 +116,15 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
     if not checkpoints:
         return None
     step, folder = checkpoints[-1]
-    problem = checkpoint_problem(folder)
+    problem = checkpoint_problem(folder, recipe.training.fsdp)
     if problem:
-        raise UserError(
-            f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before"
-        )
+        raise broken(folder, problem)
     return step, folder
+
+
+def broken(folder: Path, problem: str) -> UserError:
+    """The error for a checkpoint that can't be gone on from."""
+    return UserError(f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before")
 
 
 _BATCH = ("batch_size", "training.accumulation")
@@ -152,8 +155,8 @@ def differences(now: dict[str, Any], then: dict[str, Any], prefix: str = "") -> 
             yield prefix + name, value, then.get(name)
 
 
-def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None."""
+def checkpoint_problem(folder: Path, sharded: bool) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None; `sharded`: whether its optimiser's state is in parts."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -163,7 +166,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         except (OSError, ValueError):
             return f"{name} is missing or cut short"
     shards = list(folder.glob("*.safetensors"))
-    if not shards and not list(folder.glob("pytorch_model_fsdp*")):
+    if not shards:
         return "it has no weights"
     for shard in shards:
         try:
@@ -171,10 +174,13 @@ def checkpoint_problem(folder: Path) -> str | None:
                 pass
         except (OSError, SafetensorError):
             return f"{shard.name} is cut short"
-    for name in ("optimizer.pt", "optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"):  # .bin: of sharded models
-        if (folder / name).is_file():
-            try:
-                torch.load(folder / name, map_location="meta", weights_only=True)
-            except Exception:  # torch raises half a dozen kinds on a broken archive
-                return f"{name} is cut short"
+    for name in ("scheduler.pt",) if sharded else ("optimizer.pt", "scheduler.pt"):
+        try:
+            torch.load(folder / name, map_location="meta", weights_only=True)
+        except Exception:  # torch raises half a dozen kinds on a broken archive
+            return f"{name} is missing or cut short"
+    if sharded:
+        from waveletgpt.training import sharding
+
+        return sharding.problem(folder)
     return None

@@ -25,7 +25,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
 from waveletgpt.data import Mixture, TokenStore
@@ -35,7 +35,7 @@ from waveletgpt.integrations.architecture import check_identity
 from waveletgpt.model.cost import describe, mixers_in
 from waveletgpt.runs.environment import command, environment, peak_flops
 from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, publish, write_json
-from waveletgpt.training import processes
+from waveletgpt.training import processes, sharding
 from waveletgpt.training.progress import ProgressBar
 from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.resuming import claimed, find_start, global_batch
@@ -79,6 +79,10 @@ def mixing_kernels(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 class RunTrainer(Trainer):
     """`Trainer` that writes a run folder."""
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, run: RunFolder, recipe: Recipe, task: Task, tokens_per_step: int, **kwargs: Any):
         self.run, self.recipe, self.task, self.tokens_per_step = run, recipe, task, tokens_per_step
@@ -129,6 +133,34 @@ class RunTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._output_dir or super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if (
+            state_dict is not None
+        ):  # gathered from all processes: tied weights are in it twice, and no longer one tensor
+            tied: Any = self.model.all_tied_weights_keys  # type: ignore[union-attr]
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.recipe.training.fsdp:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        sharding.save_optimizer(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.recipe.training.fsdp or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        sharding.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        return None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return sharding.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Written beside its place, then moved there: a killed run leaves whole checkpoints only."""
@@ -251,6 +283,10 @@ def _train(
     task = task_of(store)
     arguments = training_arguments(recipe, run.path, {**task.arguments(), **device_arguments})
     _ = arguments.device  # joins the process group, where there is one
+    if arguments.fsdp:
+        sharding.tell_accelerate()
+    elif recipe.training.fsdp and show_progress:
+        print("one process: training.fsdp has nothing to share out, the model is whole", file=sys.stderr, flush=True)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or a process that sees several would split and enlarge its batches
     processes.check_shared(run.path)
     checkpoint, finished, fingerprint = processes.from_first(
@@ -414,7 +450,7 @@ def training_arguments(recipe: Recipe, folder: Path, more: dict[str, Any]) -> Tr
         bf16=t.precision == "bf16",
         torch_compile=t.compile,
         # The field is declared str for old command lines; True is what it wants.
-        fsdp=True if t.fsdp else None,  # type: ignore[arg-type]
+        fsdp=True if t.fsdp and processes.count() > 1 else None,  # type: ignore[arg-type]
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_num_workers=t.workers,
@@ -440,8 +476,6 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
         have = ", ".join(name for name, there in available.items() if there)
         raise UserError(f"--device {recipe.device}: this torch ({torch.__version__}) finds none; it has {have}")
     if recipe.device == "cpu" or (recipe.device == "auto" and not any((available["cuda"], available["mps"]))):
-        if recipe.training.fsdp:
-            raise UserError("training.fsdp needs GPUs: on CPUs it would silently train with DDP; leave it out")
         if recipe.training.attention == "flex_attention":
             raise UserError("training.attention=flex_attention has no backward pass on CPUs; use sdpa or eager")
         return {"use_cpu": True, **({"ddp_backend": "gloo"} if processes.count() > 1 else {})}

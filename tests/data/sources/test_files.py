@@ -281,6 +281,17 @@ def test_tables(tmp_path: Path) -> None:
     assert len(texts(tmp_path / "t.csv.gz")) == 2
 
 
+def test_long_fields_of_tables_leave_the_limit_of_others_alone(tmp_path: Path) -> None:
+    """The csv module has one limit for the whole process."""
+    before = csv.field_size_limit()
+    (tmp_path / "t.csv").write_text("text,n\n" + "a" * (before + 1) + ",1\nb,2\n")
+    documents = find(str(tmp_path / "t.csv"), SETTINGS).documents(binary=False)
+    first = next(documents)
+    assert csv.field_size_limit() == before  # in the middle of the table, too
+    assert [len(document.read()) for document in (first, *documents)] == [before + 1, 1]
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

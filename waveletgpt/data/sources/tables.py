@@ -193,9 +193,21 @@ def _json_values(stream: Stream, column: str | None) -> Iterator[Row]:
         raise UserError(f"{stream.name} goes on after the end of its array: make one array of it, or JSON lines")
 
 
+def _long_fields(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a csv.reader, with fields as long as lines may be; the process's limit is put back."""
+    while True:
+        before = csv.field_size_limit(LONGEST)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
+
+
 def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
     def read(stream: Stream, column: str | None) -> Iterator[Row]:
-        csv.field_size_limit(LONGEST)
         # What makes TSV is that nothing is quoted: a quote is a character.
         reader = csv.reader(
             _lines(stream), delimiter=separator, strict=True,
@@ -204,7 +216,7 @@ def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
         chosen = ""
         index = -1
         try:
-            for row in reader:
+            for row in _long_fields(reader):
                 name = f"{stream.name} line {reader.line_num}"
                 if not row:
                     continue
