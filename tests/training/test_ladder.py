@@ -23,7 +23,8 @@ from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.trainer import Interrupted, Recorder
 
 # A step is 4 windows of 16 tokens.
-RECIPE = tiny_recipe(samples=0, eval_every=1000, save_every=1000)
+# When it is evaluated follows from its length, as by default.
+RECIPE = tiny_recipe(samples=0, eval_every=None, save_every=1000)
 ARMS = ["none", "fixed:max_window=4"]
 GRID = {"lr": ["1e-3", "1e-2"]}
 LADDER = {"arms": ARMS, "sizes": ["60k", "20k"], "tokens": ["256", "640"]}

@@ -288,7 +288,8 @@ def _finished(rung: Rung, store: TokenStore | Mixture, folder: Path, arms: Seque
             run = RunFolder(folder / arm.folder(seed))
             if not run.finished:
                 return False
-            find_start(run, arm.recipe.override({"seed": seed}, "--seeds"), store.fingerprint, True)
+            then = arm.recipe.override({"seed": seed}, "--seeds").with_evaluations(run.info["recipe"])
+            find_start(run, then, store.fingerprint, True)
     return True
 
 
@@ -317,7 +318,10 @@ def _tuned(
             return place, None
         if record["grid"] != grid or record["fingerprint"] != store.fingerprint:
             return place, None
-        known = [[arm for arm in variants(name, grid).values() if arm in record["arms"]] for name in arms]
+        known = [
+            [arm for arm in variants(name, grid).values() if parse_arms([arm], rung.recipe)[0].name in record["arms"]]
+            for name in arms
+        ]
         return place, [found[0] for found in known] if all(known) else None
 
     place, found = processes.from_first(look)
