@@ -15,6 +15,7 @@ import torch
 from tests.helpers import make_store, tiny_recipe
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
+from waveletgpt.model.mixer import delayed
 from waveletgpt.model.mixing import MIXERS, Mixer
 from waveletgpt.runs.evaluation import evaluate_run, print_samples
 from waveletgpt.runs.folder import RunFolder, find_runs
@@ -157,9 +158,8 @@ class Difference(Mixer):
     def reset_parameters(self, init: Any = torch.nn.init) -> None:
         init.ones_(self.gain)
 
-    def mix(self, x: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        before = torch.zeros_like(x[:, :1]) if state is None else state[:, -1:]
-        return self.gain * (x - torch.cat([before, x[:, :-1]], dim=1))
+    def mix(self, x: torch.Tensor, before: torch.Tensor | None, reach: torch.Tensor | None) -> torch.Tensor:
+        return self.gain * (x - delayed(x, 1, before, reach))
 
     def flops(self) -> int:
         return 6 * self.n_mixed
