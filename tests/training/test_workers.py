@@ -158,7 +158,7 @@ def test_printed_commands_train_the_runs_of_the_comparison() -> None:
     )
     settings = Settings(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     arms = ["none", "fixed:max_window=8,lr=1e-2"]
-    comparison = Compare(data="my words.txt", out="runs/mine", arms=tuple(arms), seeds=2, settings=settings)
+    comparison = Compare(data=("my words.txt",), out="runs/mine", arms=tuple(arms), seeds=2, settings=settings)
     expected = with_seeds(parse_arms(arms, recipe), 2)
     lines = comparison.commands()
     assert len(lines) == len(expected) == 4
@@ -168,5 +168,5 @@ def test_printed_commands_train_the_runs_of_the_comparison() -> None:
         parsed = parse(name, words)
         assert type(plain(parsed.settings)) is Recipe
         assert plain(parsed.settings) == arm_recipe
-        assert (parsed.data, parsed.arm, parsed.resume) == ("my words.txt", arm.name, True)
+        assert (parsed.data, parsed.arm, parsed.resume) == (("my words.txt",), arm.name, True)
         assert parsed.out == f"runs/mine/{arm.folder(arm_recipe.seed)}"
