@@ -154,7 +154,7 @@ def reach_of(
     start = begins[0]
     for other in begins[1:]:
         start = start | other
-    t = torch.arange(tokens, device=start.device)
+    t = torch.arange(tokens, device=start.device, dtype=torch.int32)  # as kernels take it: every filter uses it anew
     reach = t - torch.where(start, t, -UNLIMITED).cummax(1).values
     return reach if mask is None else torch.where(mask == 0, -1, reach)
 
