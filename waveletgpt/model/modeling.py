@@ -225,6 +225,11 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.mixers = Mixers(config, ("embedding",))  # its state lies in the first block's layer of the cache
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        # A layer of the cache that has states, and their names.
+        homes: list[Any] = [block.mixers for block in self.blocks]
+        places = [(i, [m.name for m in home if m.past]) for i, home in enumerate([*homes, self.mixers]) if home]
+        layer, names = places[0] if places else (0, [])
+        self.remembered = (layer if layer < config.n_layer else 0), names
         self.norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -258,14 +263,14 @@ class WaveletGPTModel(WaveletGPTPreTrainedModel):
                 )
         upgrade_cache(cache, config.n_layer)
         if type(past) is int and past:
-            for i, block in enumerate(self.blocks):
-                wanted = [*block.mixers, *(self.mixers if i == 0 else ())]  # type: ignore[misc]
-                for mixer in wanted:
-                    if mixer.past and mixer.name not in cache.layers[i].states:  # type: ignore[union-attr]
-                        raise ValueError(
-                            f"this cache keeps no mixing state for {mixer.name} in block {i}: a model with another "
-                            "mixing filled it; start with a new one"
-                        )
+            # What filled one block filled all: every token comes here.
+            layer, names = self.remembered
+            missing = [name for name in names if name not in cache.layers[layer].states]  # type: ignore[union-attr]
+            if missing:
+                raise ValueError(
+                    f"this cache keeps no mixing state for {missing[0]} in block {layer}: a model with another mixing "
+                    "filled it; start with a new one"
+                )
 
     def _embed(self, hidden: torch.Tensor, positions: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
         """Token embeddings plus absolute positions, where the scheme has them."""

@@ -145,6 +145,8 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
     # Every token calls it at every site: what takes microseconds is felt.
     if _LIBRARY is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
+    if not isinstance(x, Tensor) or not isinstance(state, Tensor):
+        return None
     shape, before = x.shape, state.shape
     if len(shape) != 3 or len(before) != 3 or shape[1] != 1 or shape[::2] != before[::2] or len(windows) != shape[2]:
         return None
