@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, Suppress, arg
 
 from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe, TaskSettings
+from waveletgpt.cli import wording
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
 from waveletgpt.training import processes
@@ -494,7 +495,7 @@ class DataList:
             size = f"{known.size:,}" if known.size else ""
             table.add_row(
                 name,
-                known.description,
+                wording.as_options(known.description, DataPrepare),
                 known.modality,
                 size,
                 known.licence,
@@ -560,17 +561,9 @@ def options(recipe: Recipe) -> list[str]:
     """The options of `waveletgpt train` that give this recipe."""
     from waveletgpt.report.summary import flatten
 
-    default = flatten(Recipe().as_dict())
-    words = []
-    for name, value in flatten(recipe.as_dict()).items():
-        group, dot, last = name.removeprefix("source.").replace("_", "-").rpartition(".")
-        if value == default[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{group}{dot}{'' if value else 'no-'}{last}")
-        else:
-            words.append(f"--{group}{dot}{last}={value}")
-    return words
+    default, known = flatten(Recipe().as_dict()), wording.options(Train)
+    changed = {name: value for name, value in flatten(recipe.as_dict()).items() if value != default[name]}
+    return [known[name.removeprefix("source.")].given(value, "=") for name, value in changed.items()]
 
 
 def named(data: Sequence[str]) -> str | list[str]:
