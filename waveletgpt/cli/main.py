@@ -45,7 +45,7 @@ USAGE = "\n".join(
         "",
         "DATA is a file, a folder, an archive, an address (https://, s3://, gs://, az://, hf://datasets/), a name from",
         "`waveletgpt data list`, or hf:OWNER/NAME; or several, each with a weight, to be mixed: a/=0.7 b/=0.3.",
-        "Each command explains its options with --help.",
+        "Each command explains its options with --help; with --help-all those of special occasions, too.",
     ]
 )
 
@@ -121,9 +121,14 @@ def parse(name: str, words: list[str]) -> Any:
     import tyro
 
     from waveletgpt.cli.commands import COMMANDS
+    from waveletgpt.cli.help import show_help
 
     kind = COMMANDS[name]
     default = _defaults(kind, words)
+    asked = {"-h", "--help", "--help-all"} & set(words)
+    if asked and (default is not None or "settings" in {field.name for field in dataclasses.fields(kind)}):
+        show_help(name, kind() if default is None else default, "--help-all" in asked)
+    words = ["--help" if word == "--help-all" else word for word in words]
     options: dict[str, Any] = {} if default is None else {"default": default}
     with one_line_usage_errors(name):
         return tyro.cli(kind, prog=f"waveletgpt {name}", args=words, **options)
