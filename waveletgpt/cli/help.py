@@ -63,9 +63,9 @@ def _for_help(default: Any, shown: Callable[[str], bool], prefix: str = "", omit
             types[name] = Annotated[part, arg(name="data")] if data else Annotated[part, *marks] if marks else part
             value = part()
         elif not shown(prefix + name):
-            types[name] = Suppress[hint]
+            types[name] = Annotated[hint, Suppress]
         else:
-            types[name] = OmitArgPrefixes[hint] if omit else hint
+            types[name] = Annotated[hint, OmitArgPrefixes] if omit else hint
         values[name] = dataclasses.field(default=value)
     members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__annotations__": types, **values}
     return dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), members))
