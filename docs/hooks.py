@@ -1,4 +1,4 @@
-"""What the site adds to pages while it is built: the commands' real --help; links that only a clone can follow."""
+"""What the site adds to pages while it is built: the commands' real help; links that only a clone can follow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./[^)]*\)")
 
 
 def help_of(command: str) -> str:
-    """What `waveletgpt COMMAND --help` prints, at 100 columns."""
-    words = [sys.executable, "-m", "waveletgpt", *command.split(), "--help"]
+    """What `waveletgpt COMMAND --help-all` prints, at 100 columns."""
+    words = [sys.executable, "-m", "waveletgpt", *command.split(), "--help-all"]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).rstrip()

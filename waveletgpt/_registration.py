@@ -1,6 +1,6 @@
 """Registers the models with transformers' Auto classes as soon as these are imported, and not before.
 
-Importing transformers takes seconds, which neither the operator alone nor a command's --help should cost. Models become
+Importing transformers takes seconds, which neither the operator alone nor a command's help should cost. Models become
 known when `transformers.models.auto.modeling_auto` has been imported: at once if it has been, else by a finder that
 watches for it. The configuration alone is known as soon as `configuration_auto` is.
 """

@@ -210,7 +210,7 @@ def test_a_report_tells_that_the_baseline_only_guesses(
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("texts", AUDIO, "--preset clips does not fit this data"),
+        ("texts", AUDIO, "`preset=clips` does not fit this data"),
         ("waves", {}, "recordings need one with frames"),
         ("waves", {**AUDIO, "frame_size": -4}, "frame_size must be at least 1, got -4"),
         ("texts", {"n_positions": 5}, "too short for examples of"),

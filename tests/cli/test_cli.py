@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import write_text
 from waveletgpt import cli
+from waveletgpt.cli.commands import COMMANDS
+from waveletgpt.cli.wording import options
 
 SMALL = [
     *("--preset", "tiny", "--max-steps", "6", "--batch-size", "4", "--device", "cpu", "--model.n-positions", "16"),
@@ -54,7 +56,7 @@ def test_help_needs_no_heavy_library() -> None:
     code = (
         "import sys; sys.orig_argv = ['python', '-m', 'waveletgpt']\n"
         "from waveletgpt import cli\n"
-        "for words in ('--help', 'train --help', 'compare --help', 'ladder --help', 'data list'):\n"
+        "for words in ('--help', 'train --help', 'compare --help-all', 'ladder --help', 'data list'):\n"
         "    try: cli.main(words.split())\n"
         "    except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pyarrow', 'datasets'}\n"
@@ -66,13 +68,50 @@ def test_help_needs_no_heavy_library() -> None:
         assert word in result.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "compare", "ladder", "evaluate", "generate", "report", "info", "data prepare"]
-)
-def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def heads(text: str) -> dict[str, str]:
+    """Each option of a help text, as in `-h, --help`, and the box that it is in."""
+    found, box = {}, ""
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        if title := re.match(r"\W{1,3}((?:\w+ )?options|positional arguments)\W+$", line):
+            box = title[1]
+        elif option := re.match(r"[│| ]? ?(--?[a-z].*?)(  | ?[│|]?$)", line):
+            found[option[1]] = box
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_option_is_documented(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the full help, with its default; the short one has the first ones of these, and says how to see all."""
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(*command.split(), "--help-all") == 0
+    text = capsys.readouterr().out
+    whole = heads(text)
+    shown = {word for head in whole for word in re.findall(r"--[\w.-]+", head)}
+    known = {word for option in options(COMMANDS[command]).values() for word in option if word}
+    assert shown - {"--help", "--base-model"} == known
+    defaults = text.count("(default: ") + text.count("(required)") + text.count("(default:\n")
+    assert defaults >= len(whole) - 1
     assert run(*command.split(), "--help") == 0
     text = capsys.readouterr().out
-    assert "(default" in text or "(required)" in text
+    short = heads(text)
+    assert len(short) <= 25
+    assert set(short.items()) <= set(whole.items())
+    long = len(whole) > 25
+    assert (f"waveletgpt {command} --help-all" in text.splitlines()[-1]) is long
+    if long and command != "data prepare":
+        assert {"model options", "training options", "data options"} <= set(whole.values())
+        assert "--lr FLOAT" in short
+
+
+def test_help_shows_the_defaults_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("max_steps: 77\nmodel: {n_layer: 5}\ncompare: {seeds: 3}\n")
+    assert run("compare", "--recipe", recipe, "--help") == 0
+    text = capsys.readouterr().out
+    for option, default in (("--max-steps", "77"), ("--model.n-layer", "5"), ("--seeds", "3")):
+        assert f"(default: {default})" in text[text.index(f"{option} ") :].split("--", 2)[1], option
 
 
 def test_compare_then_every_other_command(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_the_command_line_takes_one_name_or_several(tmp_path: Path) -> None:
     recipe.write_text("data: [1, 2]\n")
     with pytest.raises(UserError, match="data is"):
         parse("train", ["--recipe", str(recipe)])
-    from waveletgpt.cli.commands import named
+    from waveletgpt.cli.data import named
 
     there = tmp_path / "lr=1"
     there.touch()

@@ -314,7 +314,7 @@ def test_what_was_taken_is_said(tmp_path: Path, settings: DataSettings, capsys: 
     prepare(root, None, settings, progress=True)
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"{root}: taken as chars; --modality changes that: text8, bytes" in err
+    assert f"{root}: taken as chars; `modality` changes that: text8, bytes" in err
     assert f"{root}: its folders dev, test, train are the splits; left out beside them: README.md" in err
 
 

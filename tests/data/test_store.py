@@ -260,7 +260,7 @@ def test_a_full_or_read_only_disk(
 
 def test_cache_that_is_no_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot use .*--cache-dir"):
+    with pytest.raises(UserError, match=r"cannot use .*`cache_dir`"):
         prepare(folder, "bytes", DataSettings(cache_dir=str(tmp_path / "file")), progress=False)
 
 

@@ -318,9 +318,7 @@ def test_printed_commands_give_the_same_recipe(folders: Path) -> None:
     recipe = recipe_of(folders / "llama", mixing="delta", from_pretrained=True, max_window=8)
     assert plain(parse("train", ["words.txt", *options(recipe)]).settings) == recipe
     command = Compare(settings=recipe, arms=("none", "delta"))  # type: ignore[arg-type]
-    assert all(
-        "--from-pretrained" in line and f"--base-model={folders / 'llama'}" in line for line in command.commands()
-    )
+    assert all("--from-pretrained" in line and f"--model={folders / 'llama'}" in line for line in command.commands())
 
 
 def test_model_and_its_settings_go_side_by_side(folders: Path, capsys: Any) -> None:

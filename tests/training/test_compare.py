@@ -225,7 +225,7 @@ def test_interrupted_comparison_goes_on(
             compare(tiny_recipe(), store, again, data="words.txt", arms=ARMS, seeds=2)
     first = RunFolder(again / "none-seed0")
     before = (first.path / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(UserError, match="already holds a comparison; add --resume"):
+    with pytest.raises(UserError, match="already holds a comparison; add `resume=True`"):
         compare(tiny_recipe(), store, again, data="words.txt", arms=ARMS, seeds=2)
     compare(tiny_recipe(), store, again, data="words.txt", arms=ARMS, seeds=2, resume=True)
     assert (first.path / "model.safetensors").stat().st_mtime_ns == before
@@ -246,5 +246,5 @@ def test_refuses_folders_with_other_files(store: TokenStore, tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], seeds=1)
-    with pytest.raises(UserError, match="--seeds"):
+    with pytest.raises(UserError, match="`seeds` must be at least 1"):
         compare(tiny_recipe(), store, tmp_path / "x", data="words.txt", arms=["none"], seeds=0)

@@ -168,7 +168,7 @@ def test_goes_on_where_it_was_stopped(
         patch.setattr(Recorder, "on_step_end", interrupt)
         with pytest.raises(Interrupted):
             train_ladder(RECIPE, store, tmp_path, **settings)
-    with pytest.raises(UserError, match="already holds a ladder; add --resume"):
+    with pytest.raises(UserError, match="already holds a ladder; add `resume=True`"):
         train_ladder(RECIPE, store, tmp_path, **settings)
     ladder = train_ladder(RECIPE, store, tmp_path, resume=True, **settings)
     whole = json.loads((out / "ladder.json").read_text())

@@ -60,7 +60,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches_or_not_at_all
     out = tmp_path / "run"
     results = launch(tmp_path, train_until, tiny_recipe(), store, out, False, (0, 5, signal.SIGTERM))
     assert [code for code, *_ in results] == [130, 130], results
-    with pytest.raises(UserError, match=r"processes, 1: a step would have 4 .* it has 8; give batch_size 8"):
+    with pytest.raises(UserError, match=r"processes, 1: a step would have 4 .* it has 8; give `batch_size=8`"):
         train(tiny_recipe(), store, out, data="words.txt", resume=True, show_progress=False)
     with pytest.raises(UserError, match=r"it has 8; use 2 again"):
         train(tiny_recipe(accumulation=3), store, out, data="words.txt", resume=True, show_progress=False)

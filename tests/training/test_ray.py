@@ -61,7 +61,7 @@ def test_tasks_of_ray_train_what_one_process_does(tmp_path: Path, monkeypatch: p
 
 def test_ray_decides_how_many_run(tmp_path: Path) -> None:
     store = make_store(tmp_path / "data", words=2000)
-    with pytest.raises(UserError, match="leave --workers out"):
+    with pytest.raises(UserError, match="leave `workers` out"):
         compare(tiny_recipe(), store, tmp_path / "out", data="words.txt", arms=["none"], engine="ray", workers=2)
-    with pytest.raises(UserError, match='--engine: no "rey"'):
+    with pytest.raises(UserError, match='`engine`: no "rey"'):
         compare(tiny_recipe(), store, tmp_path / "out", data="words.txt", arms=["none"], engine="rey")

@@ -226,4 +226,4 @@ def test_a_damaged_checkpoint_is_named(
     with pytest.raises(UserError) as told:
         trainer.train(one, store, out, data="words.txt", resume=True, show_progress=False)
     assert str(told.value).startswith(f"checkpoint {checkpoint} is broken {words}")
-    assert str(told.value).endswith("delete it, and --resume goes on from the one before")
+    assert str(told.value).endswith("delete it, and `resume=True` goes on from the one before")

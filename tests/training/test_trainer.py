@@ -357,17 +357,17 @@ def test_too_short_data(store: TokenStore, tmp_path: Path) -> None:
 def test_device_that_is_not_there(store: TokenStore, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="--device cuda"):
+    with pytest.raises(UserError, match="`device=cuda`"):
         train(tiny_recipe(device="cuda"), store, tmp_path / "run", data=DATA, show_progress=False)
 
 
 def test_diverging_run_stops_with_a_diagnosis(store: TokenStore, tmp_path: Path) -> None:
     recipe = tiny_recipe(lr=1e30, clip=1e30, schedule="constant", warmup_steps=0)
-    with pytest.raises(Diverged, match=r"loss became (nan|inf).*--lr"):
+    with pytest.raises(Diverged, match=r"loss became (nan|inf).*`lr`"):
         train(recipe, store, tmp_path / "run", data=DATA, show_progress=False)
     info = RunFolder(tmp_path / "run").info
     assert info["status"] == "failed"
-    assert "--lr" in info["error"]
+    assert "`lr`" in info["error"]
     for _, folder in RunFolder(tmp_path / "run").checkpoints():
         assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
 
@@ -385,7 +385,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(
         original(self, output_dir)
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(UserError, match=r"no room left.*--resume"):
+    with pytest.raises(UserError, match=r"no room left.*`resume=True`"):
         train(tiny_recipe(), store, tmp_path / "run", data=DATA, show_progress=False)
     assert [step for step, _ in RunFolder(tmp_path / "run").checkpoints()] == [3]
     monkeypatch.undo()

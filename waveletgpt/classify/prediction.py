@@ -41,9 +41,9 @@ def evaluate_classifier(
         UserError: see `open_classifier`; unknown or empty split; examples that are gone or have changed.
     """
     if split not in ("train", "validation", "test"):
-        raise UserError(f'--split: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
+        raise UserError(f'`split`: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
     if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size} must be at least 1")
+        raise UserError(f"`batch_size={batch_size}` must be at least 1")
     run, model = open_classifier(folder, device)
     data = run.info["data"]
     try:
@@ -74,7 +74,7 @@ def predict_files(
     if not files:
         raise UserError("predict: name at least one file after the run folder")
     if top < 1:
-        raise UserError(f"--top {top} must be at least 1")
+        raise UserError(f"`top={top}` must be at least 1")
     run, model = open_classifier(folder, device)
     multi_label = model.config.problem_type == "multi_label_classification"
     together = model.config.n_inputs

@@ -1,4 +1,7 @@
-"""Settings of classifiers: examples, models, training. The docstrings under the fields become `--help`."""
+"""Settings of classifiers: examples, models, training.
+
+The docstrings under the fields are what the command line says of its options.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Classification:
             raise UserError(f"model.frame_size must be at least 1, got {frame}")
         if (store.kind == "waveform") != bool(frame):
             wants = "recordings need one with frames, such as clips" if not frame else "its frames are for recordings"
-            raise UserError(f"--preset {recipe.preset} does not fit this data: {wants}")
+            raise UserError(f"`preset={recipe.preset}` does not fit this data: {wants}")
         training = recipe.training
         if not frame and any((training.gain, training.crop, training.mixup)):
             raise UserError("training.gain, crop and mixup change recordings, and this data has none; leave them out")
@@ -71,7 +71,7 @@ class Classification:
         if room < store.max_length:
             raise UserError(
                 f"model.n_positions={model.config.n_positions} is too short for examples of {store.max_length}; "
-                "leave it out, or cut them with --length"
+                "leave it out, or cut them with `length`"
             )
         return model
 

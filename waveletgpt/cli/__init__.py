@@ -1,4 +1,4 @@
-"""The command line: `main.py` finds a command, `commands.py` has them all."""
+"""The command line: `main.py` finds a command; `commands.py`, `classifiers.py` and `data.py` have them."""
 
 from waveletgpt.cli.main import main
 

@@ -1,6 +1,7 @@
 """The commands. Each is a dataclass: its fields are the options, its docstring the help, `run` the work.
 
-Heavy libraries are imported inside `run`, so that --help is instant and a mistake is told before they load.
+Those of language models and of reports are here; `COMMANDS` has all. Heavy libraries are imported inside `run`, so that
+--help is instant and a mistake is told before they load.
 """
 
 from __future__ import annotations
@@ -8,33 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import Positional, arg
 
-from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe, TaskSettings
+from waveletgpt.classify.settings import CLASSIFIER_PRESETS
+from waveletgpt.cli import wording
+from waveletgpt.cli.arms import Engine, Flat, Mixing, Workers, plain, train_arms
+from waveletgpt.cli.classifiers import Classify, Lra, Predict, is_classifier, print_scores
+from waveletgpt.cli.data import DEFAULT_DATA, DataList, DataPrepare, named, prepare_store
+from waveletgpt.cli.printing import by_source, print_ladder, print_summary, say
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.errors import UserError, suggest
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, added_mixing_names, check_settings_are_read, mixing_names
-
-DEFAULT_DATA = "python-stdlib"
-Flat = arg(name="")
-Mixing = Annotated[
-    str,
-    arg(help=f"The filter over time: {', '.join(mixing_names())}; with --model: {', '.join(added_mixing_names())}."),
-]
-_WORKERS = (
-    "Runs at a time, each in a process of its own and, where there are any, on a GPU of its own: a number, or auto (as "
-    "many as GPUs; 1 on CPUs)."
-)
-Workers = Annotated[str, arg(help=_WORKERS)]
-_ENGINE = "ray: each run is a task of a Ray cluster, which decides how many run at a time."
-Engine = Annotated[Literal["local", "ray"], arg(help=_ENGINE)]
+from waveletgpt.training.recipe import Recipe, check_settings_are_read
 
 
 @dataclass(frozen=True)
@@ -225,116 +215,6 @@ class Ladder:
 
 
 @dataclass(frozen=True)
-class ClassifierOptions(ClassifierRecipe):
-    base_model: Suppress[str | None] = None
-    from_pretrained: Suppress[bool] = False
-    pretrained: Suppress[Literal["replace"] | None] = None
-    mixing: Mixing = ClassifierRecipe.mixing
-    source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class Lra:
-    """Train several arms as classifiers on a task of the Long Range Arena and report their accuracy.
-
-    Tasks: listops, text, retrieval, image, pathfinder, pathx. The first arm is the baseline.
-    """
-
-    task: Positional[str] = ""
-    """listops, text, retrieval, image, pathfinder or pathx."""
-    data: str | None = None
-    """Folder or archive with the task's official files; default: generated, or the named data set."""
-    out: str | None = None
-    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed (default:
-    runs/lra-TASK)."""
-    arms: tuple[str, ...] = ("none", "fixed")
-    """Arms, the baseline first, as in `waveletgpt compare`."""
-    seeds: int = 1
-    """Seeds per arm, from --seed on."""
-    workers: Workers = "auto"
-    engine: Engine = "local"
-    resume: bool = False
-    """Go on with the comparison in --out."""
-    recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
-    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=ClassifierOptions)
-
-    def run(self) -> None:
-        from waveletgpt.classify.long_range_arena import TASKS, prepare_task
-
-        with processes.agreed():
-            if self.task not in TASKS:
-                raise UserError(f'lra: no task "{self.task}"; there are {", ".join(TASKS)}{suggest(self.task, TASKS)}')
-            other = self.settings.modality
-            if other not in (None, TASKS[self.task].modality):
-                raise UserError(f"lra {self.task} has a modality of its own, not {other}; leave it out")
-        out = self.out or f"runs/lra-{self.task}"
-        train_arms(
-            self, lambda: prepare_task(self.task, self.data, self.settings.source, processes.first()), self.task, out
-        )
-
-
-@dataclass(frozen=True)
-class Classify:
-    """Train several arms as classifiers of recordings and report accuracy, or mean average precision.
-
-    DATA: a folder per class, or the layout of FSD50K, ESC-50 or the Free Spoken Digit Dataset.
-    """
-
-    data: Positional[str] = ""
-    """Folder, archive or data set name."""
-    out: str = "runs/classify"
-    """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
-    arms: tuple[str, ...] = ("none", "fixed")
-    """Arms, the baseline first, as in `waveletgpt compare`."""
-    seeds: int = 1
-    """Seeds per arm, from --seed on."""
-    workers: Workers = "auto"
-    engine: Engine = "local"
-    resume: bool = False
-    """Go on with the comparison in --out."""
-    recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
-    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=lambda: ClassifierOptions(preset="clips"))
-
-    def run(self) -> None:
-        from waveletgpt.classify.clips import prepare_clips
-
-        with processes.agreed():
-            if not self.data:
-                raise UserError("classify: name a folder of recordings, such as one folder per class")
-            if self.settings.modality not in (None, "audio"):
-                raise UserError(f"classify reads recordings, not --modality {self.settings.modality}; leave it out")
-        train_arms(self, lambda: prepare_clips(self.data, self.settings.source, processes.first()), self.data, self.out)
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Tell the classes of files with a classifier's run."""
-
-    run_folder: Positional[str]
-    """Run folder of `waveletgpt classify` or `waveletgpt lra`."""
-    files: Positional[tuple[str, ...]] = ()
-    """Recordings, texts or pictures, as the run was trained on; for retrieval the two texts of each pair in turn."""
-    top: int = 3
-    """How many of the likeliest classes to print."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    json: bool = False
-    """Print JSON."""
-
-    def run(self) -> None:
-        from waveletgpt.classify.prediction import predict_files
-
-        rows = predict_files(self.run_folder, self.files, self.top, self.device)
-        if self.json:
-            print(json.dumps([{"file": name, "classes": dict(classes)} for name, classes in rows], indent=1))
-            return
-        for name, classes in rows:
-            say(f"{name}: " + ", ".join(f"{label} {share:.1%}" for label, share in classes))
-
-
-@dataclass(frozen=True)
 class Evaluate:
     """Loss, perplexity and bits per byte of a run's model on held-out data; of a classifier its accuracy."""
 
@@ -355,16 +235,9 @@ class Evaluate:
 
     def run(self) -> None:
         if is_classifier(self.run_folder):
-            from waveletgpt.classify.prediction import evaluate_classifier
-
             if self.context is not None:
                 raise UserError("--context: a classifier reads whole examples; leave it out")
-            found = evaluate_classifier(self.run_folder, self.split, self.batch_size, self.device)
-            if self.json:
-                print(json.dumps(found, indent=1))
-                return
-            scores = ", ".join(f"{name} {found[name]:.2%}" for name in ("accuracy", "map", "top5") if name in found)
-            say(f"{found['split']}: {scores} ({found['recordings']:,} examples)")
+            print_scores(self.run_folder, self.split, self.batch_size, self.device, self.json)
             return
         from waveletgpt.runs.evaluation import evaluate_run
 
@@ -479,59 +352,13 @@ class Info:
         print_info(self.what, plain(self.settings), self.vocabulary, CLASSIFIER_PRESETS)
 
 
-@dataclass(frozen=True)
-class DataList:
-    """Data sets that are known by name."""
+def options(recipe: Recipe) -> list[str]:
+    """The options of `waveletgpt train` that give this recipe."""
+    from waveletgpt.report.summary import flatten
 
-    def run(self) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        from waveletgpt.data.sources.named import NAMED
-
-        table = Table("name", "what", "modality", "bytes", "licence", "address")
-        for name, known in NAMED.items():
-            size = f"{known.size:,}" if known.size else ""
-            table.add_row(
-                name,
-                known.description,
-                known.modality,
-                size,
-                known.licence,
-                known.url or ("generated" if known.made else "on every machine"),
-            )
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-@dataclass(frozen=True)
-class DataPrepare:
-    """Turn DATA into a token store, as training would, and say where it is."""
-
-    data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
-    """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
-    several, each with a weight, are mixed: a/=0.7 b/=0.3."""
-    modality: str | None = None
-    """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own, else what the
-    names of the files tell."""
-    source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
-
-    def run(self) -> None:
-        from waveletgpt.data import prepare
-        from waveletgpt.data.mixture import parts_of
-
-        mixed = prepare(named(self.data), self.modality, self.source)
-        parts = parts_of(mixed)
-        for part in parts:
-            if len(parts) > 1:
-                say(f"{part.name}: {part.weight:.2%} of what is read")
-            for split in ("train", "validation", "test"):
-                size = part.store.bytes_per_token(split)
-                say(
-                    f"{split:>10}: {len(part.store.split(split)):>12,} tokens"
-                    + (f", {size:.3f} bytes per token" if size else "")
-                )
-            say(f"token store: {part.store.path}")
-        say(f"vocabulary: {mixed.vocab_size} ({mixed.modality})")
+    default, known = flatten(Recipe().as_dict()), wording.options(Train)
+    changed = {name: value for name, value in flatten(recipe.as_dict()).items() if value != default[name]}
+    return [known[name.removeprefix("source.")].given(value, "=") for name, value in changed.items()]
 
 
 COMMANDS: dict[str, type] = {
@@ -548,123 +375,3 @@ COMMANDS: dict[str, type] = {
     "data list": DataList,
     "data prepare": DataPrepare,
 }
-
-
-def plain(settings: Recipe) -> Any:
-    """The parsed settings as a `Recipe` or `ClassifierRecipe` proper."""
-    kind = ClassifierRecipe if isinstance(settings, ClassifierRecipe) else Recipe
-    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
-
-
-def options(recipe: Recipe) -> list[str]:
-    """The options of `waveletgpt train` that give this recipe."""
-    from waveletgpt.report.summary import flatten
-
-    default = flatten(Recipe().as_dict())
-    words = []
-    for name, value in flatten(recipe.as_dict()).items():
-        group, dot, last = name.removeprefix("source.").replace("_", "-").rpartition(".")
-        if value == default[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{group}{dot}{'' if value else 'no-'}{last}")
-        else:
-            words.append(f"--{group}{dot}{last}={value}")
-    return words
-
-
-def named(data: Sequence[str]) -> str | list[str]:
-    """DATA as it is recorded: one name, or the sources of a mixture with their weights."""
-    return data[0] if len(data) == 1 and not is_weighted(data[0]) else list(data)
-
-
-def prepare_store(data: Sequence[str], settings: Recipe, out: str) -> Any:
-    """The tokens of `data`: those that the runs in `out`, or its sweep's, have begun with, if they are of it."""
-    from waveletgpt.data import prepare
-    from waveletgpt.report.summary import sweep_folder
-    from waveletgpt.runs.folder import find_runs
-
-    recorded = (run.info.get("data") or {} for place in (out, sweep_folder(out)) for run in find_runs(place))
-    each = (part for there in recorded for part in [there, *(there.get("mixture") or {}).values()])
-    begun = dict.fromkeys(part["store"] for part in each if "store" in part)
-    return prepare(named(data), *settings.reading(), progress=processes.first(), begun=begun)
-
-
-def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], data: str | list[str], out: str) -> None:
-    """Train the arms of a command on the store that `prepare` makes, print the table and where the report is."""
-    from waveletgpt.training.compare import compare, plan
-
-    recipe = plain(command.settings)
-    planned: dict[str, Any] = {
-        name: getattr(command, name) for name in ("arms", "seeds", "resume", "workers", "engine")
-    }
-    plan(recipe, out, **planned)  # tells of a mistake before minutes are spent on the data
-    with processes.agreed():
-        store = prepare()
-    summary = compare(recipe, store, out, data=data, **planned)
-    print_summary(summary)
-    say(f"report: {Path(out) / 'report.html'}")
-
-
-def by_source(found: dict[str, Any]) -> str:
-    """The loss on each source of a mixture, in words; nothing of data that is none."""
-    sources = found.get("sources") or {}
-    return "".join(f"; {name}: {value['nll']:.4f}" for name, value in sources.items())
-
-
-def is_weighted(source: str) -> bool:
-    """Whether DATA is one source with a weight, and not a file that is called so."""
-    name, equals, weight = source.rpartition("=")
-    try:
-        float(weight)
-    except ValueError:
-        return False
-    return bool(name and equals and "?" not in name) and not Path(source).exists()  # ?: of an address
-
-
-def is_classifier(folder: str) -> bool:
-    """Whether a run is a classifier's; raises UserError where there is no run."""
-    from waveletgpt.classify.scores import CLASSIFICATION
-    from waveletgpt.runs.folder import RunFolder
-
-    return RunFolder.open(folder).info.get("task") == CLASSIFICATION
-
-
-def say(text: str) -> None:
-    """Print a line; of several processes the first does."""
-    if processes.first():
-        print(text, flush=True)
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    """The table of arms, and the result in a sentence."""
-    from waveletgpt.report import in_words
-
-    if not processes.first():
-        return
-    header, rows, sentence = in_words(summary)
-    print_table(header, rows)
-    say(sentence)
-    if summary["at_once"] > 1:
-        say(f"Up to {summary['at_once']} runs at once shared the machine: time speed-ups mean little.")
-
-
-def print_ladder(ladder: dict[str, Any], out: Path) -> None:
-    """The table of rungs, what to keep in mind, the result in a sentence, and where the report is."""
-    from waveletgpt.report.ladder import headline, ladder_table
-
-    print_table(*ladder_table(ladder))
-    for note in ladder["notes"]:
-        say(f"note: {note}")
-    say(headline(ladder))
-    say(f"report: {out / 'report.html'}")
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from waveletgpt import __version__
-from waveletgpt.errors import UserError, suggest
+from waveletgpt.errors import UserError, reworded, suggest, tell
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import load_recipe
 
@@ -45,7 +45,7 @@ USAGE = "\n".join(
         "",
         "DATA is a file, a folder, an archive, an address (https://, s3://, gs://, az://, hf://datasets/), a name from",
         "`waveletgpt data list`, or hf:OWNER/NAME; or several, each with a weight, to be mixed: a/=0.7 b/=0.3.",
-        "Each command explains its options with --help.",
+        "Each command explains its options with --help; with --help-all those of special occasions, too.",
     ]
 )
 
@@ -65,9 +65,9 @@ def _defaults(kind: type, words: list[str]) -> Any:
     command: dict[str, Any] = {"recipe": path}
     compare = changes.pop("compare", None) or {}
     if not isinstance(compare, dict) or not set(compare) <= {"arms", "seeds"}:
-        raise UserError(f"{path}: `compare` holds `arms` and `seeds`, nothing else")
+        raise UserError(f"{path}: compare holds arms and seeds, nothing else")
     if not isinstance(compare.get("arms", []), list) or not isinstance(compare.get("seeds", 1), int):
-        raise UserError(f"{path}: `compare` needs a list and a number, as in {{arms: [none, fixed], seeds: 3}}")
+        raise UserError(f"{path}: compare needs a list and a number, as in {{arms: [none, fixed], seeds: 3}}")
     default = kind()
     for name, value in [(key, changes.pop(key, None)) for key in ("data", "task")] + list(compare.items()):
         several = isinstance(getattr(default, name, None), tuple)
@@ -102,9 +102,18 @@ def main(arguments: list[str] | None = None) -> None:
             return
         if name not in commands:
             raise UserError(f'no command "{name}"; there are {", ".join(sorted(commands))}{suggest(name, commands)}')
+    with reworded(lambda text: _in_words_of(name, text)), plain_errors():
         with processes.agreed():
             command = parse(name, words[size:])
         command.run()
+
+
+def _in_words_of(name: str, text: str) -> str:
+    """A message of the library in the words of the command `name`; what takes time is imported only to tell it."""
+    from waveletgpt.cli.commands import COMMANDS
+    from waveletgpt.cli.wording import as_options
+
+    return as_options(text, COMMANDS[name])
 
 
 def parse(name: str, words: list[str]) -> Any:
@@ -112,9 +121,14 @@ def parse(name: str, words: list[str]) -> Any:
     import tyro
 
     from waveletgpt.cli.commands import COMMANDS
+    from waveletgpt.cli.help import show_help
 
     kind = COMMANDS[name]
     default = _defaults(kind, words)
+    asked = {"-h", "--help", "--help-all"} & set(words)
+    if asked and (default is not None or "settings" in {field.name for field in dataclasses.fields(kind)}):
+        show_help(name, kind() if default is None else default, "--help-all" in asked)
+    words = ["--help" if word == "--help-all" else word for word in words]
     options: dict[str, Any] = {} if default is None else {"default": default}
     with one_line_usage_errors(name):
         return tyro.cli(kind, prog=f"waveletgpt {name}", args=words, **options)
@@ -189,7 +203,7 @@ def _stop(message: str | None, code: int) -> None:
     """Print the message, if there is one to tell, and exit."""
     if message is not None:
         number = "" if processes.first() else f"process {processes.rank()} of {processes.count()}: "
-        print(f"waveletgpt: {number}{' '.join(message.split())}", file=sys.stderr, flush=True)
+        tell(f"waveletgpt: {number}{' '.join(message.split())}")
     if processes.count() > 1:
         # torchrun ends the others as soon as one has ended; they are about to end by themselves, with this code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

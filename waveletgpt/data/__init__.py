@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from waveletgpt.data.sources.hub import PREFIX, Hub
 from waveletgpt.data.sources.named import NAMED, NamedSet, fetch
 from waveletgpt.data.sources.remote import at_address, is_address
 from waveletgpt.data.store import FORMAT, SPLITS, StoreWriter, TokenStore, disk_errors, made_once
-from waveletgpt.errors import UserError, suggest
+from waveletgpt.errors import UserError, suggest, tell
 
 __all__ = [
     "MODALITIES", "NAMED", "SPLITS", "DataSettings", "Document", "Mixture", "Modality", "NamedSet", "SampleFile",
@@ -114,7 +113,7 @@ def _mixture(
         if other != kinds[0]:
             raise UserError(
                 f"{sources[0][0]} is taken as {kinds[0]}, {name} as {other}, and a mixture has one kind of tokens: "
-                f"choose it for all, --modality {kinds[0]}"
+                f"choose it for all, `modality={kinds[0]}`"
             )
     kind = MODALITIES[kinds[0]]
     if isinstance(kind, TextModality) and kind.learned and not settings.tokenizer:
@@ -135,7 +134,7 @@ def _chosen(data: str, source: Source, modality: str | None, settings: DataSetti
     if not chosen:
         chosen = detect(source, settings)
         others = ", ".join(name for name in MODALITIES if name != chosen)
-        _say(progress, f"{data}: taken as {chosen}; --modality changes that: {others}")
+        _say(progress, f"{data}: taken as {chosen}; `modality` changes that: {others}")
     if isinstance(source, Files) and source.folders:
         beside = f"; left out beside them: {_some(source.beside)}" if source.beside else ""
         _say(progress, f"{data}: its folders {', '.join(source.folders)} are the splits{beside}")
@@ -209,7 +208,7 @@ def detect(source: Source, settings: DataSettings) -> str:
         names = [ending for ending, _ in endings.most_common() if ending]
         raise UserError(
             f"{source.name} holds files of several kinds, by their names {found} ({_some(names)}): choose one with "
-            f"--modality {name}, and its files with --include '*{names[0]}' or the like"
+            f"`modality={name}`, and its files with `include='*{names[0]}'` or the like"
         )
     return name if endings else DEFAULT_MODALITY
 
@@ -220,7 +219,7 @@ def _some(names: list[str]) -> str:
 
 def _say(shown: bool, line: str) -> None:
     if shown:
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def find(data: str, settings: DataSettings, progress: bool = True) -> Source:

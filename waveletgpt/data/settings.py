@@ -1,4 +1,4 @@
-"""The settings of data preparation: the docstrings under the fields become `--help`."""
+"""The settings of data preparation: the docstrings under the fields are what the command line says of its options."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class DataSettings:
     encoding: str | None = None
     """Encoding of text files and tables that have no mark, such as `cp1252` or `gbk` (default: UTF-8)."""
     vocab_size: int = 4096
-    """Size of the vocabulary that `--modality bpe` trains, the special token included."""
+    """Size of the vocabulary that modality bpe trains, the special token included."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer, by name or folder, for `--modality bpe` instead of one trained on the data; for
-    `--modality chars` the folder of a run or store whose characters to take."""
+    """A Hugging Face tokenizer, by name or folder, for modality bpe instead of one trained on the data; for
+    modality chars the folder of a run or store whose characters to take."""
     include: str | None = None
     """Only files whose name or path matches this glob; several are separated by commas: `*.md,*.rst`."""
     exclude: str | None = None
@@ -39,19 +39,19 @@ class DataSettings:
     test_fraction: float = 0.05
     """Share of the data held out for the final test; 0 for none."""
     sample_rate: int = 16_000
-    """Samples a second to which recordings are brought (`--modality audio`; `acoustic` takes the codec's)."""
+    """Samples a second to which recordings are brought (modality audio; acoustic takes the codec's)."""
     codec: str = "facebook/encodec_24khz"
-    """EnCodec, Mimi or DAC by hub name or folder, for `--modality acoustic`."""
+    """EnCodec, Mimi or DAC by hub name or folder, for modality acoustic."""
     codebooks: int = 2
-    """How many of the codec's codebooks `--modality acoustic` takes, the coarsest first: so many tokens a frame."""
+    """How many of the codec's codebooks modality acoustic takes, the coarsest first: so many tokens a frame."""
     image_size: int = 32
-    """Pictures are cut to their centre square and resized to so many pixels a side (`--modality images`)."""
+    """Pictures are cut to their centre square and resized to so many pixels a side (modality images)."""
     image_mode: str = "grey"
-    """Pixels of `--modality images`: "grey", one token each, or "rgb", three."""
+    """Pixels of modality images: "grey", one token each, or "rgb", three."""
     transpose: str | None = None
-    """Copies of the training pieces, shifted by these semitones, for `--modality music`: `--transpose=-3,-2,2,3`."""
+    """Copies of the training pieces, shifted by these semitones, for modality music: `transpose=-3,-2,2,3`."""
     tempo_scale: str | None = None
-    """Copies of the training pieces, at these times the speed, for `--modality music`: `0.95,1.05`."""
+    """Copies of the training pieces, at these times the speed, for modality music: `0.95,1.05`."""
     listops_length: str = "500-2000"
     """Shortest and longest expression of the data set `listops`, in tokens."""
     listops_count: int = 20_000

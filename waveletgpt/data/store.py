@@ -411,5 +411,5 @@ def disk_errors(cache: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or cache
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full at {cache}: free some space or set --cache-dir") from error
-        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set --cache-dir") from error
+            raise UserError(f"the disk is full at {cache}: free some space or set `cache_dir`") from error
+        raise UserError(f"cannot use {place} ({error.strerror or error}): check it, or set `cache_dir`") from error

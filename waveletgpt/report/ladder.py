@@ -139,7 +139,7 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
         baseline = order[0] if order else next((a for a in sorted(arms) if a.split(":")[0] == "none"), sorted(arms)[0])
     elif baseline not in arms:
         raise UserError(
-            f'--baseline: no arm "{baseline}" in {folder}; there are {", ".join(arms)}{suggest(baseline, arms)}'
+            f'`baseline`: no arm "{baseline}" in {folder}; there are {", ".join(arms)}{suggest(baseline, arms)}'
         )
     rungs = []
     for place, records in read:

@@ -123,15 +123,16 @@ def evaluate_run(
     """
     run = RunFolder.open(folder)
     if split not in ("train", "validation", "test"):
-        raise UserError(f'--split: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
-    if batch_size < 1 or (windows is not None and windows < 1):
-        raise UserError(f"--batch-size {batch_size} and --windows {windows} must be at least 1")
+        raise UserError(f'`split`: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
+    for name, value in (("batch_size", batch_size), ("windows", windows)):
+        if value is not None and value < 1:
+            raise UserError(f"`{name}={value}` must be at least 1")
     model, store = load_model(run, device), load_store(run)
     most = longest_context(model.config)
     context = context_of(model.config) if context is None else context
     if context < 1 or (most is not None and context > most):
         mend = f"1 ... {most}, as many as it has positions for" if most is not None else "1 or more"
-        raise UserError(f"--context is {context}: give {mend}")
+        raise UserError(f"`context` is {context}: give {mend}")
     parts, data = parts_of(store), {}
     packing = (run.info["recipe"].get("training") or {}).get("packing")
     end = parts[0].store.end_of_documents() if packing else None

@@ -64,7 +64,7 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         run = cls(path)
         if not run.path.is_dir():
-            raise UserError(f"no run folder at {run.path}; name the --out folder of an earlier `waveletgpt train`")
+            raise UserError(f"no run folder at {run.path}; name one that an earlier `waveletgpt train` wrote")
         if not run.exists():
             runs = list(find_runs(run.path))
             inside = f" (it holds {len(runs)}: {runs[0].path}, ...)" if runs else ""
@@ -163,7 +163,7 @@ class RunFolder:
             return self.path
         checkpoints = self.checkpoints()
         if not checkpoints:
-            raise UserError(f"{self.path} holds no checkpoint yet; go on with `waveletgpt train ... --resume`")
+            raise UserError(f"{self.path} holds no checkpoint yet; resume its training first, with `waveletgpt train`")
         return checkpoints[-1][1]
 
     def samples(self) -> list[dict[str, Any]]:
@@ -211,12 +211,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         )
         if full:
             raise UserError(
-                f"no room left to write in {path}; free some space and go on with --resume: "
+                f"no room left to write in {path}; free some space and go on with `resume=True`: "
                 "the checkpoints before are whole"
             ) from None
         if (
             isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | IsADirectoryError)
             and str(path) in text
         ):
-            raise UserError(f"cannot write in {path}: {error.strerror}; name another --out") from None
+            raise UserError(f"cannot write in {path}: {error.strerror}; name another `out`") from None
         raise

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waveletgpt.errors import UserError
+from waveletgpt.errors import UserError, tell
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
@@ -44,13 +43,13 @@ class Arm:
 
 
 def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
-    """The arms that `--arms` names, mixings or recipe files, with settings of their own; the first is the baseline.
+    """The arms that are named, mixings or recipe files, with settings of their own; the first is the baseline.
 
     Raises:
         UserError: unknown mixing or setting, one of the data or the seed, an arm given twice, no arm.
     """
     if not specs:
-        raise UserError("--arms needs at least one arm, such as `--arms none fixed`")
+        raise UserError("`arms` is empty: name one or more, the baseline first, such as none and fixed")
     arms: list[Arm] = []
     for spec in specs:
         first, _, rest = spec.partition(":")
@@ -60,26 +59,27 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
             spec = Path(first).stem + (f":{rest}" if rest else "")
         else:
             changes["mixing"] = first
+        where = f"`arms={spec}`"
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals:
-                raise UserError(f'--arms {spec}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
+                raise UserError(f'{where}: "{part}" is not name=value, as in none:n_layer=12,lr=1e-3')
             changes[name.strip()] = value.strip()
         if first == changes.get("mixing"):
             base = {name: value for name, value in changes.items() if name == "base_model"}
-            check_choice("--arms", first, recipe.override(base, f"--arms {spec}").mixings())
-        arm = Arm(spec, recipe.override(changes, f"--arms {spec}"))
+            check_choice("`arms`", first, recipe.override(base, where).mixings())
+        arm = Arm(spec, recipe.override(changes, where))
         own = [*changes.get("model", ()), *(name.replace("-", "_").removeprefix("model.") for name in changes)]
         try:
             check_settings_are_read(arm.recipe, [arm.recipe.mixing], own)
         except UserError as error:
-            raise UserError(f"--arms {spec}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         for name in ("modality", "source", "seed"):
             if getattr(arm.recipe, name) != getattr(recipe, name):
-                raise UserError(f"--arms {spec}: all arms share the data and the seeds; set them for the comparison")
+                raise UserError(f"{where}: all arms share the data and the seeds; set them for the comparison")
         same = next((other.name for other in arms if other.folder(0) == arm.folder(0)), None)
         if same is not None:
-            raise UserError(f"--arms names {spec} twice" + (f", once as {same}" if same != spec else ""))
+            raise UserError(f"`arms` names {spec} twice" + (f", once as {same}" if same != spec else ""))
         arms.append(arm)
     check_settings_are_read(recipe, [arm.recipe.mixing for arm in arms])
     return arms
@@ -92,10 +92,10 @@ def with_seeds(arms: list[Arm], seeds: int) -> list[tuple[Arm, Recipe]]:
         UserError: no seed.
     """
     if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {seeds}")
+        raise UserError(f"`seeds` must be at least 1, got {seeds}")
     first = arms[0].recipe.seed
     return [
-        (arm, arm.recipe.override({"seed": seed}, "--seeds")) for seed in range(first, first + seeds) for arm in arms
+        (arm, arm.recipe.override({"seed": seed}, "`seeds`")) for seed in range(first, first + seeds) for arm in arms
     ]
 
 
@@ -119,9 +119,9 @@ def plan(
         parsed = parse_arms(arms, recipe)
         names = {arm.folder(settings.seed) for arm, settings in with_seeds(parsed, seeds)}
         worker_count(workers, "cpu", len(names))
-        check_choice("--engine", engine, ENGINES)
+        check_choice("`engine`", engine, ENGINES)
         if engine == "ray" and workers not in ("auto", 1):
-            raise UserError("--engine ray decides by itself how many runs there are at a time; leave --workers out")
+            raise UserError("`engine=ray` decides by itself how many runs there are at a time; leave `workers` out")
         check_comparison_folder(Path(out), names, resume)
         for arm in parsed:
             check_base_model(arm.recipe)
@@ -188,7 +188,7 @@ def compare(
     count = processes.from_first(lambda: worker_count(workers, recipe.device, len(runs)))
     if count > 1 and engine == "local":  # runs that share the machine share its cores, too
         share = max(1, cores() // count)
-        runs = [(arm, r.override({"threads": r.training.threads or share}, "--workers")) for arm, r in runs]
+        runs = [(arm, r.override({"threads": r.training.threads or share}, "`workers`")) for arm, r in runs]
     jobs = [Job(r, store, out / arm.folder(r.seed), data, arm.name, resume, count) for arm, r in runs]
     ended: set[Path] = set()
     summary: dict[str, Any] = {}
@@ -210,7 +210,7 @@ def compare(
     with contextlib.closing(ends):
         for job, error in ends:
             if error is not None and processes.first():
-                print(f"waveletgpt: {job.title}: {error}", file=sys.stderr)
+                tell(f"waveletgpt: {job.title}: {error}")
             ended.add(job.folder)
             gc.collect()
             summary = processes.from_first(renew)
@@ -237,6 +237,6 @@ def check_models(arms: list[Arm], task: Task, begun: list[RunFolder]) -> None:
         windows.append(windows_of({"recipe": arm.recipe.as_dict(), "model": {"n_positions": context}}))
         if windows[-1] != windows[0]:
             raise UserError(
-                f"--arms {arm.name} cannot be compared with {arms[0].name}: their evaluation windows would differ "
+                f"`arms={arm.name}` cannot be compared with {arms[0].name}: their evaluation windows would differ "
                 f"({windows[-1]} and {windows[0]}); set these for the comparison, not for an arm"
             )

@@ -11,14 +11,13 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waveletgpt.data.mixture import Mixture, parts_of
-from waveletgpt.errors import UserError
+from waveletgpt.errors import UserError, tell
 from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name, write_ladder
 from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
 from waveletgpt.runs.folder import RunFolder
@@ -166,7 +165,7 @@ def plan(
             "one size and one number of tokens make one rung; give more of either, or use `waveletgpt compare`"
         )
     if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {seeds}")
+        raise UserError(f"`seeds` must be at least 1, got {seeds}")
     specs = [v for arm in arms for v in variants(arm, grid).values()] if grid else list(arms)
     bare = recipe.override(dict.fromkeys(_SHAPE), "ladder")
     parse_arms(list(arms), bare)
@@ -194,13 +193,15 @@ def plan(
 
 def _check_folder(out: Path, resume: bool) -> None:
     if out.is_file():
-        raise UserError(f"--out {out} is a file; name a folder")
+        raise UserError(f"`out={out}` is a file; name a folder")
     there = sorted(child.name for child in out.iterdir()) if out.is_dir() else []
     foreign = [name for name in there if name not in FILES and parse_rung(name.removesuffix("-sweep")) is None]
     if foreign:
-        raise UserError(f"--out {out} holds {foreign[0]}, which is no part of a ladder; name another folder")
+        raise UserError(f"`out={out}` holds {foreign[0]}, which is no part of a ladder; name another folder")
     if there and not resume:
-        raise UserError(f"--out {out} already holds a ladder; add --resume to go on with it, or name another folder")
+        raise UserError(
+            f"`out={out}` already holds a ladder; add `resume=True` to go on with it, or name another folder"
+        )
 
 
 def check_data(store: TokenStore | Mixture, rungs: Sequence[Rung]) -> None:
@@ -268,7 +269,7 @@ def train_ladder(
                     compare(rung.recipe, store, folder, data=data, arms=chosen, seeds=seeds, resume=True, **at_once)
                 except Diverged as error:
                     if processes.first():
-                        print(f"waveletgpt: {rung.name}: {error}", file=sys.stderr)
+                        tell(f"waveletgpt: {rung.name}: {error}")
                     continue
             ladder = processes.from_first(lambda: write_ladder(out))
     if not ladder:
@@ -288,7 +289,7 @@ def _finished(rung: Rung, store: TokenStore | Mixture, folder: Path, arms: Seque
             run = RunFolder(folder / arm.folder(seed))
             if not run.finished:
                 return False
-            then = arm.recipe.override({"seed": seed}, "--seeds").with_evaluations(run.info["recipe"])
+            then = arm.recipe.override({"seed": seed}, "`seeds`").with_evaluations(run.info["recipe"])
             find_start(run, then, store.fingerprint, True)
     return True
 

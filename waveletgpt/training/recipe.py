@@ -1,7 +1,7 @@
-"""A recipe: every setting of one training run. Its field docstrings are the command line's --help.
+"""A recipe: every setting of one training run. Its field docstrings are what the command line says of its options.
 
-Precedence: command line, then the YAML file of `--recipe` (which holds differences only), then the defaults here; a
-preset fills the model's sizes where none of these does. Imports no torch, so that --help is instant.
+Precedence: command line, then the YAML file of a recipe (which holds differences only), then the defaults here; a
+preset fills the model's sizes where none of these does. Imports no torch, so that help is instant.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OF_ADDED_MIXING = frozenset({"min_window", "max_window", "mix_fraction", "mix_ed
 def mixing_names() -> tuple[str, ...]:
     """Names that `mixing` takes: "none", and those in the table of model/mixing.py.
 
-    Unless something has imported it, it is read as text: with it comes torch, which takes too long for --help.
+    Unless something has imported it, it is read as text: with it comes torch, too slow for a command's help.
     """
     loaded = sys.modules.get("waveletgpt.model.mixing")
     return ("none", *(_names_in_source("model/mixing.py", "MIXERS") if loaded is None else loaded.MIXERS))
@@ -207,9 +207,9 @@ class Recipe:
     """A causal language model of transformers in place of preset and architecture: a hub name, or a folder with a
     config.json. Its config alone is read, for a model with new weights; of the preset, context and windows remain."""
     from_pretrained: bool = False
-    """Go on with the weights of --model (.safetensors), on text read with its own tokenizer."""
+    """Go on with the weights of the base model (.safetensors), on text read with its own tokenizer."""
     pretrained: Literal["replace"] | None = None
-    """replace: with --from-pretrained, allow mixing fixed and learnable, which ruin trained weights at first."""
+    """replace: with pretrained weights, allow mixing fixed and learnable, which ruin trained weights at first."""
     mixing: str = "fixed"
     """The filter over time."""
     max_steps: int = 1200

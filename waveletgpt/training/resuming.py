@@ -23,10 +23,10 @@ def check_run_folder(run: RunFolder, resume: bool) -> None:
     _refuse_file(run.path)
     if not run.exists():
         if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
-            raise UserError(f"--out {run.path} is not empty and holds no run; name another folder")
+            raise UserError(f"`out={run.path}` is not empty and holds no run; name another folder")
     elif not resume:
         raise UserError(
-            f"--out {run.path} already holds a run ({run.info['status']}); add --resume to go on with it, "
+            f"`out={run.path}` already holds a run ({run.info['status']}); add `resume=True` to go on with it, "
             "or name another folder"
         )
 
@@ -42,15 +42,15 @@ def check_comparison_folder(out: Path, runs: set[str], resume: bool) -> None:
     there, begun = sorted(child.name for child in out.iterdir()), any(find_runs(out))
     if there and not resume:
         what = "a comparison" if begun else "other files"
-        raise UserError(f"--out {out} already holds {what}; add --resume to go on with it, or name another folder")
+        raise UserError(f"`out={out}` already holds {what}; add `resume=True` to go on with it, or name another folder")
     foreign = [name for name in there if name not in runs]
     if foreign and not begun:
-        raise UserError(f"--out {out} holds no comparison to go on with, but {foreign[0]}; name another folder")
+        raise UserError(f"`out={out}` holds no comparison to go on with, but {foreign[0]}; name another folder")
 
 
 def _refuse_file(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+        raise UserError(f"`out={out}` is a file; name a folder")
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def claimed(out: Path) -> Iterator[None]:
             lock.enter_context(locked(out, wait=False))
         except BlockingIOError:
             problem = "another process is training there; wait for it, or name another folder"
-            raise UserError(f"--out {out}: {problem}") from None
+            raise UserError(f"`out={out}`: {problem}") from None
         try:
             yield
         finally:
@@ -95,22 +95,22 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
     before, after = global_batch(recorded, began), global_batch(recipe.as_dict(), here)
     if before != after and began != here:
         fitting, rest = divmod(before, recipe.training.accumulation * here)
-        mend = f"give batch_size {fitting}" if fitting and not rest else f"use {began} again"
+        mend = f"give `batch_size={fitting}`" if fitting and not rest else f"use {began} again"
         raise UserError(
-            f"--resume with another number of processes, {here}: a step would have {after} sequences, in {run.path}, "
-            f"of {began}, it has {before}; {mend}, or another --out"
+            f"`resume=True` with another number of processes, {here}: a step would have {after} sequences, "
+            f"in {run.path}, of {began}, it has {before}; {mend}, or another `out`"
         )
     for name, now, then in differences(recipe.as_dict(), recorded):
         if name in _BATCH and before == after:
             continue  # the batches are the same, dealt to the processes in another way
         raise UserError(
-            f"--resume with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
-            "use its settings, or another --out"
+            f"`resume=True` with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
+            "use its settings, or another `out`"
         )
     if info["data"]["fingerprint"] != fingerprint:
         raise UserError(
-            f"--resume with other data: {run.path} was trained on {info['data']['name']} "
-            f"({info['data']['fingerprint'][:12]}), this is {fingerprint[:12]}; use another --out"
+            f"`resume=True` with other data: {run.path} was trained on {info['data']['name']} "
+            f"({info['data']['fingerprint'][:12]}), this is {fingerprint[:12]}; use another `out`"
         )
     checkpoints = run.checkpoints()
     if not checkpoints:
@@ -124,7 +124,9 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
 
 def broken(folder: Path, problem: str) -> UserError:
     """The error for a checkpoint that can't be gone on from."""
-    return UserError(f"checkpoint {folder} is broken ({problem}); delete it, and --resume goes on from the one before")
+    return UserError(
+        f"checkpoint {folder} is broken ({problem}); delete it, and `resume=True` goes on from the one before"
+    )
 
 
 _BATCH = ("batch_size", "training.accumulation")

@@ -140,7 +140,7 @@ class LanguageModeling:
             if have < context + 1:
                 raise UserError(
                     f"the {split} split{of} has {have} tokens, a window needs {context + 1}; "
-                    "give more data, or a shorter --model.n-positions"
+                    "give more data, or a shorter `model.n_positions`"
                 )
         return model
 

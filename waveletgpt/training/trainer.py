@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from waveletgpt.data import Mixture, TokenStore
 from waveletgpt.data.mixture import said
-from waveletgpt.errors import UserError
+from waveletgpt.errors import UserError, tell
 from waveletgpt.integrations.architecture import check_identity
 from waveletgpt.model.cost import describe, mixers_in
 from waveletgpt.runs.environment import command, environment, peak_flops
@@ -211,14 +211,14 @@ class Recorder(TrainerCallback):
                 raise Diverged(
                     f"the training loss became {logs['loss']} by step {state.global_step} "
                     f"(lr {logs['learning_rate']:.3g}, gradient norm {logs.get('grad_norm')}); "
-                    f"try a lower --lr than {self.trainer.recipe.lr:g}, a longer --training.warmup-steps, or fp32"
+                    f"try a lower `lr` than {self.trainer.recipe.lr:g}, a longer `training.warmup_steps`, or fp32"
                 )
         elif "eval_loss" in logs:
             row = {"nll": logs["eval_loss"], **{name: logs[f"eval_{name}"] for name in self.trainer.task.measures}}
             if not math.isfinite(logs["eval_loss"]):
                 raise Diverged(
                     f"the held-out loss became {logs['eval_loss']} at step {state.global_step}; "
-                    f"try a lower --lr than {self.trainer.recipe.lr:g}"
+                    f"try a lower `lr` than {self.trainer.recipe.lr:g}"
                 )
         else:
             return
@@ -286,7 +286,7 @@ def _train(
     if arguments.fsdp:
         sharding.tell_accelerate()
     elif recipe.training.fsdp and show_progress:
-        print("one process: training.fsdp has nothing to share out, the model is whole", file=sys.stderr, flush=True)
+        tell("one process: `training.fsdp` has nothing to share out, the model is whole")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or a process that sees several would split and enlarge its batches
     processes.check_shared(run.path)
     checkpoint, finished, fingerprint = processes.from_first(
@@ -474,7 +474,7 @@ def choose_device(recipe: Recipe) -> dict[str, Any]:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if recipe.device != "auto" and not available[recipe.device]:
         have = ", ".join(name for name, there in available.items() if there)
-        raise UserError(f"--device {recipe.device}: this torch ({torch.__version__}) finds none; it has {have}")
+        raise UserError(f"`device={recipe.device}`: this torch ({torch.__version__}) finds none; it has {have}")
     if recipe.device == "cpu" or (recipe.device == "auto" and not any((available["cuda"], available["mps"]))):
         if recipe.training.attention == "flex_attention":
             raise UserError("training.attention=flex_attention has no backward pass on CPUs; use sdpa or eager")

@@ -149,7 +149,7 @@ def test_sample_rate_is_a_setting(tmp_path: Path) -> None:
         assert file.getframerate() == 8000
     with pytest.raises(UserError, match="sample_rate is 0: give 1000 to 192000"):
         DataSettings(sample_rate=0)
-    with pytest.raises(UserError, match="goes with --modality bpe or chars only"):
+    with pytest.raises(UserError, match="goes with `modality=bpe` or `modality=chars` only"):
         prepare(path, "audio", DataSettings(tokenizer="gpt2", cache_dir=str(tmp_path / "cache")), progress=False)
 
 

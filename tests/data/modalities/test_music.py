@@ -480,7 +480,7 @@ def test_the_table_of_splits_in_other_encodings(tmp_path: Path, settings: DataSe
         assert store.meta["split"] == "given"
         assert [store.meta["splits"][split]["documents"] for split in SPLITS] == [2, 2, 2]
     with pytest.raises(
-        UserError, match=r"table\.csv has 6 bytes that are not UTF-8: name its encoding with --encoding"
+        UserError, match=r"table\.csv has 6 bytes that are not UTF-8: name its encoding with `encoding`"
     ):
         prepare(home, "music", settings, progress=False)
     table.write_text("split,midi_filename\ntest," + "x" * 200_000)

@@ -233,7 +233,7 @@ def test_a_tokenizer_by_folder(tmp_path: Path, folder: Path, settings: DataSetti
     assert store.modality == "bpe"
     assert store.vocab_size == bpe.vocab_size
     assert store.load_tokenizer()("They'll wave")["input_ids"] == bpe.encode([b"They'll wave"])[0].tolist()
-    with pytest.raises(UserError, match="goes with --modality bpe"):
+    with pytest.raises(UserError, match="goes with `modality=bpe`"):
         prepare(folder, "text8", chosen, progress=False)
 
 

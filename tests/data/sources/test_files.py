@@ -181,7 +181,7 @@ def test_folder_sorted_globbed_without_hidden_and_binary(tmp_path: Path) -> None
 def test_a_binary_file_is_for_bytes(modality: str, tmp_path: Path, settings: DataSettings) -> None:
     path = tmp_path / "program.exe"
     path.write_bytes(b"MZ\0\0" * 1000)
-    with pytest.raises(UserError, match=r"program\.exe looks like a binary file.*--modality bytes"):
+    with pytest.raises(UserError, match=r"program\.exe looks like a binary file.*`modality=bytes`"):
         prepare(path, modality, settings, progress=False)
     store = prepare(path, "bytes", settings, progress=False)
     assert store.split("train")[:4].tolist() == list(b"MZ\0\0")
@@ -251,7 +251,7 @@ def test_every_suffix_is_of_one_modality() -> None:
 )  # fmt: skip
 def test_a_mix_of_kinds_is_told(counts: dict[str, int], found: str, tmp_path: Path, settings: DataSettings) -> None:
     folder = touched(tmp_path / "in", counts)
-    with pytest.raises(UserError, match=rf"of several kinds.*{found}.*choose one with --modality") as caught:
+    with pytest.raises(UserError, match=rf"of several kinds.*{found}.*choose one with `modality=") as caught:
         prepare(folder, None, settings, progress=False)
     assert "\n" not in str(caught.value)
     chosen = DataSettings(cache_dir=settings.cache_dir, include="*.md,*.txt", test_fraction=0.0)
@@ -300,7 +300,7 @@ def test_long_fields_of_tables_leave_the_limit_of_others_alone(tmp_path: Path) -
         ("x.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r"x\.jsonl line 2 has no column text or content but txt"),
         ("x.jsonl", '{"text": 5}\n', r'x\.jsonl line 1: column "text" holds int, not text'),
         ("x.jsonl", "[" * 100_000, r"x\.jsonl line 1 is not JSON"),
-        ("x.csv", "id,name\n1,a\n", r"x\.csv has no column text or content but id, name: name one with --column"),
+        ("x.csv", "id,name\n1,a\n", r"x\.csv has no column text or content but id, name: name one with `column`"),
         ("x.csv", "id,text\n1,a\n2\n", r'x\.csv line 3 has 1 fields, too few for the column "text"'),
         ("x.csv", 'id,text\n1,"a\n', r"x\.csv line 2 is broken"),
         ("x.jsonl", "\n", r"no text in"),

@@ -202,7 +202,7 @@ def test_a_quote_in_tsv_is_a_character(fields: list[str]) -> None:
 
 def test_a_table_without_header(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('"3","a b c d e f"\n"4","g h"\n')
-    with pytest.raises(UserError, match=r"seems to have no header.*--column 0 \.\.\. 1"):
+    with pytest.raises(UserError, match=r"seems to have no header.*`column=0 \.\.\. 1`"):
         texts(tmp_path / "x.csv")
     assert texts(tmp_path / "x.csv", column="1") == [b"a b c d e f", b"g h"]
     with pytest.raises(UserError, match="no column 2"):
@@ -316,7 +316,7 @@ def test_utf8_read_as_something_else_is_said(tmp_path: Path, caplog: pytest.LogC
 
 def test_few_letters_are_no_ground_for_a_guess(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("Привет, мир", encoding="cp1251")
-    with pytest.raises(UserError, match=r"9 bytes that are not UTF-8: name its encoding with --encoding"):
+    with pytest.raises(UserError, match=r"9 bytes that are not UTF-8: name its encoding with `encoding`"):
         texts(tmp_path)
 
 
@@ -388,7 +388,7 @@ def test_other_encodings_are_refused_by_count_and_read_by_name(form: str, tmp_pa
     start, end = {"x.txt": ("", ""), "x.csv": ('text\n"', '"\n'), "x.jsonl": ('{"text": "', '"}\n')}[form]
     text = PROSE.replace("\n", " ")
     (tmp_path / form).write_bytes(f"{start}{text}{end}".encode("cp1252"))
-    with pytest.raises(UserError, match=rf"{form} has 35 bytes that are not UTF-8: try --encoding cp125"):
+    with pytest.raises(UserError, match=rf"{form} has 35 bytes that are not UTF-8: try `encoding=cp125"):
         texts(tmp_path / form)
     assert texts(tmp_path / form, encoding="cp1252") == [text.encode()]
     with pytest.raises(UserError, match='encoding is "cp125", which is not known'):
@@ -453,7 +453,7 @@ def test_arrays_of_other_things(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"record 2 is not an object"):
         texts(path)
     path.write_text('[{"body": "a"}]')
-    with pytest.raises(UserError, match=r"no column text or content but body: name one with --column"):
+    with pytest.raises(UserError, match=r"no column text or content but body: name one with `column`"):
         texts(path)
     assert texts(path, column="body") == [b"a"]
     for raw in ("[1, 2]", '{"a": [1]}', "[]"):
@@ -468,6 +468,6 @@ def test_utf16_without_a_mark_is_called_so_and_read_by_name(form: str, encoding:
     record = '{"text": "some text"}\n'
     path = tmp_path / f"x.{form}"
     path.write_bytes(content.get(form, record).encode(encoding))
-    with pytest.raises(UserError, match=rf"seems to be {encoding.upper()} without a mark: try --encoding {encoding}"):
+    with pytest.raises(UserError, match=rf"seems to be {encoding.upper()} without a mark: try `encoding={encoding}`"):
         texts(path)
     assert texts(path, encoding=encoding) == [b"some text"]

@@ -161,7 +161,7 @@ class AcousticModality:
     """`codebooks` tokens a frame of a neural codec."""
 
     name: str = "acoustic"
-    description: str = "recordings as codes of EnCodec, Mimi or DAC (--codec), the first --codebooks of each frame"
+    description: str = "recordings as codes of EnCodec, Mimi or DAC (codec), the first codebooks of each frame"
     suffixes: frozenset[str] = frozenset()
     """None: recordings are `audio` unless this is asked for."""
     suppress_tokens: tuple[int, ...] = ()
@@ -224,7 +224,7 @@ def _settings(tokenizer: Any) -> tuple[str, int, int]:
     try:
         return str(saved["codec"]), int(saved["codebooks"]), int(saved["codebook_size"])
     except KeyError as error:
-        raise UserError(f"the tokenizer says nothing of {error}: it is not one of --modality acoustic") from None
+        raise UserError(f"the tokenizer says nothing of {error}: it is not one of `modality=acoustic`") from None
 
 
 ACOUSTIC = AcousticModality()

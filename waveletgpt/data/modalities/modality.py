@@ -33,7 +33,7 @@ class Modality(Protocol):
 
     @property
     def name(self) -> str:
-        """What `--modality` calls it."""
+        """What the setting `modality` calls it."""
 
     @property
     def description(self) -> str:

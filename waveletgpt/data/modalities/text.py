@@ -321,6 +321,6 @@ TEXT = (
     TextModality("chars", "the characters of the training data", Utf8, encoders.fit_chars,
                  encoders.chars_settings, learned=True),
     TextModality("bytes", "the 256 bytes, of text or of any file (256 + 1)", AsIs, encoders.fit_bytes, binary=True),
-    TextModality("bpe", "byte-pair encoding trained on the data, or --tokenizer", Utf8, encoders.fit_bpe,
+    TextModality("bpe", "byte-pair encoding trained on the data, or a tokenizer that is named", Utf8, encoders.fit_bpe,
                  encoders.bpe_settings, learned=True),
 )  # fmt: skip

@@ -39,7 +39,7 @@ def download(
     Where `sha` isn't known, that of the first download is recorded in `path`.sha256 and holds from then on.
     Raises UserError if the address cannot be reached, with `mend`, or gives something else.
     """
-    mend = mend or f"put {path.name} in a folder and give that with --data-dir"
+    mend = mend or f"put {path.name} in a folder and give that with `data_dir`"
     with exclusive(path):
         if not path.exists():
             part = path.with_name(path.name + ".part")

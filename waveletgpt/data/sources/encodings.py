@@ -57,7 +57,7 @@ class Utf8File(io.RawIOBase):
             start += more
         mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", None))
         if not (found or encoding) and (likely := unmarked(start)):
-            mend = f"try --encoding {likely}" if choosable else "save it as UTF-8"
+            mend = f"try `encoding={likely}`" if choosable else "save it as UTF-8"
             raise UserError(f"{name} seems to be {likely.upper()} without a mark: {mend}")
         self._encoding = found or encoding or "utf-8"
         self._decoder = codecs.getincrementaldecoder(self._encoding)("strict")
@@ -105,8 +105,8 @@ class Utf8File(io.RawIOBase):
         decoder.decode(b"", final=True)
         guess = _guess(b"\n".join(line for line in sample.splitlines() if not line.isascii()))
         if self._choosable:
-            mend = f"try --encoding {guess}" if guess else "name its encoding with --encoding"
-            mend += ", leave it out with --exclude, or mend it"
+            mend = f"try `encoding={guess}`" if guess else "name its encoding with `encoding`"
+            mend += ", leave it out with `exclude`, or mend it"
         else:
             mend = f"save it as UTF-8{f' (it seems to be {guess})' if guess else ''}"
         return UserError(f"{self._name} has {wrong:,} bytes that are not {self._encoding.upper()}: {mend}")

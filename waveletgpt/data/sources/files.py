@@ -259,7 +259,9 @@ class Files:
         for inside, path in self._paths:
             self._inside = inside
             if path.suffix.lower() in UNSUPPORTED:
-                raise UserError(f"{inside} is packed in a way that is not supported: unpack it first, or --exclude it")
+                raise UserError(
+                    f"{inside} is packed in a way that is not supported: unpack it, or leave it out with `exclude`"
+                )
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")
@@ -301,11 +303,11 @@ class Files:
         if self.settings.column is not None and not tabular:
             raise UserError(
                 f'column is "{self.settings.column}", but {self.name} has no table (JSON lines, CSV, TSV, Parquet) '
-                "that it could be of: leave --column out"
+                "that it could be of: leave `column` out"
             )
         if empty:
             skipped = f" ({len(self.skipped)} binary files skipped, such as {self.skipped[0]})" if self.skipped else ""
-            raise UserError(f"no text in {self.name}{skipped}: --modality bytes takes any file")
+            raise UserError(f"no text in {self.name}{skipped}: `modality=bytes` takes any file")
 
     def _noted(self, stream: Stream) -> Stream:
         """Note a file that is UTF-8 where another encoding was named for all."""
@@ -345,9 +347,9 @@ class Files:
         if not binary and not looks_like_text(first):
             if not self.path.is_dir() and "/" not in stream.name:
                 if likely := unmarked(first):
-                    raise UserError(f"{self.name} seems to be {likely.upper()} without a mark: try --encoding {likely}")
+                    raise UserError(f"{self.name} seems to be {likely.upper()} without a mark: try `encoding={likely}`")
                 raise UserError(
-                    f"{self.name} looks like a binary file, not like UTF-8 text: convert it, or use --modality bytes"
+                    f"{self.name} looks like a binary file, not like UTF-8 text: convert it, or use `modality=bytes`"
                 )
             self.skipped.append(stream.name.encode("utf-8", "replace").decode())
             return None

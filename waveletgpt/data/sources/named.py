@@ -26,7 +26,7 @@ class NamedSet:
     url: str | None
     """Its address; None if it is on every machine."""
     file: str = ""
-    """The name a copy has, in the cache or in `--data-dir`."""
+    """The name a copy has, in the cache or in `data_dir`."""
     size: int | None = None
     """Bytes of that file."""
     sha256: str | None = None
@@ -138,7 +138,7 @@ NAMED = {
             include="*.mid,*.midi,*.csv",
         ),
         NamedSet(
-            "listops", "nested operations on digits, generated: --listops-count, --listops-length, --listops-seed",
+            "listops", "nested operations on digits, generated: `listops_count`, `listops_length`, `listops_seed`",
             "listops", "generated here", None, made=Generated,
         ),
     )
@@ -162,7 +162,7 @@ def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Sou
     if settings.data_dir:
         path = Path(settings.data_dir).expanduser() / named.file
         if not path.is_file():
-            mend = f"get it from {named.url}, or leave --data-dir out"
+            mend = f"get it from {named.url}, or leave `data_dir` out"
             raise UserError(f"no {named.file} in {settings.data_dir}: {mend}")
         verify(path, size=named.size, sha=named.sha256, name=str(path), cache=settings.cache)
     else:

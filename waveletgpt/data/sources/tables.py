@@ -64,8 +64,8 @@ def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
         found = next((guess for guess in GUESSES if guess in columns), None)
         if found is None:
             raise UserError(
-                f"{name} has no column {' or '.join(GUESSES)} but {', '.join(columns)}: name one with --column, "
-                "or leave the file out with --exclude"
+                f"{name} has no column {' or '.join(GUESSES)} but {', '.join(columns)}: name one with `column`, "
+                "or leave the file out with `exclude`"
             )
         return found
     if column not in columns and column.isdecimal() and int(column) < len(columns):
@@ -104,7 +104,7 @@ def text_of(value: Any, name: str, column: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     found = type(value).__name__
-    raise UserError(f'{name}: column "{column}" holds {found}, not text: name another with --column')
+    raise UserError(f'{name}: column "{column}" holds {found}, not text: name another with `column`')
 
 
 def _lines(stream: Stream) -> Iterator[str]:
@@ -225,7 +225,7 @@ def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
                         if column is None or not column.isdecimal():
                             raise UserError(
                                 f"{stream.name} seems to have no header, its first row is {_shown(row)}: choose one of "
-                                f"its {len(row)} columns by position, --column 0 ... {len(row) - 1}, or add a header"
+                                f"its {len(row)} columns by position, `column=0 ... {len(row) - 1}`, or add a header"
                             )
                         if int(column) >= len(row):
                             raise UserError(f"{stream.name} has no column {column}: give 0 ... {len(row) - 1}")
