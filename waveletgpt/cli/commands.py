@@ -606,7 +606,7 @@ def train_arms(command: Compare | Lra | Classify, prepare: Callable[[], Any], da
     say(f"report: {Path(out) / 'report.html'}")
 
 
-def by_source(found: dict[str, Any]) -> str:
+def by_source(found: Any) -> str:
     """The loss on each source of a mixture, in words; nothing of data that is none."""
     sources = found.get("sources") or {}
     return "".join(f"; {name}: {value['nll']:.4f}" for name, value in sources.items())
