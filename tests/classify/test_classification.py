@@ -17,7 +17,6 @@ from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe
 from waveletgpt.classify.task import (
     Augmentation,
     ShuffledExamples,
-    average_precision,
     by_recording,
     collate,
     confusion,
@@ -286,21 +285,44 @@ def test_collate_masks_what_it_fills_up() -> None:
     assert two["input_ids"].shape == two["attention_mask"].shape == (2, 2, 3)
 
 
-@given(st.integers(0, 10**6), st.integers(2, 30), st.booleans())
-def test_average_precision_is_the_area_under_the_steps(seed: int, n: int, ties: bool) -> None:
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     """By definition: over thresholds from high to low, precision times the recall it adds."""
-    random = np.random.default_rng(seed)
-    scores = random.integers(0, 4, n) / 4 if ties else random.permutation(n) / n
-    positive = random.random(n) < 0.4
-    if not positive.any():
-        positive[0] = True
-    expected, before = 0.0, 0.0
+    found, before = 0.0, 0.0
     for threshold in sorted(set(scores.tolist()), reverse=True):
         taken = scores >= threshold
         recall = (taken & positive).sum() / positive.sum()
-        expected += (recall - before) * (taken & positive).sum() / taken.sum()
+        found += (recall - before) * (taken & positive).sum() / taken.sum()
         before = recall
-    assert average_precision(scores, positive) == pytest.approx(expected)
+    return found
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 8), st.booleans())
+def test_mean_average_precision_is_the_area_under_the_steps(seed: int, n: int, classes: int, ties: bool) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 4, (n, classes)) / 4 if ties else random.random((n, classes))
+    labels = (random.random((n, classes)) < 0.3).astype(float)
+    each = [average_precision(scores[:, k], labels[:, k] > 0.5) for k in range(classes) if labels[:, k].any()]
+    found = measure(scores, labels)
+    assert found["map"] == pytest.approx(np.mean(each) if each else 0.0)
+    five = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    assert found["top5"] == np.mean([any(labels[i, five[i]]) for i in range(n)])
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(2, 8))
+def test_confusion_counts_true_and_likeliest_classes(seed: int, n: int, classes: int) -> None:
+    random = np.random.default_rng(seed)
+    scores, labels = random.integers(0, 4, (n, classes)) / 4, random.integers(0, classes, n)
+    counts = np.zeros((classes, classes), int)
+    for row, label in zip(scores, labels, strict=True):
+        counts[label, list(row).index(max(row))] += 1
+    assert (confusion(scores, labels) == counts).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_numbers_are_measured_all_the_same(bad: float) -> None:
+    """The loss of such a run ends it, with a line that says so."""
+    found = measure(np.array([[bad, 0.2], [0.3, bad]]), np.array([[1.0, 0.0], [0.0, 1.0]]))
+    assert 0 <= found["map"] <= 1
 
 
 def test_measures_by_hand() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from tests.report.synthetic_runs import make_run
 from waveletgpt.errors import UserError
-from waveletgpt.report.charts import Axis, Drop, Line, chart, round_ticks, spread
+from waveletgpt.report.charts import Axis, Drop, Line, chart, push_apart, round_ticks
 from waveletgpt.report.figures import kernel_figures
 from waveletgpt.report.page import SAMPLE_RENDERERS, write_report
 from waveletgpt.report.probing import frequency_response, look_inside
@@ -291,9 +291,9 @@ def test_ticks_are_round_and_inside() -> None:
 
 
 def test_labels_are_moved_apart_in_order() -> None:
-    placed = spread([50, 51, 52, 300], 16, 0, 310)
+    placed = push_apart([50, 51, 52, 300], 16, 0, 310)
     assert all(b - a >= 16 for a, b in itertools.pairwise(placed))
-    assert spread([305, 306], 16, 0, 310) == [294, 310]
+    assert push_apart([305, 306], 16, 0, 310) == [294, 310]
 
 
 def test_charts_are_well_formed_whatever_the_numbers() -> None:

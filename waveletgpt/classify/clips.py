@@ -10,7 +10,7 @@ The layout is told by the names of the files:
     ESC-50      meta/esc50.csv and audio/; of its five folds one is the test split and the next one validation
     UrbanSound8K metadata/UrbanSound8K.csv and audio/foldN/; of its ten folds likewise (Salamon et al. 2014)
     Speech Commands CLASS/*, validation_list.txt and testing_list.txt, which say what is not for training (Warden 2018,
-                https://arxiv.org/abs/1804.03209); _background_noise_ is no class
+                https://arxiv.org/abs/1804.03209); _background_noise_ is not a class
     digits      DIGIT_SPEAKER_INDEX.wav as in the Free Spoken Digit Dataset: of every speaker and digit the indices 0
                 to 4 are the test split, which is official, and 5 to 9 validation
     folders     CLASS/*, or {train,test}/CLASS/* with or without validation
@@ -77,7 +77,7 @@ Label = tuple[str | None, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Labelling:
     """How some data says what its recordings are."""
 
     name: str
@@ -189,7 +189,7 @@ def _fill(source: Source, settings: TaskSettings, progress: bool, writer: Exampl
     )
 
 
-def _check(name: str, layout: Layout, labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
+def _check(name: str, layout: Labelling, labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
     """Raises UserError as `check_classes`, for a split without recordings, or a class without any to train on."""
     check_classes(layout.classes, name, layout.multi_label)
     for split in SPLITS:
@@ -226,7 +226,7 @@ def _save(document: Document, path: Path) -> float:
 def read_samples(path: Path, rate: int) -> tuple[np.ndarray, bool]:
     """A recording as int16 (N,), `rate` samples a second, LONGEST seconds at most; and whether that is all of it.
 
-    Raises Unusable for what is no recording, is broken, or has no samples.
+    Raises Unusable if it is not a recording, is broken, or has no samples.
     """
     blocks: list[np.ndarray] = []
     room = round(LONGEST * rate)
@@ -267,7 +267,7 @@ def read_clips(path: Path, rate: int, seconds: float) -> list[np.ndarray]:
 # Layouts
 
 
-def find_layout(source: Source, fold: int) -> Layout:
+def find_layout(source: Source, fold: int) -> Labelling:
     """The layout of a source, from the names of its files and its tables; `fold` of ESC-50 is the test split.
 
     Raises UserError where there are no recordings, and where none of the layouts fits, or two do.
@@ -309,7 +309,7 @@ def find_layout(source: Source, fold: int) -> Layout:
     if "testing_list.txt" in tables and "validation_list.txt" in tables:
         return _speech_commands(tables, names, source.name)
     if all(map(_DIGIT.search, names)):
-        return Layout("digits", tuple("0123456789"), _digit, "the pattern DIGIT_SPEAKER_INDEX")
+        return Labelling("digits", tuple("0123456789"), _digit, "the pattern DIGIT_SPEAKER_INDEX")
     if other_tables:
         raise UserError(
             f"{source.name} holds {other_tables[0]}, a table that may say other classes than the folders do: move the "
@@ -340,7 +340,7 @@ def _rows(tables: dict[str, bytes], name: str, columns: tuple[str, ...]) -> Iter
         raise UserError(f"{name} is not the official table: {error}") from None
 
 
-def _fsd50k(tables: dict[str, bytes]) -> Layout:
+def _fsd50k(tables: dict[str, bytes]) -> Labelling:
     """Several classes a recording; `dev` is divided in training and validation, `eval` is the test split."""
     found: dict[str, tuple[str, list[str]]] = {}
     for name, labels, split in _rows(tables, "dev.csv", ("fname", "labels", "split")):
@@ -358,10 +358,10 @@ def _fsd50k(tables: dict[str, bytes]) -> Layout:
     def label(name: str) -> Label | None:
         return known.get(os.path.splitext(name.rpartition("/")[2])[0])
 
-    return Layout("FSD50K", tuple(classes), label, "dev.csv or eval.csv", multi_label=True)
+    return Labelling("FSD50K", tuple(classes), label, "dev.csv or eval.csv", multi_label=True)
 
 
-def _esc50(table: bytes, fold: int) -> Layout:
+def _esc50(table: bytes, fold: int) -> Labelling:
     """One class a recording. What comes from one source is in one fold, so validation is a fold, too."""
     rows = list(_rows({"esc50.csv": table}, "esc50.csv", ("filename", "fold", "target", "category")))
     if fold > 5:
@@ -376,11 +376,11 @@ def _esc50(table: bytes, fold: int) -> Layout:
     def label(name: str) -> Label | None:
         return known.get(name.rpartition("/")[2])
 
-    return Layout("ESC-50", classes, label, "esc50.csv")
+    return Labelling("ESC-50", classes, label, "esc50.csv")
 
 
-def _urbansound(table: bytes, fold: int) -> Layout:
-    """Ten folds, in which the pieces of one source are together. They are no classes, though they have folders."""
+def _urbansound(table: bytes, fold: int) -> Labelling:
+    """Ten folds, in which the pieces of one source are together. They are not classes, though they have folders."""
     columns = ("slice_file_name", "fold", "classID", "class")
     rows = list(_rows({"UrbanSound8K.csv": table}, "UrbanSound8K.csv", columns))
     if wrong := {row[1] for row in rows} - {str(number) for number in range(1, 11)}:
@@ -397,10 +397,10 @@ def _urbansound(table: bytes, fold: int) -> Layout:
     def label(name: str) -> Label | None:
         return known.get(name.rpartition("/")[2])
 
-    return Layout("UrbanSound8K", classes, label, "UrbanSound8K.csv")
+    return Labelling("UrbanSound8K", classes, label, "UrbanSound8K.csv")
 
 
-def _speech_commands(tables: dict[str, bytes], names: list[str], what: str) -> Layout:
+def _speech_commands(tables: dict[str, bytes], names: list[str], what: str) -> Labelling:
     """A folder a word; the two lists name the recordings of validation and test, all others are for training."""
     listed = {
         line.strip(): split
@@ -413,7 +413,7 @@ def _speech_commands(tables: dict[str, bytes], names: list[str], what: str) -> L
         found = None if "_background_noise_" in name.split("/") else folders.label(name)
         return found and (listed.get("/".join(name.split("/")[-2:]), "train"), found[1])
 
-    return Layout("Speech Commands", folders.classes, label, "a folder of a word")
+    return Labelling("Speech Commands", folders.classes, label, "a folder of a word")
 
 
 def _digit(name: str) -> Label | None:
@@ -424,7 +424,7 @@ def _digit(name: str) -> Label | None:
     return "test" if index < 5 else "validation" if index < 10 else "train", (int(match[1]),)
 
 
-def _class_folders(names: list[str], what: str) -> Layout:
+def _class_folders(names: list[str], what: str) -> Labelling:
     """Class folders, below folders that are splits where `train` and `test` are among those."""
     folders = [name.split("/")[:-1] for name in names]
     filled = [folder for folder in folders if folder]
@@ -454,4 +454,4 @@ def _class_folders(names: list[str], what: str) -> Layout:
         return splits[folder[depth - 1]] if divided else None, (number[folder[depth]],)
 
     shown = tuple(name.encode("utf-8", "replace").decode() for name in classes)
-    return Layout("folders", shown, label, "a class folder")
+    return Labelling("folders", shown, label, "a class folder")

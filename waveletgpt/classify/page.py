@@ -23,6 +23,7 @@ from waveletgpt.classify.scores import (
 from waveletgpt.report.charts import Axis, Drop, Line, chart, heat_map, heat_map_png, responsive, shorten, swatch
 from waveletgpt.report.figures import Styles, figure, legend, mean_curve, schedule_figure
 from waveletgpt.report.page import frame, inside, notes, rich, setup, shown, styles_of, table, tiles
+from waveletgpt.report.records import ScoreSummary, baseline_arm
 from waveletgpt.report.summary import Record, read_records
 from waveletgpt.report.wording import duration
 from waveletgpt.runs.folder import RunFolder, write_atomically
@@ -41,7 +42,7 @@ def write_score_report(out: Path, runs: Iterable[RunFolder], baseline: str | Non
     return path
 
 
-def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
+def render(records: Sequence[Record], summary: ScoreSummary) -> str:
     """The page as text."""
     styles = styles_of(summary)
     pictures, troubles = inside(records, list(styles))
@@ -75,8 +76,8 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     return frame(title, header, sections, summary, len(records))
 
 
-def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    arms, base = summary["arms"], summary["arms"].get(summary["baseline"]) or {}
+def _tiles(summary: ScoreSummary) -> list[tuple[str, str, str]]:
+    arms, base = summary["arms"], baseline_arm(summary)
     arm = arms[best_arm(summary)]
     if arm["test"]["mean"] is None:
         return []
@@ -115,7 +116,7 @@ def _lines(
     return lines
 
 
-def _curves(records: Sequence[Record], summary: dict[str, Any], styles: Styles) -> str:
+def _curves(records: Sequence[Record], summary: ScoreSummary, styles: Styles) -> str:
     """Score and loss on held-out examples over steps, with the line of the baseline's best."""
     html = ""
     measure = NAMES[summary["score"]]
@@ -157,7 +158,7 @@ def _curves(records: Sequence[Record], summary: dict[str, Any], styles: Styles) 
     return html + figure(drawing, "Held-out loss on the same examples.", key)
 
 
-def _arms(summary: dict[str, Any], styles: Styles) -> str:
+def _arms(summary: ScoreSummary, styles: Styles) -> str:
     head, rows = score_table(summary)
     keep = [i for i in range(len(head)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
     cells = [
@@ -176,7 +177,7 @@ def _arms(summary: dict[str, Any], styles: Styles) -> str:
     return html + (f'<p class="small">Test score by seed, in percent: {rich(per_seed)}.</p>' if per_seed else "")
 
 
-def _published(summary: dict[str, Any]) -> str:
+def _published(summary: ScoreSummary) -> str:
     """What papers report on the benchmark at its full size, beside this page's arms."""
     data = summary["data"]
     task = str(data.get("name"))

@@ -48,7 +48,7 @@ _FAR = np.float32(1e4)
 
 
 @dataclass(frozen=True)
-class Layout:
+class FigureSizes:
     """What the figures of one size are made of; lengths in pixels."""
 
     margins: tuple[int, ...]
@@ -83,10 +83,10 @@ class Layout:
 
 # Numbers of the Long Range Arena's own data set builder. Thin lines are brightened, those of distractors more so.
 LAYOUTS = {
-    32: Layout((1,), 2, 0.5, 1.5, 7, 1.0, 5, (1.5, 2.0)),
-    64: Layout((1,), 5, 1.0, 2.5, 12, 1.8, 5, (0.8, 0.8)),
-    128: Layout((2, 3), 5, 1.5, 3.0, 20, 1.8, 8, (0.9, 0.9)),
-    256: Layout((3,), 5, 2.0, 5.0, 27, 1.8, 7, (1.0, 1.0), padding=22),
+    32: FigureSizes((1,), 2, 0.5, 1.5, 7, 1.0, 5, (1.5, 2.0)),
+    64: FigureSizes((1,), 5, 1.0, 2.5, 12, 1.8, 5, (0.8, 0.8)),
+    128: FigureSizes((2, 3), 5, 1.5, 3.0, 20, 1.8, 8, (0.9, 0.9)),
+    256: FigureSizes((3,), 5, 2.0, 5.0, 27, 1.8, 7, (1.0, 1.0), padding=22),
 }
 """Side of the picture -> what is in it."""
 
@@ -184,7 +184,7 @@ class _Crowd:
     their middles and ends keep sqrt(D^2 + (s/4)^2).
     """
 
-    def __init__(self, margins: np.ndarray, layout: Layout, size: int, points: int) -> None:
+    def __init__(self, margins: np.ndarray, layout: FigureSizes, size: int, points: int) -> None:
         self.x, self.y = (np.full((points, len(margins)), _FAR) for _ in range(2))
         self.step = layout.step(margins)
         self.near = (layout.clearance(margins) ** 2 + (self.step / 4) ** 2).astype(np.float32)
@@ -239,7 +239,7 @@ class _Crowd:
         return np.sort(np.concatenate([*went, rows[:0]]))
 
 
-def _pair(keys: np.ndarray, margins: np.ndarray, layout: Layout, size: int) -> np.ndarray:
+def _pair(keys: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int) -> np.ndarray:
     """For each of N keys, the corners (N, 2, STEPS + 1, 2) of two contours, or NaN.
 
     Few walks find room to the end. So several grow for each key, and those that get stuck go on as copies of others.
@@ -279,7 +279,9 @@ def _pair(keys: np.ndarray, margins: np.ndarray, layout: Layout, size: int) -> n
 def _replace(
     going: np.ndarray, keys: np.ndarray, draw: int, crowd: _Crowd, headings: np.ndarray, points: int
 ) -> np.ndarray:
-    """Put copies of rows that are still going in the place of those, of the same key, that are not; all that go on."""
+    """Replace rows that have stopped by copies of rows of the same key that have not.
+
+    Returns the indices of all rows that continue."""
     alive = going.reshape(-1, _PAIRS)
     number = alive.sum(axis=1)
     stuck = np.flatnonzero(~going & np.repeat(number > 0, _PAIRS))
@@ -299,7 +301,7 @@ def _tips(corners: np.ndarray, margins: np.ndarray) -> np.ndarray:
     return np.stack([corners[:, :, 0] + first * gap / first_length, corners[:, :, -1] - last * gap / last_length], 2)
 
 
-def _alike(corners: np.ndarray, margins: np.ndarray, layout: Layout, size: int) -> np.ndarray:
+def _alike(corners: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int) -> np.ndarray:
     """(R,) whether the ends of both contours are about as far from the start of the first, and from the middle."""
     tips = _tips(corners, margins)
     ends, start, middle = tips[:, :, 1], tips[:, :1, 0], np.float32((size - 1) / 2)
@@ -308,7 +310,9 @@ def _alike(corners: np.ndarray, margins: np.ndarray, layout: Layout, size: int) 
     return alike[0] & alike[1] & (away.min(axis=1) >= 2 * layout.dot + margins)  # dots don't touch
 
 
-def _distractors(keys: np.ndarray, contours: np.ndarray, margins: np.ndarray, layout: Layout, size: int) -> np.ndarray:
+def _distractors(
+    keys: np.ndarray, contours: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int
+) -> np.ndarray:
     """Corners (N, distractors, SHORT + 1, 2) of short contours that keep away from all others; NaN: no room."""
     count, fixed, each = len(keys), 2 * (1 + 2 * STEPS), 1 + 2 * SHORT
     crowd = _Crowd(margins, layout, size, fixed + each * layout.distractors)

@@ -16,6 +16,7 @@ from waveletgpt.errors import UserError, suggest
 from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.runs.evaluation import load_model
 from waveletgpt.runs.folder import RunFolder
+from waveletgpt.runs.records import RunRecord
 
 _LARGEST = 1 << 26  # bytes of a picture
 
@@ -93,7 +94,7 @@ def predict_files(
     return rows
 
 
-def read_inputs(path: Path, info: dict[str, Any]) -> list[np.ndarray]:
+def read_inputs(path: Path, info: RunRecord) -> list[np.ndarray]:
     """A file as a run's model reads it: ids 1 .. 256 of a text, expression or picture, or int16 pieces of a recording.
 
     Raises:

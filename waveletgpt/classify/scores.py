@@ -10,13 +10,15 @@ speed-ups             as in `report/summary.py`, from that step
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from waveletgpt.report.summary import Measure, Record, assemble, compared, curves_csv, mean, read_records, spread
+from waveletgpt.report.records import ScoreArm, ScoreSummary, SeedNumbers, baseline_arm
+from waveletgpt.report.summary import Measure, Record, assemble, compared, curves_csv, mean, over_seeds, read_records
 from waveletgpt.report.wording import duration, plural, quantity
 from waveletgpt.runs.folder import RunFolder, write_atomically, write_json
+from waveletgpt.runs.records import RunRecord
 
 CLASSIFICATION = "classification"
 NAMES = {"accuracy": "accuracy", "map": "mean average precision"}
@@ -37,9 +39,10 @@ def best_score(record: Record) -> float:
     return max((score for _, score in score_curve(record)), default=math.nan)
 
 
-def final_score(record: Record, split: str = "test", name: str | None = None) -> float:
+def final_score(record: Record, split: Literal["test", "validation"] = "test", name: str | None = None) -> float:
     """The last model's score on a whole split; NaN where there is none."""
-    value = ((record.info.get("result") or {}).get(split) or {}).get(name or score_of(record))
+    found: Mapping[str, Any] = (record.info.get("result") or {}).get(split) or {}
+    value = found.get(name or score_of(record))
     return float(value) if value is not None else math.nan
 
 
@@ -57,13 +60,13 @@ def _reported(record: Record) -> float:
     return test if math.isfinite(test) else final_score(record, "validation")
 
 
-def summarize_scores(records: Sequence[Record], baseline: str | None) -> dict[str, Any]:
+def summarize_scores(records: Sequence[Record], baseline: str | None) -> ScoreSummary:
     """Numbers of all arms against the baseline: the content of summary.json.
 
     Raises:
         UserError: see `summary.summarize`.
     """
-    summary = assemble(records, baseline, _numbers, _against, early=False)
+    summary: ScoreSummary = {**assemble(records, baseline, _numbers, _against, early=False)}
     summary["task"] = CLASSIFICATION
     summary["score"] = score_of(records[0])
     tested = all(math.isfinite(final_score(r)) for r in records if r.usable)
@@ -71,7 +74,7 @@ def summarize_scores(records: Sequence[Record], baseline: str | None) -> dict[st
         summary["notes"].append("There is no test split: the scores are those of the validation split.")
     base = [r for r in records if r.arm == summary["baseline"] and r.seed in summary["arms"][r.arm]["seeds"]]
     if base and not any(_beats_guessing(r) for r in base):
-        score = percent(summary["arms"][summary["baseline"]]["test"])
+        score = percent(baseline_arm(summary)["test"])
         summary["notes"].append(
             f"The baseline's accuracy, {score} %, cannot be told from that of always naming the most common class: "
             "how soon another arm has it says nothing."
@@ -89,7 +92,7 @@ def _beats_guessing(record: Record) -> bool:
     return found["accuracy"] > share + 2 * math.sqrt(share * (1 - share) / count)
 
 
-def _numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, Any]:
+def _numbers(info: RunRecord, counted: Sequence[Record]) -> ScoreArm:
     model = info.get("model") or {}
     return {
         "parameters": model.get("parameters"),
@@ -99,23 +102,22 @@ def _numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, Any]:
         "seconds": mean([r.seconds for r in counted]),
         "steps": max((r.steps for r in counted), default=None),
         "seeds": [r.seed for r in counted],
-        "test": spread([_reported(r) for r in counted]),
-        "validation": spread([final_score(r, "validation") for r in counted]),
-        "best": spread([best_score(r) for r in counted]),
-        "top5": spread([final_score(r, "test", "top5") for r in counted]),
-        "final_nll": spread([r.final_nll for r in counted]),
+        "test": over_seeds([_reported(r) for r in counted]),
+        "validation": over_seeds([final_score(r, "validation") for r in counted]),
+        "best": over_seeds([best_score(r) for r in counted]),
+        "top5": over_seeds([final_score(r, "test", "top5") for r in counted]),
+        "final_nll": over_seeds([r.final_nll for r in counted]),
     }
 
 
-def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, Any]:
-    numbers = compared(counted, base, SCORE)
-    difference = numbers.pop("difference")
+def _against(counted: Sequence[Record], base: dict[int, Record]) -> ScoreArm:
+    numbers, difference = compared(counted, base, SCORE)
     per_seed = [None if value is None else -value for value in difference["per_seed"]]
     middle = None if difference["mean"] is None else -difference["mean"]
     return {**numbers, "test_difference": {**difference, "mean": middle, "per_seed": per_seed}}
 
 
-def percent(value: dict[str, Any], *, sign: bool = False) -> str:
+def percent(value: SeedNumbers, *, sign: bool = False) -> str:
     """{"mean", "std"} of shares as "43.1 ± 0.6" percent."""
     if value.get("mean") is None:
         return "–"
@@ -130,7 +132,7 @@ TABLE_HEADER = [
 ]  # fmt: skip
 
 
-def score_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def score_table(summary: ScoreSummary) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of short strings, one row per arm."""
     rows = []
     many = int(summary["data"].get("classes") or 0) > 5
@@ -165,14 +167,14 @@ def _times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"
 
 
-def score_sentence(summary: dict[str, Any], name: str) -> str:
+def score_sentence(summary: ScoreSummary, name: str) -> str:
     """One sentence on how an arm did, in plain words."""
-    arm, base = summary["arms"][name], summary["arms"].get(summary["baseline"])
+    arm, base = summary["arms"][name], baseline_arm(summary)
     measure, seeds = NAMES[summary["score"]], len(arm["seeds"])
     if not seeds or arm["test"]["mean"] is None:
         return f"`{name}` has no finished run to count."
     text = f"`{name}`: {measure} {percent(arm['test'])} % after {arm['steps']} steps"
-    if base is None or name == summary["baseline"] or not base["seeds"]:
+    if not base or name == summary["baseline"] or not base["seeds"]:
         return f"{text}; {plural(seeds, 'seed')}."
     text += f", {percent(arm['test_difference'], sign=True)} points against the baseline"
     same = arm["same_performance_step"]
@@ -188,20 +190,20 @@ def score_sentence(summary: dict[str, Any], name: str) -> str:
     return f"{text}; {plural(seeds, 'seed')}{', a difference within what chance does' if chance else ''}."
 
 
-def best_arm(summary: dict[str, Any]) -> str:
+def best_arm(summary: ScoreSummary) -> str:
     """The arm with the best test score beside the baseline; the first one, where there is none."""
     others = {n: a for n, a in summary["arms"].items() if n != summary["baseline"] and a["test"]["mean"] is not None}
     return max(others, key=lambda n: others[n]["test"]["mean"]) if others else next(iter(summary["arms"]))
 
 
-def score_headline(summary: dict[str, Any]) -> str:
+def score_headline(summary: ScoreSummary) -> str:
     """The sentence of the best arm."""
     others = sum(bool(arm["seeds"]) for name, arm in summary["arms"].items() if name != summary["baseline"])
     chosen = f" Best of {others} arms." if others > 1 else ""
     return score_sentence(summary, best_arm(summary)) + chosen
 
 
-def write_scores(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
+def write_scores(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> ScoreSummary:
     """Write summary.json and curves.csv into `out`, each atomically, and return the summary.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from waveletgpt.data.modalities.audio import write_wav
 from waveletgpt.errors import UserError
 from waveletgpt.model.classifier import WaveletGPTForSequenceClassification
 from waveletgpt.runs.folder import RunFolder, write_json
+from waveletgpt.runs.records import DataRecord, ResultRecord, SplitScores
 from waveletgpt.training.recipe import Recipe
 from waveletgpt.training.task import initialised
 
 PREDICTIONS = "predictions.json"
+_HELD_OUT: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
 class Classification:
@@ -75,7 +77,7 @@ class Classification:
             )
         return model
 
-    def describe(self, data: str | Sequence[str]) -> dict[str, Any]:
+    def describe(self, data: str | Sequence[str]) -> DataRecord:
         store = self.store
         return {
             "name": said(data),
@@ -120,21 +122,22 @@ class Classification:
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return collate(rows)
 
-    def measure(self, prediction: Any) -> dict[str, float]:
+    def measure(self, prediction: Any) -> Any:
         scores, labels = prediction.predictions, prediction.label_ids
         return measure(*by_recording(probabilities(scores, self.store.multi_label), labels, self._clips))
 
     def tokenizer(self) -> None:
         return None
 
-    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> ResultRecord:
         """Measures on all of validation and test; predictions.json with the confusion matrix and examples.
 
         majority_class: the accuracy of always naming the most common class.
         """
         model = WaveletGPTForSequenceClassification.from_pretrained(run.path).to(device)  # type: ignore[arg-type]
-        store, found = self.store, {}
-        for split in ("validation", "test"):
+        store = self.store
+        found: ResultRecord = {}
+        for split in _HELD_OUT:
             if not len(store.split(split)):
                 continue
             scores, labels = predict(model, store.split(split), recipe.batch_size, store.multi_label)
@@ -283,7 +286,7 @@ def by_recording(scores: np.ndarray, labels: np.ndarray, clips: np.ndarray) -> t
     return total / np.bincount(which)[:, None], labels[first]
 
 
-def measure(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def measure(scores: np.ndarray, labels: np.ndarray) -> SplitScores:
     """accuracy and top5 of labels (r,), or map and top5 of labels (r, K); shares, 1 is best.
 
     top5: a right class is among the five likeliest. map: mean over the classes that occur of their average precision.
@@ -294,28 +297,22 @@ def measure(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "accuracy": float((five[:, 0] == labels).mean()),
             "top5": float((five == labels[:, None]).any(1).mean()),
         }
-    present = np.flatnonzero(labels.any(0))
-    precisions = [average_precision(scores[:, k], labels[:, k] > 0.5) for k in present]
+    from sklearn.metrics import average_precision_score
+
+    truth = labels > 0.5
+    present = truth.any(0)
+    finite = np.nan_to_num(scores[:, present])  # a run that diverges is stopped by its loss, not here
     return {
-        "map": float(np.mean(precisions)) if len(present) else 0.0,
+        "map": float(average_precision_score(truth[:, present], finite)) if present.any() else 0.0,
         "top5": float((np.take_along_axis(labels, five, 1) > 0.5).any(1).mean()),
     }
 
 
-def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Mean over the positives of the precision at their rank; examples with equal scores stand at the same rank."""
-    order = np.argsort(-scores, kind="stable")
-    hits, ranks = np.cumsum(positive[order]), np.arange(1, len(order) + 1)
-    # A threshold takes all of a tie or none of it.
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
-    found = np.diff(hits[last], prepend=0)
-    return float((found * hits[last] / ranks[last]).sum() / max(1, hits[-1]))
-
-
 def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(K, K) counts: rows are the true classes, columns the likeliest ones."""
-    classes = scores.shape[1]
-    return np.bincount(labels * classes + scores.argmax(1), minlength=classes**2).reshape(classes, classes)
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(labels, scores.argmax(1), labels=range(scores.shape[1]))
 
 
 def write_example(store: ExampleStore, raw: list[np.ndarray], stem: Path) -> dict[str, Any]:

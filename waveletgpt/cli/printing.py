@@ -15,7 +15,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def by_source(found: dict[str, Any]) -> str:
+def by_source(found: Any) -> str:
     """The loss on each source of a mixture, in words; nothing of data that is none."""
     sources = found.get("sources") or {}
     return "".join(f"; {name}: {value['nll']:.4f}" for name, value in sources.items())

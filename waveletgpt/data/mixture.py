@@ -59,7 +59,7 @@ class Mixture:
         return {"splits": total, "record": self.parts[0].store.meta.get("record")}
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes per token as they are read, by weights; None if one is no text."""
+        """UTF-8 bytes per token as they are read, by weights; None if one of the sources is not text."""
         sizes = [part.store.bytes_per_token(split) for part in self.parts]
         if None in sizes:
             return None

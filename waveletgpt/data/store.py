@@ -340,7 +340,7 @@ def _publish(folder: Path, path: Path, opens: Callable[[Path], object]) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary folders for the store at `path` that killed processes of this machine left, but for the one
-    that got furthest of those that can be gone on from."""
+    that got furthest of those that can be resumed."""
     left = _leftovers(path)
     for folder in left:
         if folder != left[0] or not (folder / _STATE).is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +259,7 @@ def _mix(model: Any, recipe: Recipe, context: int) -> None:
     )
 
 
-def check_identity(model: Any, begun: dict[str, Any], name: str | None) -> None:
+def check_identity(model: Any, begun: Mapping[str, Any], name: str | None) -> None:
     """Raises UserError where the `model` that run.json has of a run that has `begun` is of another architecture."""
     then = begun.get("identity")
     if then is not None and then != identity(model.config):

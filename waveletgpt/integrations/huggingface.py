@@ -1,14 +1,14 @@
 """`add_mixing`: the mixer after the decoder blocks of a causal language model of transformers.
 
 Classes are made at run time, subclasses of the model's own, and assigned to `__class__`, so that parameters keep their
-names and the library its ways:
+names and the library finds what it expects:
 
 - a decoder layer does as before and then mixes, inside gradient checkpointing;
 - the model decodes with states in its cache, and saves and loads;
 - its configuration has another `model_type` on disk, so that nothing loads the model without mixing, unnoticed.
 
-One hook, before the forward pass of the module that owns the layers, makes of padding and documents how far back each
-token may look (`reach`), and hands it to the layers as a keyword argument: recomputation then sees its own.
+One hook, before the forward pass of the module that owns the layers, computes from padding and documents how far back
+each token may look (`reach`). The layers get it as a keyword argument, so that gradient checkpointing uses it, too.
 
 What decoding remembers, and what a forward pass is told, is as in the models of this package (model/decoding.py). This
 file, `module.py` and that one travel in checkpoints, with the operator's definition, and import nothing else.
@@ -76,7 +76,7 @@ def add_mixing(
         mixing: "fixed" (means) or "learnable" (weights that start as means) for models trained from scratch; "delta"
             or "gate", which at first leave the model as it is, for trained ones. See `WaveletMixing`.
         max_window, min_window: powers of two, in tokens; the windows are all of those between.
-        mix_fraction: the part of the coordinates that is mixed.
+        mix_fraction: the part of the channels that is mixed.
         layers: "all", or the numbers of the blocks, from 0.
         pretrained: "replace" to put "fixed" or "learnable" into a model whose weights were loaded, which do not know
             it: the model must be trained again.
@@ -218,7 +218,7 @@ def _hands_on_keywords(owner: Any, name: str) -> bool:
 
 
 def _tell_layers(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: how far back each token may look, of all that says so."""
+    """Forward pre-hook: how far back each token may look, from masks, positions and packing arguments."""
     given = {**dict(zip(owner._wavelet_arguments, args, strict=False)), **kwargs}
     inputs = given.get("input_ids")
     if inputs is None:
@@ -238,7 +238,7 @@ def _tell_layers(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 class MixedLayer:
-    """What a decoder layer does besides; mixed in before its class."""
+    """What is added to a decoder layer; a base class that comes before its own."""
 
     wavelet_mixing: WaveletMixing | None
     wavelet_layer_idx: int
@@ -264,7 +264,7 @@ class MixedLayer:
                     f"the cache, a {type(cache).__name__}, keeps nothing for block {self.wavelet_layer_idx}, so that "
                     "mixing states have no place in it: use this model with use_cache=False"
                 )
-            if not has_states(cache.layers[self.wavelet_layer_idx]):  # it was made in this forward pass
+            if not has_states(cache.layers[self.wavelet_layer_idx]):  # the cache was made in this forward pass
                 upgrade_cache(cache, empty=True)
             state = cache.layers[self.wavelet_layer_idx].state("block", mixer.past, mixer.edge == "partial")
         hidden = mixer(hidden, state, reach)
@@ -290,7 +290,7 @@ def mixed_layer(base: type) -> type:
 
 
 class MixedCausalLM(MixingGeneration):
-    """What a causal language model does besides; mixed in before its class."""
+    """What is added to a causal language model; a base class that comes before its own."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -324,7 +324,7 @@ def mixed_root(base: Any) -> Any:
 
 
 def _rebuild(kind: str, base: type) -> Any:
-    """An empty instance, for pickle and copy: they find no run-time class by its name."""
+    """An empty instance, for pickle and copy, which cannot find a class that was made at run time."""
     make = {"layer": mixed_layer, "root": mixed_root, "config": mixed_config}[kind]
     made = make(base)
     return made.__new__(made)
@@ -334,7 +334,7 @@ def _rebuild(kind: str, base: type) -> Any:
 
 
 class MixedConfig:
-    """What a configuration does besides: `model_type` is the base model's in memory (PEFT goes by it), not on disk."""
+    """What is added to a configuration: `model_type` is the base model's in memory (PEFT goes by it), not on disk."""
 
     def to_diff_dict(self) -> dict[str, Any]:
         out = super().to_diff_dict()  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 It needs torch alone. This file also travels in checkpoints of models that have mixing added.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates (the first C of E), n coordinates that share the window w.
+Shapes: B batch, T tokens, E embedding, C mixed channels (the first C of E), n channels that share the window w.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ EDGES = ("zero", "partial")
 
 
 class WaveletMixing(nn.Module):
-    """Replaces the first C coordinates of hidden states by causal averages of themselves over time.
+    """Replaces the first C channels of hidden states by causal averages of themselves over time.
 
     Args:
         n_embd: E.
-        windows: powers of two, in tokens. They are spread evenly over the mixed coordinates, shortest first.
-        kernels: what a coordinate becomes. None: the mean over its window, no parameters. "learnable": a weighted sum
-            that starts at the mean. For models that are trained already, which these leave as they are at first:
+        windows: powers of two, in tokens. They are spread evenly over the mixed channels, shortest first.
+        kernels: what a channel becomes. None: the mean over its window, no parameters. "learnable": a weighted sum
+            that starts at the mean. For models that are trained already (at first these change nothing):
             "delta": a weighted sum that starts at the value itself; "gate": x + g (mean - x) with a trained g, at
             first 0.
         mix_fraction: C / E.
         edge: "zero" takes what came before a document's first token as 0; "partial" divides by the number of tokens in
-            the window that the document has, min(w, reach + 1), instead of w. Not for "delta", which is no average.
+            the window that the document has, min(w, reach + 1), instead of w. Not for "delta", which is not an average.
 
     Trained weights are kept as what they differ from their start, in one vector: optimizers that treat matrices in a
     way of their own leave it alone, and weight decay pulls to the start instead of to 0.
@@ -122,11 +122,11 @@ class WaveletMixing(nn.Module):
 
         Args:
             x: (B, T, E).
-            state: of the tokens before, which takes these in; or their hidden states, (B, any, E); None at the start.
+            state: of the tokens before; these are appended to it. Or their hidden states (B, any, E); None at first.
             reach: (B or 1, T) how many tokens before each one belong to its document, of `waveletgpt.ops.reach_of`.
 
         Returns:
-            (B, T, E); the coordinates from C on are those of `x`.
+            (B, T, E); the channels from C on are those of `x`.
         """
         if x.dim() != 3 or x.shape[2] != self.n_embd:
             raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, tokens, {self.n_embd})")

@@ -34,14 +34,14 @@ STARTS = ("mean", "haar", "zero", "uniform", "convex", "recent")
 
 
 def window_schedule(n: int, min_window: int, max_window: int, allocation: str = "uniform") -> list[int]:
-    """Windows of `n` mixed coordinates, finest first: powers of two from `min_window` to `max_window`.
+    """Windows of `n` mixed channels, finest first: powers of two from `min_window` to `max_window`.
 
-    With K levels, coordinate j has level floor(j K / n) (arXiv 2409.12924, Section 3; there 2 ... context). That is
-    `allocation="uniform"`, the same number of coordinates a level; `"geometric"` halves it from each level to the next
-    longer one, so that most coordinates have short windows.
+    With K levels, channel j has level floor(j K / n) (arXiv 2409.12924, Section 3; there 2 ... context). That is
+    `allocation="uniform"`, the same number of channels a level; `"geometric"` halves it from each level to the next
+    longer one, so that most channels have short windows.
 
     Raises:
-        ValueError: a window that is no power of two, `max_window < min_window`, an unknown allocation.
+        ValueError: a window that is not a power of two, `max_window < min_window`, an unknown allocation.
     """
     for name, window in (("min_window", min_window), ("max_window", max_window)):
         if window < 1 or window & (window - 1):
@@ -89,7 +89,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         n_positions: context length trained on, in tokens.
         n_kv_head: key/value heads (grouped queries); None: `n_head`.
         n_inner: width of the feed-forward; None: 4 n_embd for gpt2, 8/3 n_embd rounded up to 32 for llama.
-        rope_fraction: share of each head's channels that rotary positions turn, the last ones; 0 is no positions.
+        rope_fraction: share of each head's channels that rotary positions turn, the last ones; with 0 there are no
+            positions.
         norm_position: "pre" (normalise each sub-layer's input) or "post" (its sum with the residual, as in 2017).
         position_embedding: "learned", "sinusoidal", "rope" or "none"; None: the architecture's own.
         mixing: the filter over time: "none"; "fixed", causal means over windows of powers of two; "learnable", the same
@@ -120,7 +121,7 @@ class WaveletGPTConfig(PreTrainedConfig):
             moments as the name says. At scale s its filters have (s - 1) (taps - 1) + 1 taps.
         mix_band: for "wavelet": channels become coefficients of "approximation" (averages), of "detail" (what
             the average of that scale leaves out of the one before), or of "both", half of each scale's.
-        mix_row: for "bands": tokens in a row of a picture; None: there are no rows.
+        mix_row: for "bands": tokens in a row of a picture; None: the tokens are not a picture.
         mix_layers: "all", "inner" (all but the last block) or a list of block indices.
         causal: False, for classifiers: attention sees both directions, and mixers give the mean of their filter and of
             its mirror image in time.

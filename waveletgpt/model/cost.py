@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from waveletgpt.integrations.module import WaveletMixing
 from .configuration import WaveletGPTConfig
 from .mixer import Mixer
 from .mixing import BLOCK_SITES, Mixers
+
+if TYPE_CHECKING:
+    from waveletgpt.runs.records import ModelRecord, StateBytes
 
 
 def mixers_in(model: Any) -> list[nn.Module]:
@@ -63,7 +66,7 @@ def _used_by_each_token(model: Any) -> int:
     return result
 
 
-def decoding_state_bytes(config: WaveletGPTConfig, itemsize: int = 4) -> dict[str, int]:
+def decoding_state_bytes(config: WaveletGPTConfig, itemsize: int = 4) -> StateBytes:
     """Bytes per sequence that cached decoding holds at the full context: keys and values, and what mixers remember.
 
     A model that is not causal decodes nothing.
@@ -75,7 +78,7 @@ def decoding_state_bytes(config: WaveletGPTConfig, itemsize: int = 4) -> dict[st
     return {"keys_values": keys_values * itemsize, "mixing": mixing}
 
 
-def describe(model: Any) -> dict[str, Any]:
+def describe(model: Any) -> ModelRecord:
     """The `model` part of run.json."""
     config = model.config
     if not isinstance(config, WaveletGPTConfig):
@@ -96,7 +99,7 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
-def describe_other(model: Any) -> dict[str, Any]:
+def describe_other(model: Any) -> ModelRecord:
     """The same of a model of transformers.
 
     FLOPs are 6 N + 12 L H D T (H heads of width D) plus mixing, whatever the architecture: of experts all are counted,

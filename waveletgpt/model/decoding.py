@@ -1,8 +1,8 @@
 """Decoding with a cache of transformers: the states of filters lie in its layers, beside keys and values.
 
 `upgrade_cache` gives the layers of any cache room for states (state.py), which then follow whatever is done to keys and
-values. `MixingGeneration` makes `generate` do so, and `reach_told` reads, of what a forward pass is given, how far back
-each token may look. The models of this package and those that `add_mixing` changed share all of it.
+values. `MixingGeneration` makes `generate` do so, and `reach_told` finds out how far back each token may look, from the
+arguments of a forward pass. The models of this package and those that `add_mixing` changed share all of it.
 
 Shapes: B batch, T new tokens, S tokens in the cache.
 """
@@ -55,7 +55,7 @@ def mixed_cache_layer(base: Any) -> type:
             self.states = {}
 
         def state(self, name: str, needed: int, counting: bool) -> State:
-            """That of the filter `name`, which is made at the first call."""
+            """The state of the filter `name`, which is made at the first call."""
             found = self.states.get(name)
             if found is None:
                 found = State(needed, counting, self.record_past, self.is_compileable)
@@ -121,7 +121,7 @@ def mixed_cache_layer(base: Any) -> type:
 
 
 def _rebuild_layer(base: type) -> Any:
-    """An empty layer, for pickle and copy: they find no class made at run time by its name."""
+    """An empty layer, for pickle and copy, which cannot find a class that was made at run time."""
     made: Any = mixed_cache_layer(base)
     return made.__new__(made)
 
@@ -158,7 +158,7 @@ def upgrade_cache(cache: Any, layers: int = 0, *, empty: bool = False) -> None:
             setattr(layer, "states", {})  # noqa: B010 - it is of the new class now
 
 
-# What a forward pass is told.
+# The arguments of a forward pass.
 
 
 def reach_told(inputs: Tensor, attention_mask: Any, told: dict[str, Any]) -> Tensor | None:
@@ -183,7 +183,7 @@ def reach_told(inputs: Tensor, attention_mask: Any, told: dict[str, Any]) -> Ten
                 "attention_mask is made for attention already and doesn't say which tokens are padding: give the 2-D "
                 f"one, or {PADDING}=(B, T) beside it (None for no padding)"
             )
-        mask = None  # decoding goes on with a real token
+        mask = None  # the next token of decoding is never padding
     bounds: dict[str, Tensor] = {}
     cu_seqlens = told.get("cu_seq_lens_q")
     if cu_seqlens is not None and inputs.shape[0] == 1:
@@ -227,7 +227,7 @@ def _check_whole_sequences(attention: str) -> None:
 
 
 class MixingGeneration:
-    """What `generate` needs besides; mixed in before a model's class."""
+    """What a model with mixing adds to `generate`; a base class that comes before the model's own."""
 
     _supports_attention_backend = False  # vLLM and SGLang would decode without the states, silently wrong
 

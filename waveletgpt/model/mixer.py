@@ -30,7 +30,7 @@ class Mixer(nn.Module):
     """Base of all filters: splits the channels, recalls the inputs before, calls `mix` on the C mixed ones.
 
     Where a site has heads, the first channels of each head are mixed, and channels with one window are neighbours:
-    coordinate c H + h is channel c of head h. With `causal=False` the result is the mean of two causal ones, forwards
+    channel c H + h is channel c of head h. With `causal=False` the result is the mean of two causal ones, forwards
     and backwards in time.
     """
 
@@ -60,7 +60,7 @@ class Mixer(nn.Module):
         self.name = f"{config.mixing}@{site}"
         """What its state is called in a cache."""
         self.heads, width = config.site_shape(site)
-        self.salt = SITES.index(site)  # or what two sites draw would be the same
+        self.salt = SITES.index(site)  # otherwise two sites would start from the same random taps
         share = self.share(config, width)
         self.n_mixed = share * self.heads
         self.parts = [self.n_mixed, (width - share) * self.heads]
@@ -105,7 +105,8 @@ class Mixer(nn.Module):
             hidden: (B, T, E), or (B, T, H, E) where the site has heads.
             reach: (B or 1, T) how many tokens before each one are of its document, -1 for padding (see
                 `waveletgpt.ops.reach_of`); None: all.
-            state: the inputs before, which takes these in; None: there are none. A mixer that is not causal has none.
+            state: of the tokens before; these are appended to it. None: no tokens before. A mixer that is not causal
+                has no state.
 
         Returns:
             As `hidden`, whose channels that are not mixed are left alone.

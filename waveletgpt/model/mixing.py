@@ -168,7 +168,7 @@ class Smear(Mixer):
 
     def __init__(self, config: WaveletGPTConfig, site: str = "block"):
         super().__init__(config, site)
-        self.adds = False  # it does by itself
+        self.adds = False  # `reach` is applied here, not by the operator
         self.gate = nn.Parameter(torch.zeros(min(12, self.n_mixed)))
         self.scale = nn.Parameter(torch.zeros(1))
 
@@ -234,12 +234,12 @@ class Bands(Windowed):
 
     @classmethod
     def schedule(cls, config: WaveletGPTConfig, n: int) -> list[int]:
-        window_schedule(n, config.min_window, config.max_window)  # tells of windows that do not go
+        window_schedule(n, config.min_window, config.max_window)  # raises for windows that are not possible
         return [max(config.max_window, (config.mix_row or 0) + 1)] * n
 
     def __init__(self, config: WaveletGPTConfig, site: str = "block"):
         super().__init__(config, site)
-        self.adds = False  # it does by itself
+        self.adds = False  # `reach` is applied here, not by the operator
         self.levels = [w for w in (1 << k for k in range(1, config.max_window.bit_length())) if w >= config.min_window]
         self.longest, self.row_length = config.max_window, config.mix_row
         self.approximation = nn.Parameter(torch.zeros(len(self.levels), self.n_mixed))
@@ -293,7 +293,7 @@ class Mixers(nn.ModuleList):
         super().__init__(kind(config, site) for site in self.sites if kind is not None)
 
     def at(self, site: str, hidden: torch.Tensor, reach: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
-        """Filter `hidden`, (B, T, E) or (B, T, H, E), if there is a mixer at `site`, else hand it on.
+        """`hidden`, (B, T, E) or (B, T, H, E), filtered by the mixer at `site`; unchanged where there is none.
 
         `cache` is the block's layer of it, which has the states (see decoding.py).
         """

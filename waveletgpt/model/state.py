@@ -24,16 +24,16 @@ class State:
 
     Args:
         needed: S.
-        counting: keep with each input a 1, which tells it from what never was: for means over what there is.
+        counting: keep a 1 beside each input, to tell inputs from the zeros before the first one (for `edge="partial"`).
         recording: keep all from now on, so that tokens can be taken back.
         static: keep S inputs at a fixed address, as compiled graphs need it.
     """
 
     def __init__(self, needed: int, counting: bool = False, recording: bool = False, static: bool = False):
         self.needed, self.counting, self.recording, self.static = needed, counting, recording, static
-        self._buffer: Tensor | None = None  # with room for more, so that not every token moves all
+        self._buffer: Tensor | None = None  # with spare room, so that appending a token does not copy all of them
         self._end = 0
-        self._whole = True  # nothing was dropped yet
+        self._whole = True  # no input was discarded yet
 
     @property
     def inputs(self) -> Tensor | None:
@@ -51,7 +51,7 @@ class State:
         """What a filter needs for the next tokens x (B, T, C): the inputs before, and `reach` (B or 1, T) in all of it.
 
         Raises:
-            ValueError: what is here is of another batch, width or type.
+            ValueError: the state is of another batch size, width or dtype.
         """
         last, tokens = self.last(), x.shape[1]
         if last is None:
@@ -66,7 +66,7 @@ class State:
         return last, seen if reach is None else torch.minimum(reach, seen)
 
     def append(self, x: Tensor, reach: Tensor | None = None) -> None:
-        """Take in x (B, T, C); what the last token does not reach, by `reach` (B or 1, T), becomes 0."""
+        """Append x (B, T, C). Inputs that the last token may not look at, by `reach` (B or 1, T), become 0."""
         if self.counting:
             x = F.pad(x, (0, 1), value=1.0)
         tokens = x.shape[1]
@@ -112,7 +112,7 @@ class State:
             self._hold(change(self._buffer[:, : self._end]))
 
     def reset(self) -> None:
-        """As before the first token."""
+        """Forget everything: the state before the first token."""
         if self.static and self._buffer is not None:
             self._buffer.zero_()
         else:

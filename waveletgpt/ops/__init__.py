@@ -71,7 +71,7 @@ def ema_mix(
 
 def _choose(backend: str, x: Tensor) -> str:
     """The backend to use for `x`. Raises ValueError, with what is missing, for a named one that cannot be used."""
-    device = x.device.type if isinstance(x, Tensor) else "cpu"  # what is no tensor is turned down later
+    device = x.device.type if isinstance(x, Tensor) else "cpu"  # anything but a tensor is refused later
     if backend == "auto":
         fastest = _FASTEST.get(device, "torch")
         return "torch" if autograd.KERNELS[fastest].unavailable(device) else fastest

@@ -4,7 +4,7 @@ A backend is a module of four functions (see `Kernels`). Each is reached through
 (`torch.ops.waveletgpt.*`) that takes the backend's name, so that a compiler calls it as it is and autocast, CUDA
 graphs and checkpointing treat it as any other.
 
-Shapes: B batch, T tokens, C mixed coordinates, S tokens of state, n coordinates that share the window w.
+Shapes: B batch, T tokens, C mixed channels, S tokens of state, n channels that share the window w.
 """
 
 import operator
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from waveletgpt.ops.reference import ahead, check_ema, check_mix, group_kernels, group_windows, reach_with_past
 
 Windows = tuple[int, ...]
-Groups = dict[int, list[int]]  # window: its coordinates
+Groups = dict[int, list[int]]  # window: its channels
 
 
 class Kernels(Protocol):
@@ -29,15 +29,15 @@ class Kernels(Protocol):
     `reach` (B or 1, T) is that of `reference.wavelet_mix`, of all tokens that are read; in reverse, too, it tells where
     documents begin (see `ahead`). None: one document.
 
-    `taps` holds the kernels of all coordinates one after the other, in the order of `group_windows` (windows
-    ascending, each with its coordinates ascending), in the type that sums are in.
+    `taps` holds the kernels of all channels one after the other, in the order of `group_windows` (windows
+    ascending, each with its channels ascending), in the type that sums are in.
     """
 
     def unavailable(self, device: str | None = None) -> str | None:
         """Why it cannot be used here (for tensors on `device`); None if it can."""
 
     def mean(self, x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
-        """(B, T, C) to (B, T - past, C): the mean over each coordinate's window, zeros before the first token."""
+        """(B, T, C) to (B, T - past, C): the mean over each channel's window, zeros before the first token."""
 
     def filter(self, x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor | None) -> Tensor:
         """(B, T, C) to (B, T - past, C): the sum of taps[j] x[t - j] over j."""
@@ -114,7 +114,7 @@ def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str, reach:
 
 
 def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
-    """`group_windows`, remembered: for 64 coordinates it takes longer than mixing one token."""
+    """`group_windows`, remembered: for 64 channels it takes longer than mixing one token."""
     try:
         windows = tuple(map(operator.index, windows))
     except TypeError:
@@ -191,7 +191,7 @@ class _Filter(torch.autograd.Function):
         ctx: Any, x: Tensor, windows: Windows, taps: Tensor, past: int, backend: str, reach: Tensor | None
     ) -> Tensor:
         learning = ctx.needs_input_grad[2]
-        if learning:  # a view would keep all that it is a view of: the coordinates that are not mixed, too
+        if learning:  # a view would keep the whole tensor in memory, with the channels that are not mixed
             x = x.contiguous()
         ctx.save_for_backward(x if learning else None, taps, reach)
         ctx.windows, ctx.past, ctx.backend = windows, past, backend
@@ -289,7 +289,7 @@ class Sorted:
 
 
 def tap_offsets(windows: Windows) -> list[int]:
-    """Where the taps of each coordinate begin in the tensor of all."""
+    """Where the taps of each channel begin in the tensor of all."""
     offsets, offset = [0] * len(windows), 0
     for c in sorted(range(len(windows)), key=windows.__getitem__):
         offsets[c] = offset

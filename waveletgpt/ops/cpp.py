@@ -4,7 +4,7 @@ Installing the package compiles them if it finds GCC or Clang with OpenMP, and g
 backend is unavailable, and "auto" takes "torch" instead. Results do not depend on the number of threads
 (`torch.set_num_threads`), and means are those of "torch", bit for bit in float32 and float64.
 
-Shapes: B batch, T tokens, C mixed coordinates.
+Shapes: B batch, T tokens, C mixed channels.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class _Group(ctypes.Structure):
     _fields_ = (("size", c_int64), ("window", c_int64), ("taps", c_void_p), ("stride", c_int64))
 
 
-class _Layout(ctypes.Structure):
+class _Windows(ctypes.Structure):
     _fields_ = (("windows", c_void_p), ("offsets", c_void_p))
 
 
@@ -56,8 +56,8 @@ class _Reach(ctypes.Structure):
 
 _SIGNATURES = {
     "mean": (_Input, c_void_p, _Shape, c_void_p, _Reach, c_bool, c_int64, c_int),
-    "filter": (_Input, c_void_p, _Shape, _Layout, c_void_p, _Reach, c_bool, c_int64, c_int),
-    "correlate": (_Input, _Input, _Shape, _Layout, _Reach, c_int64, c_void_p, c_int),
+    "filter": (_Input, c_void_p, _Shape, _Windows, c_void_p, _Reach, c_bool, c_int64, c_int),
+    "correlate": (_Input, _Input, _Shape, _Windows, _Reach, c_int64, c_void_p, c_int),
     "decayed_sum": (_Input, c_void_p, _Shape, c_void_p, c_bool, c_int),
 }
 
@@ -140,7 +140,7 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None)
 def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state: Tensor) -> Tensor | None:
     """`wavelet_mix` of one token x (B, 1, C) after those in `state` (B, S, C), as decoding needs it: in one call.
 
-    None where there is no such way, or something does not fit, which the general way then says.
+    None where these kernels cannot do it, or an argument is wrong: then `wavelet_mix` does it, or raises.
     """
     # Every token calls it at every site: what takes microseconds is felt.
     if _LIBRARY is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -172,13 +172,14 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
 
 
 def _float32(x: Tensor) -> bool:
-    """Whether it is of that type, on the CPU, with neighbours of the last dimension side by side."""
+    """Whether it has that dtype, is on the CPU, and its last dimension is contiguous."""
     return x.is_cpu and x.dtype is torch.float32 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
 @lru_cache(maxsize=256)
 def _neighbours(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] | None:
-    """(window, number of coordinates) of each group; None where coordinates of one lie apart, or windows do not go."""
+    """(window, number of channels) of each group; None where the channels of a group are not
+    neighbours, or a window is not a power of two though it must be."""
     if any(w < 1 or (dyadic and w & (w - 1)) for w in windows) or list(windows) != sorted(windows):
         return None
     return tuple((w, windows.count(w)) for w in sorted(set(windows)))
@@ -202,13 +203,13 @@ def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int,
 
 
 def _prepare(x: Tensor) -> Tensor:
-    """As the kernels take it: neighbouring coordinates side by side, no float16."""
+    """In the layout that the kernels take: the last dimension contiguous, and not float16."""
     x = x.float() if x.dtype == torch.float16 else x
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def _numbers(reach: Tensor | None) -> Tensor | None:
-    """As the kernels take it; to be kept while they run."""
+    """In the layout that the kernels take; the result must be kept alive while they run."""
     if reach is None:
         return None
     return (reach if reach.dtype == torch.int32 else reach.clamp(max=UNLIMITED).int()).contiguous()
@@ -234,7 +235,7 @@ def _sizes(windows: Windows, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _layout(windows: Windows) -> tuple[_Layout, Tensor]:
+def _layout(windows: Windows) -> tuple[_Windows, Tensor]:
     """Windows and where each one's taps begin, and the tensor that holds both."""
     both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int64, device="cpu")
-    return _Layout(both[0].data_ptr(), both[1].data_ptr()), both
+    return _Windows(both[0].data_ptr(), both[1].data_ptr()), both

@@ -3,9 +3,9 @@
 It differs from the reference by rounding, and for inputs that are not finite or huge. Mean: an infinite input gives
 NaN, not infinity, while it is in the window. Kernels of more than 16 taps (more than 4 in float64, without oneDNN and
 on other devices than a CPU) go through an FFT: the rounding of a huge input reaches tokens before it, and, except on a
-CPU, a NaN all tokens of its coordinate and sequence.
+CPU, a NaN all tokens of its channel and sequence.
 
-Shapes: B batch, T tokens, C mixed coordinates, n coordinates that share the window w.
+Shapes: B batch, T tokens, C mixed channels, n channels that share the window w.
 """
 
 import threading
@@ -21,7 +21,7 @@ from torch import Tensor
 from waveletgpt.ops.autograd import Sorted, Windows, empty_result, sorted_windows
 from waveletgpt.ops.reference import ahead
 
-Span = tuple[int, int, int]  # window, its first coordinate, the one after its last
+Span = tuple[int, int, int]  # window, its first channel, the one after its last
 
 # Elements worked on at a time on a CPU (1 MB of float32): more leaves the cache, less is call overhead.
 BLOCK = 1 << 18
@@ -95,14 +95,14 @@ def _newest(signal: Tensor, layout: Sorted, taps: Tensor | None) -> Tensor:
 
 
 def _even_parts(total: int, most: int) -> int:
-    """The size of the parts when `total` is cut in as few parts as it takes, of at most `most`, about equal."""
+    """The size of the parts when `total` is cut into the fewest, about equal parts of at most `most`."""
     return -(-total // -(-total // most)) if total else 1
 
 
 class _Cascade:
     """Means of one block by repeated doubling (a trous): s_0 = x / w, s_k(t) = s_{k-1}(t) + s_{k-1}(t - 2^(k-1)).
 
-    The steps go from one scratch buffer to the other and leave out the coordinates that are done, so that results with
+    The steps go from one scratch buffer to the other and leave out the channels that are done, so that results with
     an odd number of steps end up in one buffer and the others in the other. Zeros before (after, in reverse) the
     tokens stand for what is outside the sequence. Buffers and their views are made once, because on a CPU page faults
     and slicing would cost more than the sums.
@@ -132,7 +132,7 @@ class _Cascade:
         torch.mul(x, self.scale, out=self.even)
         for now, then, target in self.steps:
             torch.add(now, then, out=target)
-        # The buffer that a coordinate did not end in holds a part of the same sum, so a NaN there is in the result too.
+        # The buffer that a channel did not end in holds a part of the same sum, so a NaN there is in the result too.
         if out.dtype == self.even.dtype:
             torch.lerp(self.even, self.odd, self.is_odd, out=out)
         else:
@@ -154,7 +154,7 @@ def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor |
     if reach is not None:
         apart = _Apart.of(x, windows, reach)
         if apart is not None:
-            return apart.gather(filter(apart.spread(x), windows, taps, 0))[:, past:].contiguous()
+            return apart.gather(filter(apart.insert_gaps(x), windows, taps, 0))[:, past:].contiguous()
         return layout.restore(_filter_within(_wide_signal(x, layout), layout, taps, reach)[:, past:]).to(x.dtype)
     if 0 < past == x.shape[1] - 1:
         return layout.restore(_newest(layout.sort(x), layout, taps))
@@ -182,7 +182,7 @@ def filter_backward(
     if reach is not None:
         apart = _Apart.of(x, windows, reach)
         if apart is not None:
-            grad_x, grad_taps = filter_backward(apart.spread(grad), apart.spread(x), windows, taps)
+            grad_x, grad_taps = filter_backward(apart.insert_gaps(grad), apart.insert_gaps(x), windows, taps)
             return apart.gather(grad_x), grad_taps
         grad_x, grad_taps = _filter_within_backward(
             layout.sort(grad).to(taps.dtype), _wide_signal(x, layout), layout, taps, reach
@@ -212,7 +212,8 @@ def filter_backward(
 
 
 class _Apart:
-    """Documents with so many zeros between them that no window reaches from one to the next: then one filter does."""
+    """Documents moved so far apart, with zeros between them, that no window reaches from one to the next. One pass
+    of the filter then does all of them."""
 
     @staticmethod
     def of(x: Tensor, windows: Windows, reach: Tensor) -> "_Apart | None":
@@ -229,7 +230,7 @@ class _Apart:
         self.places = (torch.arange(before.shape[1], device=before.device) + gap * before).unsqueeze(2)
         self.length = length
 
-    def spread(self, x: Tensor) -> Tensor:
+    def insert_gaps(self, x: Tensor) -> Tensor:
         wide = x.new_zeros(x.shape[0], self.length, x.shape[2])
         return wide.scatter_(1, self.places.expand(x.shape), x)
 
@@ -260,7 +261,7 @@ def _filter_within_backward(
 
 
 def _taps_within(layout: Sorted, tokens: int) -> Iterator[tuple[int, int, int, slice]]:
-    """Each tap of each group, (j, first coordinate, the one after the last, where it lies in the tensor of all)."""
+    """Each tap of each group, (j, first channel, the one after the last, where it lies in the tensor of all)."""
     offset = 0
     for window, start, end in layout.groups:
         for j in range(min(window, tokens)):
@@ -274,7 +275,7 @@ def _wide_signal(x: Tensor, layout: Sorted) -> Tensor:
 
 
 def _square(taps: Tensor, layout: Sorted, tokens: int) -> Tensor:
-    """(C, at most T): the taps of each of the sorted coordinates, filled up with 0."""
+    """(C, at most T): the taps of each of the sorted channels, filled up with 0."""
     square, offset = taps.new_zeros(len(layout.windows), min(layout.windows[-1], tokens)), 0
     for window, start, end in layout.groups:
         group = taps[offset : offset + (end - start) * window].view(end - start, window)
@@ -284,7 +285,7 @@ def _square(taps: Tensor, layout: Sorted, tokens: int) -> Tensor:
 
 
 def _short(signal: Tensor, taps: Tensor, windows: Windows) -> tuple[int, int]:
-    """How many coordinates, the first ones, to filter directly and not by FFT, and how many taps they have."""
+    """How many channels, the first ones, to filter directly and not by FFT, and how many taps they have."""
     limit = CONVOLUTION_TAPS if _convolves(signal) else SHIFT_TAPS
     short = len(windows) if taps.shape[1] <= limit else bisect_right(windows, limit)
     return short, min(windows[short - 1], taps.shape[1]) if short else 0
@@ -326,7 +327,8 @@ def _fft_length(signal: Tensor, taps: Tensor) -> int:
 
 
 def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None) -> Tensor:
-    """Step through all blocks of about sqrt(T) tokens at once, then from block to block, then pass on what came in."""
+    """Run the recurrence inside all blocks of about sqrt(T) tokens at once, then from block to block, then add each
+    block's start to its tokens."""
     if keep is not None:
         return _kept_sum(u.flip(1), a, keep.flip(1)).flip(1) if reverse else _kept_sum(u, a, keep)
     batch, tokens, coordinates = u.shape
@@ -353,7 +355,7 @@ def _kept_sum(u: Tensor, a: Tensor, keep: Tensor) -> Tensor:
     batch, tokens, coordinates = u.shape
     size = 1 << (tokens.bit_length() // 2)
     extra = -tokens % size
-    inside = F.pad(u, (0, 0, 0, extra)).view(batch, -1, size, coordinates).clone()  # F.pad by 0 is no copy
+    inside = F.pad(u, (0, 0, 0, extra)).view(batch, -1, size, coordinates).clone()  # F.pad by 0 does not copy
     kept = F.pad(keep, (0, extra)).view(len(keep), -1, size, 1)
     for i in range(1, size):
         inside[:, :, i] += torch.where(kept[:, :, i], inside[:, :, i - 1] * a, 0)

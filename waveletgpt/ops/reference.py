@@ -3,7 +3,7 @@
 Every other backend must agree with this file. It imports nothing but torch, because it also travels inside saved
 checkpoints (as `ops.py`), where the package may not be installed.
 
-Shapes: B batch, T tokens, C mixed coordinates, S tokens of state, n coordinates that share the window w.
+Shapes: B batch, T tokens, C mixed channels, S tokens of state, n channels that share the window w.
 """
 
 import operator
@@ -27,20 +27,20 @@ def wavelet_mix(
     reach: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Filter each coordinate along time with its own causal window: y[b,t,c] = sum_{j < w_c} h_c[j] x[b,t-j,c].
+    """Filter each channel along time with its own causal window: y[b,t,c] = sum_{j < w_c} h_c[j] x[b,t-j,c].
 
     Shapes: `x` (B, T, C), any floating dtype and T >= 1, to (B, T, C) of the same dtype; sums in float32 or wider.
 
     - `windows`: C integers >= 1, in tokens; they may exceed T.
     - `kernels`: None for the mean, h = 1/w (windows must be powers of two: the approximations of a causal undecimated
-      Haar transform). Else one tensor (w,) per coordinate; or one per distinct window, ascending: (w,), shared by the
-      n coordinates that have it, or (n, w), in their order. h[j] multiplies x[t-j].
+      Haar transform). Else one tensor (w,) per channel; or one per distinct window, ascending: (w,), shared by the
+      n channels that have it, or (n, w), in their order. h[j] multiplies x[t-j].
     - `edge`: "zero" takes what came before the first input as 0. "partial" multiplies the result by w / min(w, seen),
-      where `seen` counts the inputs up to this one, the state included: for the mean, the mean of what there is.
+      where `seen` counts the inputs up to this one, the state included: for the mean, the mean of existing inputs.
     - `state` (B, S, C): the inputs that came before `x`, oldest first, any S >= 0; the result is that of the whole.
     - `reach` (B or 1, T), integers: how many tokens before each one it may look at, those of its own document (see
       `reach_of`); they may lie in the state. Tap j counts where reach >= j, and `seen` is at most reach + 1. Within a
-      document it must grow by 1 a token. More than there is means all there is; less than 0 is taken as 0.
+      document it must grow by 1 a token. More than the tokens that exist means all of them; less than 0 is taken as 0.
 
     Raises ValueError for anything else. Source: Verma, "WaveletGPT", arXiv 2409.12924.
     """
@@ -81,7 +81,7 @@ def wavelet_mix(
 def ema_mix(
     x: Tensor, decay: Tensor, *, state: Tensor | None = None, reach: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Average each coordinate along time with exponentially falling weights: y_t = a y_{t-1} + (1 - a) x_t.
+    """Average each channel along time with exponentially falling weights: y_t = a y_{t-1} + (1 - a) x_t.
 
     Shapes: `x` (B, T, C), any floating dtype and T >= 1, to (B, T, C) of the same dtype; sums in float32 or wider.
 
@@ -106,7 +106,7 @@ def ema_mix(
     return torch.stack(steps, dim=1).to(x.dtype)
 
 
-UNLIMITED = 1 << 30  # a reach beyond any sequence: the document began before what is here
+UNLIMITED = 1 << 30  # longer than any sequence: the document began before the first token
 
 
 def reach_of(
@@ -125,7 +125,7 @@ def reach_of(
       it is empty; other values may number documents.
 
     Several are taken together. A document that began before the first token gets about `UNLIMITED`, so that it goes
-    on with what is in the state; without a state that is the same as all there is. None if nothing was given. No
+    on with what is in the state; without a state all tokens before count. None if nothing was given. No
     value is looked at on the host.
 
     Raises:
@@ -180,7 +180,7 @@ def ahead(reach: Tensor) -> Tensor:
 
 
 def group_windows(windows: Sequence[int], coordinates: int, *, dyadic: bool) -> dict[int, list[int]]:
-    """Each distinct window, ascending, with the coordinates that have it."""
+    """Each distinct window, ascending, with the channels that have it."""
     if len(windows) != coordinates:
         raise ValueError(f"windows has {len(windows)} entries: x has {coordinates} coordinates, give one for each")
     groups: dict[int, list[int]] = {}

@@ -6,7 +6,7 @@ and after their window. It gives the same bits every time.
 
 With TRITON_INTERPRET=1 in the environment before Triton is imported it runs on a CPU, slowly, for tests.
 
-Shapes: B batch, T tokens, C mixed coordinates.
+Shapes: B batch, T tokens, C mixed channels.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _prepare(x: Tensor) -> Tensor:
-    """Neighbouring coordinates side by side."""
+    """Neighbouring channels side by side."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -155,7 +155,7 @@ def _table(windows: Windows, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _ring(window: int, tokens: int, past: int) -> int | None:
-    """Tiles to remember: as far as the window reaches, no further than there are any; None for too many."""
+    """How many tiles' sums to remember: as many as the window spans, or the sequence has; None if too many."""
     size = LONG_MEAN["L"]
     there_are = -(-past // size) + -(-(tokens - past) // size)
     return next((ring for ring in RINGS if ring >= min(window // size, there_are)), None)
@@ -184,7 +184,7 @@ def _items(windows: Windows, tokens: int, masked: bool, two: bool, device: torch
         if (len(here) > 2, len(here) > 1) != (masked, two):
             continue
         for low, high in zip(here[::2], [*here[1::2], here[-1]], strict=False):
-            # A program starts with adding up the tiles that its windows reach back to: as many of its own, then.
+            # A program first adds up the tiles that its windows reach back to, so it gets as many of its own.
             count = max(TILES, high // LONG_MEAN["L"])
             items += [(first // size, i, min(i + count, tiles), low, high) for i in range(0, tiles, count)]
     items.sort(key=lambda item: item[1] - item[2])

@@ -1,8 +1,8 @@
 """The kernels of backend "triton"; triton.py launches them.
 
-In all of them x is (B, T, C) with any strides of B and T and neighbouring coordinates side by side, y is dense and
+In all of them x is (B, T, C) with any strides of B and T and neighbouring channels side by side, y is dense and
 holds the tokens from `past` on. `reverse` runs time backwards. Sums are in float32. A program works on the CB
-coordinates from a multiple of CB on; their windows may differ.
+channels from a multiple of CB on; their windows may differ.
 """
 
 import triton
@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _load(x, step, t, c, tokens, coordinates, reverse: tl.constexpr):
-    """x at tokens `t` and coordinates `c`, which broadcast; 0 outside the sequence."""
+    """x at tokens `t` and channels `c`, which broadcast; 0 outside the sequence."""
     at = tokens - 1 - t if reverse else t
     return tl.load(x + at * step + c, mask=(t >= 0) & (t < tokens) & (c < coordinates), other=0.0)
 
@@ -177,7 +177,7 @@ def filter(
     K: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Learned kernels, a matrix product for each coordinate: with q = j - n,
+    """Learned kernels, a matrix product for each channel: with q = j - n,
     y[t + m N + n] = sum over q of x[t + m N - q] taps[q + n]."""
     c = (tl.program_id(0) * CB + tl.arange(0, CB))[:, None, None]
     start = past + tl.program_id(1) * (M * N)
@@ -224,7 +224,7 @@ def correlate(
     CB: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """Gradients of the M N taps from a multiple of M N on, a matrix product for each coordinate: that of tap
+    """Gradients of the M N taps from a multiple of M N on, a matrix product for each channel: that of tap
     j = m N + n is the sum over t of grad[t + m N] x[t - n]. Each program takes every `splits`-th segment."""
     c = (tl.program_id(0) * CB + tl.arange(0, CB))[:, None, None]
     split = tl.program_id(1)

@@ -6,7 +6,7 @@ What is summarised and shown depends on what the runs learned. Each kind of lear
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ Runs = Sequence[RunFolder]
 class Kind:
     """How runs of one task are reported."""
 
-    write_summary: Callable[[Path, Runs, str | None], dict[str, Any]]
+    write_summary: Callable[[Path, Runs, str | None], Any]
     """Writes summary.json and curves.csv into a folder, of runs and the baseline's arm; returns the summary."""
     write_report: Callable[[Path, Runs, str | None], Any]
     """Writes report.html likewise."""
-    table: Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]
+    table: Callable[[Any], tuple[list[str], list[list[str]]]]
     """Summary -> header and rows of the table of arms."""
-    headline: Callable[[dict[str, Any]], str]
+    headline: Callable[[Any], str]
     """Summary -> the result in a sentence."""
 
 
@@ -45,18 +45,18 @@ def write_results(out: Path, runs: Runs, baseline: str | None) -> dict[str, Any]
     Returns the summary. Raises UserError if there is no run, or the runs cannot be compared.
     """
     kind = _kind(run.info for run in runs)
-    summary = kind.write_summary(out, runs, baseline)
+    summary: dict[str, Any] = kind.write_summary(out, runs, baseline)
     kind.write_report(out, runs, baseline)
     return summary
 
 
-def in_words(summary: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+def in_words(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """Header and rows of the table of arms, and the result in a sentence."""
     kind = _kind([summary])
     return *kind.table(summary), kind.headline(summary)
 
 
-def _kind(infos: Iterable[dict[str, Any]]) -> Kind:
+def _kind(infos: Iterable[Mapping[str, Any]]) -> Kind:
     """That of the first run that names a task of its own; runs of older versions name none and are language models.
 
     Runs of several tasks have different data, which `Kind.write_summary` refuses.

@@ -133,7 +133,7 @@ def round_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     return [(v, f"{v:,.{decimals}f}".replace("-", "−") if abs(v) > step / 1e6 else "0") for v in values]
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def push_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Move positions apart to at least `gap`, keeping their order, within [low, high] as far as that is possible."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = list(wanted)
@@ -301,7 +301,7 @@ def _end_labels(frame: Frame, lines: Sequence[Line]) -> list[str]:
         if finite:
             ends.append((line, frame.px(finite[-1][0]), min(max(frame.py(finite[-1][1]), frame.top), frame.bottom)))
     out = []
-    places = spread([y for _, _, y in ends], 16, frame.top + 4, frame.bottom - 4)
+    places = push_apart([y for _, _, y in ends], 16, frame.top + 4, frame.bottom - 4)
     edge = frame.left + frame.width
     for (line, x, y), place in zip(ends, places, strict=True):
         out.append(
@@ -351,7 +351,7 @@ def heat_map(
         f'<text class="tick" x="{plot_width / 2}" y="{top + height + 16}" text-anchor="middle">{escape(across)}</text>',
     ]
     middles = [top + (first + last) / 2 / rows * height for first, last, _ in bands]
-    for (first, last, label), place in zip(bands, spread(middles, 13, top + 6, top + height - 4), strict=True):
+    for (first, last, label), place in zip(bands, push_apart(middles, 13, top + 6, top + height - 4), strict=True):
         a, b = top + first / rows * height, top + last / rows * height
         parts.append(
             f'<path class="bracket" d="M{plot_width + 3},{a + 1:.1f}h4V{b - 1:.1f}h-4"/>'

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any
 
 from waveletgpt.report.charts import (
     HALF,
@@ -22,8 +21,10 @@ from waveletgpt.report.charts import (
     swatch,
 )
 from waveletgpt.report.probing import Insight, Kernel, Mixed, frequency_response
+from waveletgpt.report.records import LossArm, LossSummary, baseline_arm
 from waveletgpt.report.summary import Record, interpolate
 from waveletgpt.report.wording import duration
+from waveletgpt.runs.records import LossAtPositions, ModelRecord, NearAttention
 
 Styles = dict[str, int]
 # (step, training seconds, loss)
@@ -92,12 +93,12 @@ def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Styles) -> str:
+def loss_figures(records: Sequence[Record], summary: LossSummary, styles: Styles) -> str:
     """Held-out loss over steps and over training seconds, with the same-performance lines."""
     by_step = _loss_lines(records, styles, lambda p: (p[0], p[2]))
     if not by_step:
         return ""
-    base = summary["arms"].get(summary["baseline"]) or {}
+    base = baseline_arm(summary)
     target = (base.get("final_nll") or {}).get("mean")
     level = None
     if target is not None and len(styles) > 1:
@@ -121,7 +122,7 @@ def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Sty
     ) else ""  # fmt: skip
     vertical = "Vertical lines: where each arm has the baseline's final loss. " if compared else ""
 
-    def drops(key: Callable[[dict[str, Any]], float | None], text: Callable[[dict[str, Any]], str]) -> list[Drop]:
+    def drops(key: Callable[[LossArm], float | None], text: Callable[[LossArm], str]) -> list[Drop]:
         found = []
         for name, arm in summary["arms"].items():
             at = key(arm) if compared and name != summary["baseline"] else None
@@ -160,7 +161,7 @@ def loss_figures(records: Sequence[Record], summary: dict[str, Any], styles: Sty
     )
 
 
-def difference_figure(records: Sequence[Record], summary: dict[str, Any], styles: Styles) -> str:
+def difference_figure(records: Sequence[Record], summary: LossSummary, styles: Styles) -> str:
     """Loss of every arm minus the baseline's at the same step, seed by seed."""
     base = {r.seed: r for r in records if r.arm == summary["baseline"] and r.usable}
     lines = []
@@ -192,16 +193,16 @@ def difference_figure(records: Sequence[Record], summary: dict[str, Any], styles
     return figure(drawing, caption, legend({n: s for n, s in styles.items() if n != summary["baseline"]}))
 
 
-def breakdown_figures(summary: dict[str, Any], styles: Styles) -> str:
+def breakdown_figures(summary: LossSummary, styles: Styles) -> str:
     """For every arm: its loss by position in the context, and how much attention stays near in each block."""
-    base = (summary["arms"].get(summary["baseline"]) or {}).get("breakdown") if len(styles) > 1 else None
+    base = baseline_arm(summary).get("breakdown") if len(styles) > 1 else None
     charts = ""
     for name, style in styles.items():
         found = (summary["arms"].get(name) or {}).get("breakdown")
         if not found:
             continue
         theirs = base if base and name != summary["baseline"] else None
-        charts += _position_chart(name, style, found["positions"], theirs and theirs["positions"])
+        charts += _position_chart(name, style, found["positions"], theirs["positions"] if theirs else None)
         near = found["near_attention"]
         if near:
             lines = [Line(_by_block(near), style, name, "taps")]
@@ -225,12 +226,12 @@ def breakdown_figures(summary: dict[str, Any], styles: Styles) -> str:
     )
 
 
-def _by_block(near: dict[str, Any]) -> list[Point]:
+def _by_block(near: NearAttention) -> list[Point]:
     return [(float(block), share) for block, share in enumerate(near["by_block"], 1)]
 
 
 def _position_chart(
-    arm: str, style: int, places: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]] | None
+    arm: str, style: int, places: Sequence[LossAtPositions], base: Sequence[LossAtPositions] | None
 ) -> str:
     """Loss of an arm, or its difference to the baseline's, at the middle of each bin of positions."""
     points = [
@@ -255,11 +256,12 @@ def _position_chart(
 
 
 def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
-    """Window of every coordinate, one line per distinct schedule."""
+    """Window of every channel, one line per distinct schedule."""
     found: dict[tuple[int, ...], list[str]] = {}
     width_of = 1
     for name in styles:
-        model = next((r.info.get("model") or {} for r in records if r.arm == name), {})
+        models = [r.info.get("model") for r in records if r.arm == name]
+        model: ModelRecord = (models[0] if models else None) or {}
         windows = tuple(int(w) for w in model.get("windows") or ())
         if windows and min(windows) >= 1:
             found.setdefault(windows, []).append(name)
@@ -300,7 +302,7 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     before, after = mixed.before[:256].T, mixed.after[:256].T
     every = max(1, math.ceil(before.shape[0] / 256))
     before, after = before[::every], after[::every]
-    # Coordinates differ in size by orders of magnitude: each gets the scale it has before mixing, in both pictures.
+    # Channels differ in size by orders of magnitude: each gets the scale it has before mixing, in both pictures.
     center, size = before.mean(1, keepdims=True), before.std(1, keepdims=True)
     before, after = ((values - center) / np.maximum(size, 1e-12) for values in (before, after))
     rows, columns = before.shape
@@ -309,12 +311,12 @@ def embedding_figure(arm: str, insight: Insight) -> str:
                  name=f"{title} of {mixed.place} of {arm}: {rows} channels by {columns} tokens")
         for title, values in (("before mixing", before), ("after mixing", after))
     )  # fmt: skip
-    stride = f" Every {every}th coordinate." if every > 1 else ""
+    stride = f" Every {every}th channel." if every > 1 else ""
     excerpt = f" Text: <q>{escape(shorten(insight.text, 160))}</q>" if insight.text else ""
     return figure(
         f'<div class="pair">{panels}</div>',
         f"<b>{escape(arm)}</b>, {mixed.place}: every row is one channel, every column "
-        "a token of a held-out excerpt. Red is above and blue below the coordinate's mean before mixing, full colour "
+        "a token of a held-out excerpt. Red is above and blue below the channel's mean before mixing, full colour "
         f"at 2.5 of its standard deviations, in both pictures. At the right: the window of the rows.{stride}{excerpt}",
     )
 
@@ -374,7 +376,7 @@ def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
                   name=f"Frequency response of kernels with window {window}")
         )  # fmt: skip
     key = "".join(f"<li>{swatch(style)}{escape(label)}</li>" for style, label in enumerate(["mean (Haar)", *labels]))
-    learned = " Where every coordinate has its own kernel, the middle one of its window is drawn."
+    learned = " Where every channel has its own kernel, the middle one of its window is drawn."
     return figure(
         f'<ul class="legend">{key}</ul><div class="multiples">{"".join(charts)}</div>',
         f"<b>{escape(arm)}</b>: kernels against the plain mean of the same length. Left of each pair: weight of each "

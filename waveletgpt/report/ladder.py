@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.report.records import LossSummary, baseline_arm
 from waveletgpt.report.scaling import PARAMETERS, Estimates, Point, can_fit, can_fit_tokens, estimate
 from waveletgpt.report.summary import SWEEP_FILE, Record, check_comparable, read_records, summarize_records
 from waveletgpt.report.wording import plural
 from waveletgpt.runs.folder import find_runs, write_atomically, write_json
+from waveletgpt.runs.records import RunRecord
 
 SCHEMA = 1
 FILES = ("ladder.json", "ladder.csv", "report.html")
@@ -86,7 +88,7 @@ class Rung:
 
     path: Path
     records: list[Record]
-    summary: dict[str, Any]
+    summary: LossSummary
     settings: dict[str, str]
     """Arm -> what was chosen for it at this size, such as "lr=4e-3"; "" where nothing was."""
 
@@ -99,7 +101,7 @@ class Rung:
         return self.name.partition("-")[0]
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RunRecord:
         """run.json of a run of the baseline."""
         baseline = self.summary["baseline"]
         return next((r for r in self.records if r.arm == baseline), self.records[0]).info
@@ -172,7 +174,7 @@ def _order(places: Sequence[Path], names: dict[str, tuple[str, str]]) -> list[st
     return list(dict.fromkeys(order))
 
 
-def block_parameters(info: dict[str, Any]) -> int:
+def block_parameters(info: RunRecord) -> int:
     """Parameters of a run's model without embeddings and mixers: N of the law, whatever the vocabulary."""
     model, recipe = info.get("model") or {}, info.get("recipe") or {}
     positions = (recipe.get("model") or {}).get("position_embedding")
@@ -236,7 +238,7 @@ def throughput_ratios(rungs: Sequence[Rung], baseline: str) -> Ratios:
 
 
 def _point(rung: Rung, ratios: Ratios) -> Point:
-    base = rung.summary["arms"].get(rung.summary["baseline"]) or {}
+    base = baseline_arm(rung.summary)
     losses: dict[str, dict[int, float]] = {}
     for record in rung.records:
         if record.usable:
@@ -413,7 +415,7 @@ def ladder_csv(rungs: Sequence[Rung]) -> str:
     writer.writerow(CSV_HEADER)
     for rung in rungs:
         point = _point(rung, {})
-        base = point.losses.get(rung.summary["baseline"], {})
+        base = point.losses.get(rung.summary["baseline"] or "", {})
         for r in rung.records:
             if r.usable:
                 theirs = base.get(r.seed)

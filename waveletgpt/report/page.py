@@ -10,7 +10,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -26,6 +26,7 @@ from waveletgpt.report.figures import (
     loss_figures,
     schedule_figure,
 )
+from waveletgpt.report.records import LossArm, LossSummary, Summary, baseline_arm
 from waveletgpt.report.summary import Record, flatten, read_records, settings_of, summarize_records, with_sweep
 from waveletgpt.report.wording import (
     TABLE_HEADER,
@@ -66,7 +67,7 @@ def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = No
     return path
 
 
-def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
+def render(records: Sequence[Record], summary: LossSummary) -> str:
     """The page as text."""
     names = list(summary["arms"])
     styles = styles_of(summary)
@@ -86,7 +87,7 @@ def render(records: Sequence[Record], summary: dict[str, Any]) -> str:
     return frame(title, _header(records, summary, troubles), sections, summary, len(records))
 
 
-def styles_of(summary: dict[str, Any]) -> dict[str, int]:
+def styles_of(summary: Mapping[str, Any]) -> dict[str, int]:
     """Style of every arm: grey is the baseline's; the others take the palette in order."""
     names = list(summary["arms"])
     others = [name for name in names if name != summary["baseline"] or len(names) == 1]
@@ -97,7 +98,7 @@ def frame(
     title: str,
     header: str,
     sections: Sequence[tuple[str, str, str]],
-    summary: dict[str, Any],
+    summary: Mapping[str, Any],
     runs: int,
     files: str = "summary.json and curves.csv",
 ) -> str:
@@ -122,7 +123,7 @@ def rich(text: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
-def _header(records: Sequence[Record], summary: dict[str, Any], troubles: Sequence[str]) -> str:
+def _header(records: Sequence[Record], summary: LossSummary, troubles: Sequence[str]) -> str:
     recipe, data = summary["recipe"], summary["data"]
     model = [recipe["base_model"]] if recipe.get("base_model") else [recipe.get("architecture"), recipe.get("preset")]
     facts = [data.get("name"), data.get("modality"), *model]
@@ -152,10 +153,10 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
     return items and f'<dl class="tiles">{items}</dl>'
 
 
-def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(summary: LossSummary) -> list[tuple[str, str, str]]:
     """The few numbers to take away: of the arm in the headline, or of the only one."""
     arms, name = summary["arms"], headline_arm(summary)
-    arm, base = arms.get(name) or {}, arms.get(summary["baseline"]) or {}
+    arm, base = arms.get(name or "") or LossArm(), baseline_arm(summary)
     found: list[tuple[str, str, str]] = []
     difference = arm.get("final_nll_difference") or {}
     if difference.get("mean") is not None:
@@ -184,16 +185,16 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _added_share(arm: dict[str, Any], base: dict[str, Any]) -> str:
+def _added_share(arm: LossArm, base: LossArm) -> str:
     ours, theirs = arm.get("flops_per_token"), base.get("flops_per_token")
     return f"{100 * (ours / theirs - 1):+.2g} % FLOPs per token" if ours and theirs else ""
 
 
-def _curves(records: Sequence[Record], summary: dict[str, Any], styles: dict[str, int]) -> str:
+def _curves(records: Sequence[Record], summary: LossSummary, styles: dict[str, int]) -> str:
     return loss_figures(records, summary, styles) + difference_figure(records, summary, styles) + _gaps(summary, styles)
 
 
-def _gaps(summary: dict[str, Any], styles: dict[str, int]) -> str:
+def _gaps(summary: LossSummary, styles: dict[str, int]) -> str:
     """What is left of each arm's lead as training goes on; nothing where there is no comparison."""
     header, rows = gap_table(summary)
     if not rows:
@@ -208,7 +209,7 @@ def _gaps(summary: dict[str, Any], styles: dict[str, int]) -> str:
     )
 
 
-def _breakdown(summary: dict[str, Any], styles: dict[str, int]) -> str:
+def _breakdown(summary: LossSummary, styles: dict[str, int]) -> str:
     """Loss by kind of token and by position, and how near attention stays; nothing for runs that did not record it."""
     header, rows = breakdown_table(summary)
     if not rows:
@@ -230,7 +231,7 @@ def _breakdown(summary: dict[str, Any], styles: dict[str, int]) -> str:
     )
 
 
-def _sources(summary: dict[str, Any], styles: dict[str, int]) -> str:
+def _sources(summary: LossSummary, styles: dict[str, int]) -> str:
     header, rows = sources_table(summary)
     if not rows:
         return ""
@@ -239,7 +240,7 @@ def _sources(summary: dict[str, Any], styles: dict[str, int]) -> str:
     return told + table([escape(name) for name in header], cells, "arms", "Loss by source")
 
 
-def _sweep(summary: dict[str, Any]) -> str:
+def _sweep(summary: LossSummary) -> str:
     """Which settings each arm was tried with, and whether its best lies where the grid ends; or nothing."""
     found = summary.get("sweep")
     if not found:
@@ -278,7 +279,7 @@ def _rows(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _arms(summary: dict[str, Any], styles: dict[str, int]) -> str:
+def _arms(summary: LossSummary, styles: dict[str, int]) -> str:
     _, rows = summary_table(summary)
     keep = [i for i in range(len(TABLE_HEADER)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
     cells = []
@@ -424,7 +425,7 @@ def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
     return html and f"<p>{intro}</p>{html}"
 
 
-def setup(records: Sequence[Record], summary: dict[str, Any]) -> str:
+def setup(records: Sequence[Record], summary: Summary[Any]) -> str:
     """Recipe, data, environment, model, commands."""
     by_arm: dict[str, Record] = {}
     for record in records:
@@ -470,14 +471,14 @@ def _configuration(record: Record) -> dict[str, Any]:
     return flatten({key: value for key, value in {**model, **config}.items() if key not in skip})
 
 
-def _facts(title: str, values: dict[str, Any], after: str = "") -> str:
+def _facts(title: str, values: Mapping[str, Any], after: str = "") -> str:
     rows = [[escape(str(key)), _value(value)] for key, value in values.items()]
     if not rows:
         return ""
     return f'<div><h3>{escape(title)}</h3><table class="key facts"><tbody>{_rows(rows)}</tbody></table>{after}</div>'
 
 
-def _splits(data: dict[str, Any]) -> str:
+def _splits(data: Mapping[str, Any]) -> str:
     """Size of train, validation and test as a small table."""
     splits, sizes = data.get("splits") or {}, data.get("bytes_per_token") or {}
     columns = list(dict.fromkeys(key for split in splits.values() for key in split))

@@ -1,6 +1,6 @@
 """What a trained model does inside: hidden states before and after mixing, and its kernels, as NumPy arrays.
 
-Shapes: T tokens, E embedding, C mixed coordinates (the first C of E).
+Shapes: T tokens, E embedding, C mixed channels (the first C of E).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Insight:
 def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     """Load a saved model and run it once on `probe` (token ids, cut to its context).
 
-    The hidden states are those of the middle block among those that mix. Where learned kernels differ by coordinate,
-    the middle coordinate of each window stands for it.
+    The hidden states are those of the middle block among those that mix. Where learned kernels differ by channel,
+    the middle channel of each window stands for it.
 
     Raises:
         Exception: whatever loading raises for a broken checkpoint.

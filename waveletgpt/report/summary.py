@@ -28,13 +28,32 @@ from pathlib import Path
 from typing import Any
 
 from waveletgpt.errors import UserError
+from waveletgpt.report.records import Arm, ArmSummary, Difference, LossArm, LossSummary, SeedNumbers, Summary
 from waveletgpt.report.wording import headline, markdown_table, summary_table
 from waveletgpt.runs.folder import RunFolder, write_atomically, write_json
+from waveletgpt.runs.records import Breakdown, RunRecord
 
 __all__ = [
-    "LOSS", "Measure", "Record", "assemble", "check_comparable", "compared", "curves_csv", "flatten", "headline",
-    "interpolate", "markdown_table", "mean", "read_records", "same_performance_step", "settings_of", "spread",
-    "summarize", "summarize_records", "summary_table", "write_summary",
+    "LOSS",
+    "Measure",
+    "Record",
+    "assemble",
+    "check_comparable",
+    "compared",
+    "curves_csv",
+    "flatten",
+    "headline",
+    "interpolate",
+    "markdown_table",
+    "mean",
+    "over_seeds",
+    "read_records",
+    "same_performance_step",
+    "settings_of",
+    "summarize",
+    "summarize_records",
+    "summary_table",
+    "write_summary",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -89,7 +108,7 @@ class Record:
     arm: str
     seed: int
     path: Path
-    info: dict[str, Any]
+    info: RunRecord
     metrics: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -182,14 +201,14 @@ def check_comparable(records: Sequence[Record]) -> None:
                 )
 
 
-def data_of(info: dict[str, Any]) -> str:
+def data_of(info: RunRecord) -> str:
     """What tells a run's data from other data; not its name, for one folder can be called in several ways."""
     data = info.get("data") or {}
     return f"fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
 
 
-def windows_of(info: dict[str, Any]) -> str:
-    """What of a run's recipe and model decides on which held-out windows it is measured."""
+def windows_of(info: RunRecord) -> str:
+    """The settings that decide on which held-out windows a run is measured."""
     windows = {
         key: value
         for key, value in flatten(info.get("recipe") or {}).items()
@@ -210,23 +229,23 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def settings_of(info: dict[str, Any]) -> dict[str, Any]:
-    """The flattened recipe without what does not change the training: seed, folders, flags.
+def settings_of(info: RunRecord) -> dict[str, Any]:
+    """The flattened recipe, without settings that do not change the training (seed, folders, flags).
 
-    Nor what is not set: a run of an earlier version lacks settings that came later.
+    Settings that are None are left out, too, because runs of earlier versions lack settings that came later.
     """
     recipe = flatten(info.get("recipe") or {})
     return {key: value for key, value in recipe.items() if key not in _INCIDENTAL and value is not None}
 
 
-def _training_of(info: dict[str, Any]) -> dict[str, Any]:
-    """`settings_of`, but of the size of a batch only what all processes together make of it."""
+def _training_of(info: RunRecord) -> dict[str, Any]:
+    """`settings_of`, with the batch of all processes together in place of their shares."""
     settings = settings_of(info)
     dealt = [settings.pop(key, 1) for key in ("batch_size", "training.accumulation")]
     return {**settings, "sequences": math.prod([*dealt, (info.get("environment") or {}).get("processes", 1)])}
 
 
-def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
+def summarize(runs: Iterable[RunFolder], baseline: str | None) -> LossSummary:
     """Numbers of all arms against the baseline: the content of summary.json.
 
     Only finished runs with a finite loss count, and of an arm only the seeds that the baseline has too (all of its
@@ -242,19 +261,19 @@ def summarize(runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]
     return summarize_records(read_records(runs), baseline)
 
 
-def summarize_records(records: Sequence[Record], baseline: str | None) -> dict[str, Any]:
+def summarize_records(records: Sequence[Record], baseline: str | None) -> LossSummary:
     """`summarize` for runs that are read already."""
-    return assemble(records, baseline, _arm_numbers, _against, early=True)
+    return {**assemble(records, baseline, _arm_numbers, _against, early=True)}
 
 
 def assemble(
     records: Sequence[Record],
     baseline: str | None,
-    numbers: Callable[[dict[str, Any], Sequence[Record]], dict[str, Any]],
-    against: Callable[[Sequence[Record], dict[int, Record]], dict[str, Any]],
+    numbers: Callable[[RunRecord, Sequence[Record]], Arm],
+    against: Callable[[Sequence[Record], dict[int, Record]], Arm],
     *,
     early: bool,
-) -> dict[str, Any]:
+) -> Summary[Arm]:
     """The frame of every summary: which runs count, what is said of each arm and of it against the baseline, notes.
 
     Args:
@@ -277,7 +296,7 @@ def assemble(
     if baseline is not None and not base:
         notes.append(f"No run of the baseline `{baseline}` has finished, so nothing can be compared with it yet.")
     first = (arms[baseline] if baseline is not None else records)[0]
-    summary: dict[str, Any] = {
+    summary: Summary[Arm] = {
         "schema": SCHEMA,
         "baseline": baseline,
         "steps": max((r.steps for r in base.values()), default=first.steps),
@@ -298,7 +317,7 @@ def assemble(
     return summary
 
 
-def _arm_numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, Any]:
+def _arm_numbers(info: RunRecord, counted: Sequence[Record]) -> LossArm:
     model = info.get("model") or {}
     results = [r.info.get("result") or {} for r in counted]
     return {
@@ -310,47 +329,42 @@ def _arm_numbers(info: dict[str, Any], counted: Sequence[Record]) -> dict[str, A
         "seconds": mean([r.seconds for r in counted]),
         "steps": max((r.steps for r in counted), default=None),
         "seeds": [r.seed for r in counted],
-        "final_nll": spread([r.final_nll for r in counted]),
+        "final_nll": over_seeds([r.final_nll for r in counted]),
         "bits_per_byte": mean([_bits_per_byte(r) for r in counted]),
         "breakdown": _mean_breakdown([result.get("breakdown") for result in results]),
     }
 
 
-def _mean_breakdown(found: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+def _mean_breakdown(found: Sequence[Breakdown | None]) -> Breakdown | None:
     """Mean over seeds of `runs.breakdown.break_down`; None where a run has none, as those of earlier versions."""
     if not found or any(entry is None for entry in found):
         return None
-    parts: list[dict[str, Any]] = [entry for entry in found if entry is not None]
-    first = parts[0]
-    near = [entry["near_attention"] for entry in parts]
-    near_first = near[0]
-    return {
+    parts = [entry for entry in found if entry is not None]
+    first, near = parts[0], [entry["near_attention"] for entry in parts]
+    breakdown: Breakdown = {
         "pairs": {
-            kind: {**first["pairs"][kind], "nll": mean([entry["pairs"][kind]["nll"] for entry in parts])}
-            for kind in first["pairs"]
+            kind: {**pair, "nll": mean([entry["pairs"][kind]["nll"] for entry in parts])}
+            for kind, pair in first["pairs"].items()
         },
         "positions": [
             {**place, "nll": mean([entry["positions"][i]["nll"] for entry in parts])}
             for i, place in enumerate(first["positions"])
         ],
-        **(
-            {
-                "sources": {
-                    name: {**place, "nll": mean([entry["sources"][name]["nll"] for entry in parts])}
-                    for name, place in first["sources"].items()
-                }
-            }
-            if all("sources" in entry for entry in parts)
-            else {}
-        ),
-        "near_attention": {
-            **near_first,
-            "share": mean([entry["share"] for entry in near]),
-            "by_block": [mean([entry["by_block"][i] for entry in near]) for i in range(len(near_first["by_block"]))],
-        }
-        if near_first and all(near)
-        else None,
+        "near_attention": None,
     }
+    if all("sources" in entry for entry in parts):
+        breakdown["sources"] = {
+            name: {**source, "nll": mean([entry["sources"][name]["nll"] for entry in parts])}
+            for name, source in first["sources"].items()
+        }
+    measured = [entry for entry in near if entry]
+    if len(measured) == len(near):
+        breakdown["near_attention"] = {
+            **measured[0],
+            "share": mean([entry["share"] for entry in measured]),
+            "by_block": [mean(block) for block in zip(*(entry["by_block"] for entry in measured), strict=True)],
+        }
+    return breakdown
 
 
 @dataclass(frozen=True)
@@ -369,12 +383,11 @@ class Measure:
 LOSS = Measure(lambda r: r.losses, lambda r: r.losses[-1][1], lambda r: r.final_nll)
 
 
-def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measure) -> dict[str, Any]:
+def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measure) -> tuple[ArmSummary, Difference]:
     """How an arm's runs stand against the baseline's of the same seed.
 
     Returns:
-        same_performance_step (mean, per_seed, reached), same_performance_seconds, step_speedup, time_speedup, and the
-        difference in the final value (mean, std, per_seed, ci95).
+        What `ArmSummary` has of it, and the difference in the final value.
     """
     reached = [same_performance_step(measure.curve(r), measure.target(base[r.seed])) if base else None for r in counted]
     mean_step = mean(reached)
@@ -387,11 +400,10 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
         ]
     )
     differences = [measure.final(r) - measure.final(base[r.seed]) for r in counted if base]
-    difference = spread(differences)
-    n = len(differences)
-    std = difference["std"]
-    difference["ci95"] = None if std is None else _T95.get(n - 1, 2.0) * std / math.sqrt(n)
-    return {
+    difference = over_seeds(differences)
+    n, std = len(differences), difference["std"]
+    ci95 = None if std is None else _T95.get(n - 1, 2.0) * std / math.sqrt(n)
+    numbers: ArmSummary = {
         "same_performance_step": {
             "mean": mean_step,
             "per_seed": reached,
@@ -400,14 +412,14 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
         "same_performance_seconds": own_seconds,
         "step_speedup": _ratio(baseline_steps, mean_step),
         "time_speedup": _ratio(baseline_seconds, own_seconds),
-        "difference": difference,
     }
+    return numbers, {**difference, "ci95": ci95}
 
 
-def _against(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, Any]:
+def _against(counted: Sequence[Record], base: dict[int, Record]) -> LossArm:
     """The part of an arm's numbers that compares its loss, seed by seed, with the baseline's."""
-    numbers = compared(counted, base, LOSS) | {"gap": _gap(counted, base)}
-    return {("final_nll_difference" if key == "difference" else key): value for key, value in numbers.items()}
+    numbers, difference = compared(counted, base, LOSS)
+    return {**numbers, "final_nll_difference": difference, "gap": _gap(counted, base)}
 
 
 GAP_AT = {"quarter": 0.25, "half": 0.5, "end": 1.0}
@@ -511,7 +523,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(present) if present and len(present) == len(values) else None
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def over_seeds(values: Sequence[float]) -> SeedNumbers:
     """Mean, sample standard deviation (None for one value) and the values themselves."""
     std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
     return {"mean": mean(values), "std": std, "per_seed": [v if math.isfinite(v) else None for v in values]}
@@ -551,10 +563,10 @@ def sweep_folder(out: str | Path) -> Path:
     return Path(out).with_name(Path(out).name + "-sweep")
 
 
-def with_sweep(summary: dict[str, Any], out: str | Path) -> dict[str, Any]:
-    """The summary, and under "sweep" {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}} if the arms
-    of the comparison in `out` were chosen by one: a record of other arms or data is of a comparison that was there
-    before."""
+def with_sweep(summary: LossSummary, out: str | Path) -> LossSummary:
+    """The summary, with "sweep": {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}} if the arms
+    of the comparison in `out` were chosen by a sweep. A record of other arms or other data is left out: it is of an
+    earlier comparison."""
     try:
         found = json.loads((sweep_folder(out) / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -563,7 +575,7 @@ def with_sweep(summary: dict[str, Any], out: str | Path) -> dict[str, Any]:
     return {**summary, "sweep": found} if same else summary
 
 
-def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> dict[str, Any]:
+def write_summary(out: Path, runs: Iterable[RunFolder], baseline: str | None) -> LossSummary:
     """Write summary.json and curves.csv into `out`, each atomically, and return the summary.
 
     Raises:

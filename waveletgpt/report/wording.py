@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Literal
+
+from waveletgpt.report.records import LossArm, LossSummary, SeedNumbers, baseline_arm
+from waveletgpt.runs.records import SourceLoss
 
 
-def arm_sentence(summary: dict[str, Any], name: str) -> str:
+def arm_sentence(summary: LossSummary, name: str) -> str:
     """One sentence on how an arm did against the baseline, in plain words; arm names stand in backticks."""
-    arm, base = summary["arms"][name], summary["arms"].get(summary["baseline"])
+    arm, base = summary["arms"][name], baseline_arm(summary)
     seeds = len(arm["seeds"])
     loss = arm["final_nll"]["mean"]
     if not seeds or loss is None:
         return f"`{name}` has no finished run to count."
-    if base is None or name == summary["baseline"] or not base["seeds"]:
+    if not base or name == summary["baseline"] or not base["seeds"]:
         return f"`{name}` ended at {loss:.3f} nats per token after {arm['steps']} steps; {plural(seeds, 'seed')}."
     same = arm["same_performance_step"]
     target, steps = base["final_nll"]["mean"], summary["steps"]
@@ -41,7 +44,7 @@ def arm_sentence(summary: dict[str, Any], name: str) -> str:
     return text + "."
 
 
-def best_arm(summary: dict[str, Any]) -> str | None:
+def best_arm(summary: LossSummary) -> str | None:
     """The arm that takes the least computation to the baseline's final loss: its steps times its FLOPs per token.
 
     Steps alone would praise a larger model, seconds depend on what else the machine did. Batches are taken to be of one
@@ -56,7 +59,7 @@ def best_arm(summary: dict[str, Any]) -> str | None:
     return min(costs, key=lambda name: costs[name]) if costs else None
 
 
-def headline_arm(summary: dict[str, Any]) -> str | None:
+def headline_arm(summary: LossSummary) -> str | None:
     """The arm that the headline is about; None where it is about all of them."""
     arms, baseline = summary["arms"], summary["baseline"]
     others = [name for name in arms if name != baseline and arms[name]["seeds"]]
@@ -67,12 +70,12 @@ def headline_arm(summary: dict[str, Any]) -> str | None:
     return others[0] if len(others) == 1 else None
 
 
-def headline(summary: dict[str, Any]) -> str:
+def headline(summary: LossSummary) -> str:
     """The result in one sentence: of the arm that gets there with the least computation, or that none got there."""
     arms, name = summary["arms"], headline_arm(summary)
     others = sum(bool(arm["seeds"]) for other, arm in arms.items() if other != summary["baseline"])
     if name is None:
-        target = arms[summary["baseline"]]["final_nll"]["mean"]
+        target = baseline_arm(summary)["final_nll"]["mean"]
         return (
             f"None of {others} arms reached the baseline's final loss {target:.3f} with all of their seeds in "
             f"{summary['steps']} steps."
@@ -117,19 +120,19 @@ TABLE_HEADER = [
 ]  # fmt: skip
 
 
-def summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def summary_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of short strings, one row per arm: for a terminal, Markdown, or the report."""
-    base = summary["arms"].get(summary["baseline"])
+    base = baseline_arm(summary)
     rows = []
     for name, arm in summary["arms"].items():
-        compared = base is not None and name != summary["baseline"]
+        compared = bool(base) and name != summary["baseline"]
         same = arm.get("same_performance_step", {})
         difference = arm.get("final_nll_difference", {})
         if not compared:
             reached = "baseline" if name == summary["baseline"] and len(summary["arms"]) > 1 else "–"
         elif same["mean"] is not None:
             reached = f"{same['mean']:.0f} of {summary['steps']}"
-        elif not arm["seeds"] or not base["seeds"]:  # type: ignore[index]
+        elif not arm["seeds"] or not base["seeds"]:
             reached = "–"
         else:
             reached = f"never ({same['reached']} of {len(arm['seeds'])} seeds)" if same["reached"] else "never"
@@ -151,7 +154,7 @@ def summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return list(TABLE_HEADER), rows
 
 
-def gap_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def gap_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
     """(header, rows): how far each arm is below the baseline, in nats, as training goes on; no rows without any."""
     rows = []
     for name, arm in summary["arms"].items():
@@ -162,10 +165,10 @@ def gap_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["arm", "ahead at a quarter of the steps", "at half", "at the end", "left of the first"], rows
 
 
-def breakdown_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def breakdown_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
     """(header, rows): loss on tokens that complete a pair seen before in the context and on the others, each with the
     difference to the baseline, and how much attention stays near; no rows where no run recorded it."""
-    base = (summary["arms"].get(summary["baseline"]) or {}).get("breakdown")
+    base = baseline_arm(summary).get("breakdown")
     rows = []
     for name, arm in summary["arms"].items():
         found = arm.get("breakdown")
@@ -191,12 +194,12 @@ def breakdown_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]
     return [*header, "attention within 2 tokens"], rows
 
 
-def sources_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def sources_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
     """(header, rows): loss on each source of a mixture, with the difference to the baseline; no rows for other data."""
     each = {name: (arm.get("breakdown") or {}).get("sources") for name, arm in summary["arms"].items()}
-    found: dict[str, dict[str, Any]] = {name: sources for name, sources in each.items() if sources}
-    base = found.get(summary["baseline"])
-    names = list(next(iter(found.values()), dict[str, Any]()))
+    found: dict[str, dict[str, SourceLoss]] = {name: sources for name, sources in each.items() if sources}
+    base = found.get(summary["baseline"] or "")
+    names = list(next(iter(found.values()), dict[str, SourceLoss]()))
     rows = []
     for arm, sources in found.items():
         cells = []
@@ -208,7 +211,7 @@ def sources_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["arm", *(f"loss on {name}" for name in names)], rows
 
 
-def markdown_table(summary: dict[str, Any]) -> str:
+def markdown_table(summary: LossSummary) -> str:
     """`summary_table` as Markdown, without columns that say nothing."""
     header, rows = summary_table(summary)
     keep = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
@@ -217,7 +220,7 @@ def markdown_table(summary: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def plus_minus(value: dict[str, Any], *, sign: bool = False) -> str:
+def plus_minus(value: SeedNumbers, *, sign: bool = False) -> str:
     """{"mean", "std"} as "1.523 ± 0.004"; without the second part where it is unknown."""
     if value.get("mean") is None:
         return "–"
@@ -225,8 +228,8 @@ def plus_minus(value: dict[str, Any], *, sign: bool = False) -> str:
     return text if value.get("std") is None else f"{text} ± {value['std']:.3f}"
 
 
-def _share(arm: dict[str, Any], base: dict[str, Any] | None, key: str) -> str:
-    if base is None or not base[key] or arm[key] is None:
+def _share(arm: LossArm, base: LossArm, key: Literal["parameters", "flops_per_token"]) -> str:
+    if not base or not base[key] or arm[key] is None:
         return ""
     share = arm[key] / base[key] - 1
     return " (+0 %)" if share == 0 else f" ({100 * share:+.2g} %)"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from waveletgpt.runs.records import Breakdown, LossPart, NearAttention, SourceLoss
+
 NEAR = 2
 """Attention to the token itself and to the tokens up to so many before it counts as near."""
 
@@ -39,7 +41,7 @@ def position_bins(context: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention_windows: int = 4) -> dict[str, Any]:
+def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention_windows: int = 4) -> Breakdown:
     """Loss by kind of token and by position, and the share of attention within two tokens.
 
     Args:
@@ -69,7 +71,7 @@ def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention
     context, rows, known = len(sums["nll"]), int(sums["rows"]), int(sums["tokens"])
     whole = float(sums["nll"].sum())
 
-    def entry(total: float, tokens: int) -> dict[str, Any]:
+    def entry(total: float, tokens: int) -> LossPart:
         return {"nll": total / tokens if tokens else None, "tokens": tokens}
 
     return {
@@ -88,7 +90,7 @@ def break_down(model: Any, batches: Iterable[dict[str, torch.Tensor]], attention
 
 
 @torch.inference_mode()
-def near_attention(model: Any, input_ids: torch.Tensor, **told: torch.Tensor) -> dict[str, Any] | None:
+def near_attention(model: Any, input_ids: torch.Tensor, **told: torch.Tensor) -> NearAttention | None:
     """Share of the attention that goes to the token itself and the two before it, by block and as a mean over blocks.
 
     Mean over heads, rows of `input_ids` (B, T) and the later half of the tokens, which have enough to choose from. None
@@ -106,7 +108,7 @@ def near_attention(model: Any, input_ids: torch.Tensor, **told: torch.Tensor) ->
     distance = torch.arange(T)[:, None] - torch.arange(T)
     near = ((distance >= 0) & (distance <= NEAR))[T // 2 :].to(input_ids.device)
     shares = [float((weights[..., T // 2 :, :].float() * near).sum(-1).mean()) for weights in blocks]
-    return {"share": sum(shares) / len(shares), "by_block": shares, "windows": len(input_ids)}
+    return {"share": sum(shares) / len(shares), "by_block": [*shares], "windows": len(input_ids)}
 
 
 class UnknownToken(ValueError):
@@ -126,9 +128,9 @@ def mean_loss(model: Any, data: Dataset, batch_size: int) -> float:
     return total / count
 
 
-def by_source(model: Any, sources: Mapping[str, Any], batch_size: int) -> dict[str, dict[str, Any]]:
+def by_source(model: Any, sources: Mapping[str, Any], batch_size: int) -> dict[str, SourceLoss]:
     """Loss on each source of a mixture: its windows -> {"nll", "windows"}. UnknownToken names the source."""
-    found = {}
+    found: dict[str, SourceLoss] = {}
     for name, data in sources.items():
         try:
             found[name] = {"nll": mean_loss(model, data, batch_size), "windows": len(data)}

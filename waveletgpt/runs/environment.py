@@ -11,21 +11,25 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from waveletgpt.runs.records import EnvironmentRecord
 
 
-def environment() -> dict[str, Any]:
+def environment() -> EnvironmentRecord:
     """Versions of the libraries, the machine, the git revision of this package, and the date (UTC)."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy", "tokenizers")}
     from waveletgpt import __version__
 
     return {
         "waveletgpt": __version__,
         "python": platform.python_version(),
-        **versions,
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "accelerate": metadata.version("accelerate"),
+        "numpy": metadata.version("numpy"),
+        "tokenizers": metadata.version("tokenizers"),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,6 +27,7 @@ from waveletgpt.model.cost import describe
 from waveletgpt.model.modeling import WaveletGPTForCausalLM
 from waveletgpt.runs.breakdown import UnknownToken, by_source
 from waveletgpt.runs.folder import RunFolder
+from waveletgpt.runs.records import ModelRecord
 from waveletgpt.runs.sampling import counting, generate_tokens
 from waveletgpt.training.recipe import PRESETS, Recipe
 from waveletgpt.training.trainer import choose_device
@@ -78,7 +79,7 @@ def _damaged(what: str) -> Iterator[None]:
 
 
 def load_store(run: RunFolder) -> TokenStore | Mixture:
-    """The token store, or the mixture of them, that the run was trained on, prepared anew if it is gone.
+    """The token store, or the mixture of them, that the run was trained on, prepared again if it is gone.
 
     Raises:
         UserError: the data is gone too, or is not what it was.
@@ -170,7 +171,7 @@ def generate_from_run(
     write: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> list[str]:
-    """Continue `prompt` (a text, or for other modalities a file; None begins anew); settings: `generate_tokens`.
+    """Continue `prompt` (a text, or for other modalities a file; None: no prompt); settings: `generate_tokens`.
 
     A text of one sample is also given to `write` as it comes, prompt included; all else shows a bar on a terminal.
 
@@ -283,7 +284,7 @@ def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str
             config = AutoConfig.from_pretrained(run.model_path())
         value = {name: run.entry("model", name) for name in _TOLD_OF_MODELS}
         with _damaged(f"what {run.path / 'run.json'} says of the model"):
-            rows = _model_rows(config, value)
+            rows = _model_rows(config, cast(ModelRecord, value))
         print("run {}: {}, seed {}, {}, {}".format(run.path, *told))
     else:
         raise UserError(f'"{what}" is neither a preset ({", ".join(known)}) nor a run folder{suggest(what, known)}')
@@ -297,7 +298,7 @@ _TOLD_OF_MODELS = (
 )
 
 
-def _model_rows(config: Any, value: dict[str, Any]) -> list[tuple[str, str]]:
+def _model_rows(config: Any, value: ModelRecord) -> list[tuple[str, str]]:
     """What `print_info` tells of a model; `value` has what `cost.describe` gives."""
     windows = value["windows"]
     counts = ", ".join(f"{w} x{windows.count(w)}" for w in dict.fromkeys(windows)) or "none"

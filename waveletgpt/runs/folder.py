@@ -18,9 +18,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 from waveletgpt.errors import UserError
+from waveletgpt.runs.records import RunRecord
 
 SCHEMA = 1
 # Checkpoints are written here, inside the run folder, and moved to their place when whole.
@@ -76,9 +77,8 @@ class RunFolder:
         return (self.path / "run.json").is_file()
 
     @property
-    def info(self) -> dict[str, Any]:
-        """run.json: schema, status ("running" | "interrupted" | "failed" | "finished"), arm, seed, recipe, data,
-        model, environment, command, probe (held-out token ids to picture embeddings with), result."""
+    def info(self) -> RunRecord:
+        """run.json. Raises UserError where it cannot be read, or an entry is of the wrong kind."""
         try:
             value = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ class RunFolder:
         if "eval_every" in training and training["eval_every"] is None:
             # Earlier versions recorded what was set only, and evaluated at every 40th of the run where nothing was.
             training["eval_every"] = max(1, int(recipe.get("max_steps") or 40) // 40)
-        return value
+        return cast(RunRecord, value)
 
     def entry(self, *names: str) -> Any:
         """What run.json has under these names, one inside the other. Raises UserError where there is nothing."""
@@ -107,10 +107,10 @@ class RunFolder:
             value = value[name]
         return value
 
-    def write_info(self, info: dict[str, Any]) -> None:
+    def write_info(self, info: RunRecord) -> None:
         write_json(self.path / "run.json", {"schema": SCHEMA, **info})
 
-    def update_info(self, **changes: Any) -> None:
+    def update_info(self, **changes: Unpack[RunRecord]) -> None:
         self.write_info({**self.info, **changes})
 
     @property

@@ -36,11 +36,11 @@ def generate_tokens(
     """Continue `prompt`, with the cache: `samples` lists of up to `tokens` new token ids.
 
     `temperature=0` is greedy. `stop`: end a sample at the end-of-text token. `suppress_tokens` never come. `watch` is
-    given the new token of every sample as soon as there is one. Where the context is full, generation goes on from its
-    last half.
+    given the new token of every sample as soon as there is one. When the context is full, its last half is kept as the
+    prompt for more.
 
     Raises:
-        UserError: settings out of range, an empty prompt, or a model whose outputs are no numbers.
+        UserError: settings out of range, an empty prompt, or a model whose outputs are NaN.
     """
     if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or samples < 1 or tokens < 1 or not 0 <= seed < 2**63:
         raise UserError(
@@ -58,7 +58,9 @@ def generate_tokens(
         torch.manual_seed(seed)
         while ids.shape[1] < len(prompt) + tokens:
             seen = ids if ids.shape[1] <= context else ids[:, -max(1, context // 2) :]
-            new = min(context + 1 - seen.shape[1], len(prompt) + tokens - ids.shape[1])  # the last one is not read
+            new = min(
+                context + 1 - seen.shape[1], len(prompt) + tokens - ids.shape[1]
+            )  # the last new token is not read again
             try:
                 out = model.generate(
                     seen,
@@ -91,7 +93,7 @@ class _Watched(BaseStreamer):
         self.watch = watch
 
     def put(self, value: torch.Tensor) -> None:
-        if value.dim() == 1:  # the first one, of two dimensions, is what generation goes on from
+        if value.dim() == 1:  # the first call brings the prompt, in two dimensions
             self.watch(value.tolist())
 
     def end(self) -> None:

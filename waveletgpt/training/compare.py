@@ -194,7 +194,7 @@ def compare(
     summary: dict[str, Any] = {}
 
     def renew() -> dict[str, Any]:
-        """The results of what has been trained; none before the baseline, unless nothing of it is left to come."""
+        """The summary of the runs that have ended; empty before one of the baseline has, unless all have."""
         begun = [job.run for job in jobs if job.folder in ended and job.run.exists()]
         baseline = next((arm for run in begun if (arm := run.info["arm"]) == parsed[0].name), None)
         if not begun or (baseline is None and len(ended) < len(jobs)):
@@ -220,7 +220,7 @@ def compare(
 
 
 def check_models(arms: list[Arm], task: Task, begun: list[RunFolder]) -> None:
-    """Build the model of each arm, to be told of what does not go before hours are spent.
+    """Build the model of each arm, so that wrong settings are found before hours of training.
 
     Raises:
         UserError: settings that the model does not take, arms that are measured on other windows than the first, or an

@@ -305,7 +305,7 @@ def _tuned(
 ) -> list[str]:
     """The arms with the best of `grid` at a rung's size: that of its shortest training, which is swept once.
 
-    A ladder that is gone on with has its sweep already, perhaps at other tokens than the shortest of now.
+    A ladder that is resumed has its sweep already, perhaps at another number of tokens than the smallest one now.
     """
 
     def look() -> tuple[Rung, list[str] | None]:

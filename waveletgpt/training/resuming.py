@@ -55,7 +55,7 @@ def _refuse_file(out: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Make the folder and keep other processes from training in it; if it was made for nothing it goes again.
+    """Make the folder and keep other processes from training in it. If it is still empty at the end, it is removed.
 
     See `locks.locked`.
 
@@ -123,7 +123,7 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
 
 
 def broken(folder: Path, problem: str) -> UserError:
-    """The error for a checkpoint that can't be gone on from."""
+    """The error for a checkpoint that cannot be resumed from."""
     return UserError(
         f"checkpoint {folder} is broken ({problem}); delete it, and `resume=True` goes on from the one before"
     )

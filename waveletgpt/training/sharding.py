@@ -2,7 +2,7 @@
 
 Its checkpoints have the weights in one file, which loads anywhere, and in the folder `optimizer` what is twice as large
 and needed for resuming only: each process writes its part (torch.distributed.checkpoint), and any number of processes
-read what they need. One process that goes on with such a run holds all of it.
+read what they need. A single process that resumes such a run holds all of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tell_accelerate() -> None:
     It looks at its FSDP plugin only where the processes are of a kind that has accelerators
     (`AcceleratorState.__init__`), and trains copies (DDP) otherwise, without a word. FSDP 2 itself runs on CPUs. So the
     processes are called those of GPUs between their start (`TrainingArguments.device`) and the accelerator's; what they
-    compute on is kept elsewhere. The next run's `TrainingArguments` finds out anew.
+    compute on is kept elsewhere. The next run's `TrainingArguments` finds out for itself.
     """
     state = PartialState._shared_state
     if state["distributed_type"] == DistributedType.MULTI_CPU:

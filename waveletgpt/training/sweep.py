@@ -1,7 +1,7 @@
 """A sweep: every arm is tried with every combination of some settings, and gets the one that served it best.
 
 One learning rate for all arms misjudges them: what is mixed bears, and likes, other rates than what is not. The trials
-are a comparison of their own, in a folder beside the one they are for, so that they can be read and gone on with.
+are a comparison of their own, in a folder beside the one they are for, so that they can be read and resumed.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from waveletgpt.errors import UserError
 from waveletgpt.integrations.architecture import build, context_of
 from waveletgpt.model.configuration import WaveletGPTConfig
 from waveletgpt.model.modeling import WaveletGPTForCausalLM
+from waveletgpt.runs.records import DataRecord, ResultRecord
 from waveletgpt.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Task(Protocol):
         Raises UserError for settings that contradict each other or do not fit the data.
         """
 
-    def describe(self, data: str | Sequence[str]) -> dict[str, Any]:
+    def describe(self, data: str | Sequence[str]) -> DataRecord:
         """The `data` part of run.json; `data` is what the user called it."""
 
     def probe(self, model: Any) -> list[int]:
@@ -70,7 +71,7 @@ class Task(Protocol):
     def tokenizer(self) -> Any:
         """Saved with the model; None where there is none."""
 
-    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> ResultRecord:
         """Write what the trained model makes into the run folder; more entries for its `result`."""
 
 
@@ -156,9 +157,9 @@ class LanguageModeling:
                 "other things: leave modality and tokenizer out"
             )
 
-    def describe(self, data: str | Sequence[str]) -> dict[str, Any]:
+    def describe(self, data: str | Sequence[str]) -> DataRecord:
         store = self.store
-        where = {"mixture": store.describe()} if isinstance(store, Mixture) else {"store": str(store.path)}
+        where: DataRecord = {"mixture": store.describe()} if isinstance(store, Mixture) else {"store": str(store.path)}
         return {
             "name": said(data),
             "modality": store.modality,
@@ -166,7 +167,7 @@ class LanguageModeling:
             **where,
             "vocab_size": store.vocab_size,
             "bytes_per_token": {split: store.bytes_per_token(split) for split in ("train", "validation", "test")},
-            "splits": store.meta.get("splits"),
+            "splits": store.meta["splits"],
             "source": store.meta.get("source"),
         }
 
@@ -200,7 +201,7 @@ class LanguageModeling:
     def tokenizer(self) -> Any:
         return self.store.load_tokenizer()
 
-    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+    def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> ResultRecord:
         from torch.utils.data import DataLoader
 
         from waveletgpt.runs.breakdown import break_down, by_source

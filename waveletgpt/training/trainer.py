@@ -35,6 +35,7 @@ from waveletgpt.integrations.architecture import check_identity
 from waveletgpt.model.cost import describe, mixers_in
 from waveletgpt.runs.environment import command, environment, peak_flops
 from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, publish, write_json
+from waveletgpt.runs.records import ResultRecord, RunRecord
 from waveletgpt.training import processes, sharding
 from waveletgpt.training.progress import ProgressBar
 from waveletgpt.training.recipe import Recipe
@@ -43,14 +44,14 @@ from waveletgpt.training.task import HasTask, Task, task_of
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss became NaN or infinite."""
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run is saved and can go on."""
 
 
-class Clock:
+class Stopwatch:
     """Seconds of training: runs from `start`, stands still inside `paused`."""
 
     def __init__(self, seconds: float = 0.0):
@@ -86,7 +87,7 @@ class RunTrainer(Trainer):
 
     def __init__(self, run: RunFolder, recipe: Recipe, task: Task, tokens_per_step: int, **kwargs: Any):
         self.run, self.recipe, self.task, self.tokens_per_step = run, recipe, task, tokens_per_step
-        self.clock = Clock()
+        self.clock = Stopwatch()
         self.waited = self.resumed_at = 0.0
         self._output_dir: str | None = None
         super().__init__(**kwargs)
@@ -200,7 +201,7 @@ class Recorder(TrainerCallback):
             self.interrupted = True
             control.should_save = control.should_training_stop = True
         if control.should_save or control.should_evaluate:
-            # A loss that is no number is noticed before it is saved.
+            # Logging notices a NaN before a checkpoint of it is saved.
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -271,7 +272,7 @@ def _train(
     show_progress: bool,
     at_once: int,
 ) -> RunFolder:
-    """`train` in a folder that is ours alone."""
+    """`train`, in a folder that this process has locked."""
     recipe = recipe.with_evaluations(run.info["recipe"] if run.exists() else None)
     transformers_logging.disable_progress_bar()
     # A comparison trains arm after arm in one process; each starts from its own precision.
@@ -307,7 +308,7 @@ def _train(
             check_identity(model, run.info.get("model") or {}, recipe.base_model)
     main = processes.first()
     sequences = global_batch(recipe.as_dict(), processes.count())
-    info: dict[str, Any] = {
+    info: RunRecord = {
         "status": "running",
         "task": task.name,
         "arm": arm,
@@ -388,7 +389,7 @@ def finish(trainer: RunTrainer) -> None:
         processes.from_first(complete)
 
 
-def result(run: RunFolder) -> dict[str, Any]:
+def result(run: RunFolder) -> ResultRecord:
     """Final held-out loss and speed. Tokens per second: median over the logging intervals, so that neither compilation
     nor a busy moment counts; `mfu`: the model's FLOPs as a share of what the GPU can do (arXiv 2204.02311, Appendix B),
     None where that is not known."""

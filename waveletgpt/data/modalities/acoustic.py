@@ -18,7 +18,7 @@ import numpy as np
 
 from waveletgpt.data.modalities import encoders
 from waveletgpt.data.modalities.audio import READ, excerpt, tokenise, write_wav
-from waveletgpt.data.modalities.modality import SampleFile, counted, spread
+from waveletgpt.data.modalities.modality import SampleFile, counted, evenly_spaced
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Source
 from waveletgpt.data.sources.hub import fail_soon
@@ -38,7 +38,7 @@ class Codec:
     """
 
     def __init__(self, name: str) -> None:
-        """Raises UserError if there is no such model, or one that is no codec, or none that tokens can be made of."""
+        """Raises UserError if the model does not exist, is not a codec, or gives no tokens."""
         import torch
         from transformers import AutoConfig, AutoModel
         from transformers.utils import logging as transformers_logging
@@ -202,7 +202,7 @@ class AcousticModality:
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
         """A second each, in whole frames."""
         name, books, _ = _settings(tokenizer)
-        return spread(tokens, count, codec(name).frames(1) * books, books)
+        return evenly_spaced(tokens, count, codec(name).frames(1) * books, books)
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
         """What completes the last frame of `prompt`, and five seconds."""

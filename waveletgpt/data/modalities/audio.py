@@ -19,7 +19,7 @@ import numpy as np
 
 from waveletgpt.data.modalities import encoders, mulaw
 from waveletgpt.data.modalities.containers import streams
-from waveletgpt.data.modalities.modality import SampleFile, counted, spread
+from waveletgpt.data.modalities.modality import SampleFile, Unusable, counted, evenly_spaced
 from waveletgpt.data.modalities.text import require_splits
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
@@ -29,7 +29,7 @@ from waveletgpt.data.store import StoreWriter
 from waveletgpt.errors import UserError
 
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
-"""What is read. libsndfile knows more, among them tables of numbers that are no sound."""
+"""What is read. libsndfile knows more formats, some of which are tables of numbers and not sound."""
 SUFFIXES = frozenset(
     (".wav", ".wave", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
      ".snd", ".caf")
@@ -40,7 +40,7 @@ READ = {"audio_reading": 2}
 RATES = (1000, 1_000_000)
 """Samples a second that a recording may have: a header that claims others is broken."""
 LOUDEST = 1e6
-"""Samples beyond this many times full scale count as silence, like those that are no number."""
+"""Samples beyond this many times full scale count as silence, as NaN and infinity do."""
 BLOCK = 1 << 20
 """Values (samples times channels) decoded at a time."""
 GAP = 1.0
@@ -48,11 +48,7 @@ GAP = 1.0
 PROMPT = 1.0
 """Seconds of a prompt that doesn't say how many."""
 SAMPLE = 0.5
-"""Seconds of held-out sound that a sample in a report goes on from, and of what is new, unless set."""
-
-
-class Unusable(Exception):
-    """A file that is no recording, or a broken one."""
+"""Seconds of held-out sound that a sample in a report begins with, and seconds generated after it, unless set."""
 
 
 def libraries() -> tuple[Any, Any]:
@@ -106,7 +102,7 @@ def _stream(source: Path | BinaryIO, rate: int) -> Iterator[np.ndarray]:
 def excerpt(prompt: str, rate: int) -> np.ndarray:
     """The start of the recording `PATH` or `PATH@SECONDS` (default: one second), (samples,) float32.
 
-    Raises UserError for a file that is not there or cannot be read, and for seconds that are no positive number.
+    Raises UserError for a file that is not there or cannot be read, and for seconds that are not a positive number.
     """
     path, seconds = Path(prompt), PROMPT
     if not path.exists() and "@" in prompt:
@@ -237,14 +233,14 @@ class AudioModality:
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
         """Half a second each."""
-        return spread(tokens, count, round(SAMPLE * sample_rate(tokenizer)))
+        return evenly_spaced(tokens, count, round(SAMPLE * sample_rate(tokenizer)))
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
         """Half a second."""
         return round(SAMPLE * sample_rate(tokenizer))
 
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write the sound of `tokens` as `stem`.wav; those that are no mu-law code are left out."""
+        """Write the sound of `tokens` as `stem`.wav; tokens that are not mu-law codes are left out."""
         codes = np.asarray(tokens, np.int64)
         known = codes[(codes >= 0) & (codes < mulaw.CODES)]
         repaired = counted(Counter({"tokens that are no samples left out": len(codes) - len(known)}))
@@ -257,7 +253,7 @@ def sample_rate(tokenizer: Any) -> int:
 
 
 def write_wav(stem: Path, samples: np.ndarray, rate: int, repaired: str = "") -> SampleFile:
-    """Write samples in [-1, 1] as `stem`.wav, 16 bits mono; what is beyond is clipped, what is no number silent."""
+    """Write samples in [-1, 1] as `stem`.wav, 16 bits mono; samples outside are clipped, NaN becomes silence."""
     path = stem.with_name(stem.name + ".wav")
     levels = np.round(np.clip(np.nan_to_num(samples), -1, 1) * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:

@@ -339,7 +339,8 @@ def no_settings(settings: DataSettings) -> dict[str, Any]:
     """Nothing to set, and no tokenizer to name."""
     if settings.tokenizer:
         raise UserError(
-            f'tokenizer "{settings.tokenizer}" goes with `modality=bpe` or `modality=chars` only: leave one of the two out'
+            f'tokenizer "{settings.tokenizer}" goes with `modality=bpe` or `modality=chars` only: leave one of the two '
+            "out"
         )
     return {}
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from waveletgpt.data.modalities import encoders
-from waveletgpt.data.modalities.modality import SampleFile, counted, spread
+from waveletgpt.data.modalities.modality import SampleFile, Unusable, counted, evenly_spaced
 from waveletgpt.data.modalities.text import require_splits
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
@@ -74,10 +74,6 @@ class Shape(NamedTuple):
         return self.size // 2 * self.size * self.channels
 
 
-class Unusable(Exception):
-    """Why a file is skipped."""
-
-
 _Found = list[tuple[float, bytes]] | Unusable
 
 
@@ -115,7 +111,7 @@ def _hint(data: bytes) -> str:
 def _turned(picture: Image) -> Image:
     """The picture turned as its EXIF orientation says; as it is where that cannot be read.
 
-    Pillow's own `exif_transpose` also writes the other entries anew, and fails at a number in any of them that is none.
+    Pillow's own `exif_transpose` also rewrites the other entries, and fails if one of them holds an invalid number.
     """
     from PIL import Image
 
@@ -279,7 +275,7 @@ class ImagesModality:
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
         """The upper half of a picture each."""
         shape = _shape(tokenizer)
-        return spread(tokens, count, 1 + shape.half, shape.record)
+        return evenly_spaced(tokens, count, 1 + shape.half, shape.record)
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
         """What completes the picture."""

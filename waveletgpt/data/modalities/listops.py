@@ -42,10 +42,10 @@ OFFICIAL = {"basic_train.tsv": "train", "basic_val.tsv": "validation", "basic_te
 """The files of the Long Range Arena, and the splits they are."""
 
 LONGEST_LINE = 1 << 24
-"""Bytes of a line, beyond which it is cut: a film is no table."""
+"""Longest line, in bytes; longer ones are cut, for the file may not be a table at all."""
 
 _WRONG_ROWS = 1000
-"""A file that begins with so many rows that are no expressions is not read further."""
+"""A file whose first so many rows are not expressions is not read further."""
 _TREES = 4096
 """Expressions drawn at a time."""
 _PATIENCE = 250
@@ -279,7 +279,7 @@ class ListOpsModality:
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
         """Tokens of an expression or its beginning, with or without `=`; of none, the token between documents.
 
-        Raises UserError for a word that is no part of one.
+        Raises UserError for a word that cannot stand in one.
         """
         words = _words(prompt)
         if unknown := [word for word in words if word not in IDS]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class Unusable(Exception):
+    """Why a file is skipped: it is not of the kind that is read, or broken."""
+
+
 @dataclass(frozen=True)
 class SampleFile:
     """A generated sample in its own form: `kind` "text", "audio", "image" or "music"."""
@@ -57,7 +61,7 @@ class Modality(Protocol):
         """Tokens of what a user gives to continue: a text, or the path of a file."""
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
-        """`count` prompts out of a split's tokens, always the same: what the samples of reports go on from."""
+        """`count` prompts out of a split's tokens, always the same: the beginnings of the samples in reports."""
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
         """How many tokens suit as a continuation of `prompt`: what completes a picture, half a second of sound."""
@@ -66,7 +70,7 @@ class Modality(Protocol):
         """Write generated tokens as a file named `stem` plus a suffix; survives any sequence of tokens."""
 
 
-def spread(tokens: np.ndarray, count: int, length: int, unit: int = 1) -> list[list[int]]:
+def evenly_spaced(tokens: np.ndarray, count: int, length: int, unit: int = 1) -> list[list[int]]:
     """`count` runs of `length` tokens (half of all at most) at even distances, each from a multiple of `unit` on."""
     length = max(1, min(length, len(tokens) // 2))
     starts = (i * (len(tokens) - length) // count for i in range(count))

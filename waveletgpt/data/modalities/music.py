@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from waveletgpt.data.modalities import encoders
-from waveletgpt.data.modalities.modality import SampleFile, counted
+from waveletgpt.data.modalities.modality import SampleFile, Unusable, counted
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.encodings import begin, decoded
@@ -70,10 +70,6 @@ NOTES = np.dtype([("start", "<f8"), ("end", "<f8"), ("pitch", "u1"), ("velocity"
 """Notes of a piece: seconds, key 0 .. 127, velocity 1 .. 127; in the order of their starts, then keys."""
 
 
-class Unusable(Exception):
-    """Why a file is skipped."""
-
-
 def library() -> Any:
     """The module symusic; raises UserError if it is not installed."""
     try:
@@ -109,7 +105,7 @@ def read_midi(data: bytes) -> np.ndarray:
         raise Unusable("no notes in it")
     if per_quarter < 1:
         raise Unusable("broken (no ticks in a quarter note)")
-    clock = _Clock(per_quarter, tempos)
+    clock = _TempoMap(per_quarter, tempos)
     notes = np.concatenate([_played(keys, clock, controls) for keys, controls in parts])
     if notes["end"].max() > HOURS * 3600:
         raise Unusable(f"longer than {HOURS} hours")
@@ -263,7 +259,7 @@ def _messages(track: bytes) -> Iterator[tuple[int, int, int, int]]:
     yield tick, 0, 0, 0
 
 
-class _Clock:
+class _TempoMap:
     """Seconds of ticks, from a score's tempo map."""
 
     def __init__(self, per_quarter: int, tempos: dict[str, np.ndarray]) -> None:
@@ -279,7 +275,7 @@ class _Clock:
         return self._seconds[last] + (ticks - self._ticks[last]) * self._rates[last]
 
 
-def _played(keys: dict[str, np.ndarray], clock: _Clock, controls: dict[str, np.ndarray]) -> np.ndarray:
+def _played(keys: dict[str, np.ndarray], clock: _TempoMap, controls: dict[str, np.ndarray]) -> np.ndarray:
     """The notes of one track in seconds, those released while the pedal was down lasting until it came up."""
     notes = np.empty(len(keys["time"]), NOTES)
     notes["pitch"], notes["velocity"] = np.clip(keys["pitch"], 0, 127), np.clip(keys["velocity"], 1, 127)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from waveletgpt.data.modalities import encoders
-from waveletgpt.data.modalities.modality import SampleFile, counted, spread
+from waveletgpt.data.modalities.modality import SampleFile, counted, evenly_spaced
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.files import Document, Source
@@ -162,7 +162,7 @@ class TextModality:
     ) -> dict[str, Any]:
         """Normalise all documents onto the spool, and decide the splits; which files were passed over.
 
-        With `writer`, what has been read is saved on the way, and a spool that was taken over is gone on with.
+        With `writer`, what has been read is saved on the way, and reading continues where an earlier process stopped.
         """
         saved = writer.saved if writer else {}
         first, own = saved.get("documents", 0), source.own_splits
@@ -256,7 +256,7 @@ class TextModality:
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
         """32 tokens each."""
-        return spread(tokens, count, 32)
+        return evenly_spaced(tokens, count, 32)
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
         """200: some lines."""

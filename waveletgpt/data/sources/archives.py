@@ -150,7 +150,7 @@ _ZIP_MEMBER, _ZIP_END = b"PK\3\4", b"PK\5\6"
 def _nothing_beside(stream: Stream, archive: zipfile.ZipFile) -> None:
     """Raises UserError for what a ZIP's directory says nothing of: another archive before it, or bytes after it.
 
-    A program before it, which unpacks it, is no archive.
+    A program in front of it, which unpacks it, is not read as an archive.
     """
     file, directory = stream.file, archive.start_dir
     first = min((info.header_offset for info in archive.infolist()), default=directory)

@@ -92,7 +92,7 @@ def _fetch(url: str, part: Path, name: str, size: int | None, progress: bool, me
             except urllib.error.HTTPError as error:
                 if error.code != 416:
                     raise _unreachable(url, mend, f"{error.code} {error.reason}") from error
-                part.unlink()  # 416: what is here is no beginning of what is there
+                part.unlink()  # 416: the partial file is longer than the server's: start again
             except urllib.error.URLError as error:
                 raise _unreachable(url, mend, error.reason) from error
             except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
@@ -102,7 +102,9 @@ def _fetch(url: str, part: Path, name: str, size: int | None, progress: bool, me
 
 
 def _receive(answer: http.client.HTTPResponse, part: Path, have: int, advance: Callable[[int], None]) -> bool:
-    """Append what comes, or begin anew if the server does; whether that is the whole file."""
+    """Append the server's answer to `part`, or replace it if the server sent the file from its beginning.
+
+    Returns whether the file is complete."""
     if answer.status != 206:
         have = 0
     length = answer.headers.get("Content-Length")
