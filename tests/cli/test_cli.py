@@ -111,7 +111,8 @@ def test_help_shows_the_defaults_of_a_recipe(tmp_path: Path, capsys: pytest.Capt
     assert run("compare", "--recipe", recipe, "--help") == 0
     text = capsys.readouterr().out
     for option, default in (("--max-steps", "77"), ("--model.n-layer", "5"), ("--seeds", "3")):
-        assert f"(default: {default})" in text[text.index(f"{option} ") :].split("--", 2)[1], option
+        described = text[text.index(f"│ {option} ") + 2 :].split("│ --")[0]  # up to the next option
+        assert f"(default: {default})" in described, option
 
 
 def test_compare_then_every_other_command(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,7 +13,18 @@ from tyro.conf import OmitArgPrefixes, Suppress, arg
 # Settings that --help shows, besides the command's own options.
 FIRST = frozenset(
     [
-        *("modality", "preset", "base_model", "mixing", "max_steps", "batch_size", "lr", "seed", "device"),
+        *(
+            "modality",
+            "preset",
+            "architecture",
+            "base_model",
+            "mixing",
+            "max_steps",
+            "batch_size",
+            "lr",
+            "seed",
+            "device",
+        ),
         *("model.n_layer", "model.n_embd", "model.n_positions", "training.precision"),
         *("column", "length", "train_examples", "clip_seconds", "fold"),
     ]
