@@ -111,7 +111,7 @@ def test_help_shows_the_defaults_of_a_recipe(tmp_path: Path, capsys: pytest.Capt
     assert run("compare", "--recipe", recipe, "--help") == 0
     text = capsys.readouterr().out
     for option, default in (("--max-steps", "77"), ("--model.n-layer", "5"), ("--seeds", "3")):
-        described = text[text.index(f"│ {option} ") + 2 :].split("│ --")[0]  # up to the next option
+        described = re.split(r"\n\W*--", text[text.index(f"{option} ") :])[0]  # up to the next option
         assert f"(default: {default})" in described, option
 
 
