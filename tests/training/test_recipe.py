@@ -161,7 +161,7 @@ def test_arms_override_settings() -> None:
     [
         ([], "at least one arm"),
         (["none", "none"], "names none twice"),
-        (["none", "wavelets"], '--arms: no "wavelets"'),
+        (["none", "wavelets"], '`arms`: no "wavelets"'),
         (["none:n_layer"], '"n_layer" is not name=value'),
         (["none:layers=3"], 'no setting "layers"'),
         (["none", "fixed: lr=1e-3", "fixed:lr=1e-3"], "twice, once as fixed: lr=1e-3"),

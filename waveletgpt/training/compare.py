@@ -49,7 +49,7 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
         UserError: unknown mixing or setting, one of the data or the seed, an arm given twice, no arm.
     """
     if not specs:
-        raise UserError("`arms` is empty: name one or more, the baseline first, such as none and fixed")
+        raise UserError("`arms` needs at least one arm, such as none and fixed")
     arms: list[Arm] = []
     for spec in specs:
         first, _, rest = spec.partition(":")

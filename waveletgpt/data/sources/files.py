@@ -259,9 +259,7 @@ class Files:
         for inside, path in self._paths:
             self._inside = inside
             if path.suffix.lower() in UNSUPPORTED:
-                raise UserError(
-                    f"{inside} is packed in a way that is not supported: unpack it, or leave it out with `exclude`"
-                )
+                raise UserError(f"{inside} is packed in a way that is not supported: unpack it first, or `exclude` it")
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")
