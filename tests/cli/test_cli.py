@@ -11,10 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tyro.extras
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import write_text
 from waveletgpt import cli
+from waveletgpt.cli.commands import COMMANDS
 
 SMALL = [
     *("--preset", "tiny", "--max-steps", "6", "--batch-size", "4", "--device", "cpu", "--model.n-positions", "16"),
@@ -70,9 +72,19 @@ def test_help_needs_no_heavy_library() -> None:
     "command", ["train", "compare", "ladder", "evaluate", "generate", "report", "info", "data prepare"]
 )
 def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(
+        DeprecationWarning, match="get_parser"
+    ):  # there is no other way to ask tyro for the texts option by option
+        actions = tyro.extras.get_parser(COMMANDS[command])._actions
+    assert len(actions) > 1
+    said = {
+        action.dest: re.sub(r"\((default|required|optional).*", "", action.help or "", flags=re.S) for action in actions
+    }
+    assert not [name for name, text in said.items() if len(text.split()) < 2]
     assert run(*command.split(), "--help") == 0
-    text = capsys.readouterr().out
-    assert "(default" in text or "(required)" in text
+    shown = capsys.readouterr().out
+    longest = [max(action.option_strings, key=len) for action in actions if action.option_strings]
+    assert not [name for name in longest if name not in shown and not name.startswith("--no-")]
 
 
 def test_compare_then_every_other_command(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
