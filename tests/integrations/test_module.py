@@ -44,6 +44,7 @@ def test_resetting_is_starting_anew(kernels: str | None) -> None:
     made.window.zero_()
     made.reset_parameters()
     fresh = WaveletMixing(12, windows=[2, 8], kernels=kernels).double()
+    assert made.state_dict().keys() == fresh.state_dict().keys() != set()
     for name, value in fresh.state_dict().items():
         assert torch.equal(made.state_dict()[name], value)
 
@@ -106,6 +107,7 @@ def test_partial_edges(kernels: str | None, size: int) -> None:
 def test_all_parameters_get_gradients_and_are_vectors(kernels: str) -> None:
     made = mixer(kernels)
     made(torch.randn(2, 9, 12, dtype=torch.float64)).square().sum().backward()
+    assert list(made.parameters())
     for parameter in made.parameters():
         assert parameter.ndim == 1
         assert bool((parameter.grad != 0).all())

@@ -78,7 +78,8 @@ ONLY_LANGUAGE_MODELS |= {f"data.splits.*.{key}" for key in ("documents", "tokens
 
 def test_language_models_write_the_typed_keys(tmp_path: Path) -> None:
     store = make_store(tmp_path)
-    compare(tiny_recipe(max_steps=3), store, tmp_path / "out", data="words.txt", arms=["none", "fixed"])
+    recipe = tiny_recipe(max_steps=2, eval_every=2, save_every=2, samples=0)
+    compare(recipe, store, tmp_path / "out", data="words.txt", arms=["none", "fixed"])
     run, summary = keys_in(tmp_path / "out", LossSummary, LossArm)
     typed = {key for key in declared(RunRecord, None) if not key.startswith(("result.validation", "result.test"))}
     assert run == typed - ONLY_SOME - ONLY_CLASSIFIERS

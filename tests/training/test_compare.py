@@ -66,7 +66,9 @@ def test_one_run_folder_per_arm_and_seed(out: Path) -> None:
 
 def test_curves_hold_every_logged_point(out: Path) -> None:
     rows = list(csv.DictReader((out / "curves.csv").open()))
-    for run in find_runs(out):
+    runs = list(find_runs(out))
+    assert sum(len(run.metrics()) for run in runs) == len(rows) > 0
+    for run in runs:
         mine = [r for r in rows if (r["arm"], int(r["seed"])) == (run.info["arm"], run.info["seed"])]
         assert len(mine) == len(run.metrics())
 

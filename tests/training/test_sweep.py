@@ -41,7 +41,9 @@ def test_each_arm_has_the_best_of_its_trials(out: Path) -> None:
 
 
 def test_a_whole_trial_is_the_first_run(out: Path) -> None:
-    for run in find_runs(out):
+    runs = list(find_runs(out))
+    assert {run.info["seed"] for run in runs} == {0, 1}
+    for run in runs:
         trial = RunFolder(sweep_folder(out) / run.path.name)
         if run.info["seed"] == 0:
             assert (run.path / "model.safetensors").read_bytes() == (trial.path / "model.safetensors").read_bytes()

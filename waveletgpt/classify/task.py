@@ -144,7 +144,7 @@ class Classification:
             found[split] = {**measure(scores, labels), "recordings": len(scores)}
             if not store.multi_label:
                 found[split]["majority_class"] = float(np.bincount(labels).max() / len(labels))
-        # What is shown is of the last of them: the test, if there is one.
+        # Examples are shown of the test split, if there is one.
         shown = list(found)[-1]
         value: dict[str, Any] = {"classes": list(store.classes), "split": shown, **found}
         if not store.multi_label:

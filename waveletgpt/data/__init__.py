@@ -46,8 +46,8 @@ MODALITIES: dict[str, Modality] = {
 }
 DEFAULT_MODALITY = "chars"
 READING = 3
-"""How files, archives and tables become documents: raised when the same files come to mean others, so that stores made
-before are not found again. Modalities have a number of their own for what they make of a file."""
+"""How files, archives and tables become documents: raised when the same files give other documents than before, so that
+older stores are not used. Modalities have a number of their own for what they make of a file."""
 MAJORITY = 2 / 3
 """The share of files of one kind from which on a folder is taken to be of that kind."""
 
@@ -189,7 +189,7 @@ def _prepare(
 
 
 def _but_reading(identity: dict[str, Any]) -> dict[str, Any]:
-    """What a store is of, as JSON has it, whichever version read it."""
+    """What identifies a store's data and settings, as JSON has them, in every version."""
     whole: dict[str, Any] = json.loads(json.dumps(identity))
     return {name: value for name, value in whole.items() if not name.endswith("reading")}
 

@@ -109,7 +109,8 @@ def said(data: str | os.PathLike[str] | Sequence[str]) -> str:
 def parse_mixture(sources: Sequence[str]) -> list[tuple[str, float]]:
     """`["a=7", "b=3"]` -> [("a", 0.7), ("b", 0.3)]: names and their shares, which are in the proportions given.
 
-    What comes after the last "=" is the weight. Raises UserError for a weight that is none, or a source given twice.
+    What comes after the last "=" is the weight. Raises UserError for a weight that is not a positive number, or a
+    source given twice.
     """
     found: list[tuple[str, float]] = []
     places: dict[str, str] = {}

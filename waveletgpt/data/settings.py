@@ -100,15 +100,16 @@ class DataSettings:
             )
 
     def semitones(self) -> list[int]:
-        """What training pieces are shifted by, 0 (as they are) first; raises UserError for what is no such list."""
+        """What training pieces are shifted by, 0 (as they are) first; raises UserError for anything but such a list."""
         return list(dict.fromkeys([0, *_numbers("transpose", self.transpose, int, -60, 60)]))
 
     def tempos(self) -> list[float]:
-        """What the speed of training pieces is multiplied by, 1 first; raises UserError for what is no such list."""
+        """What the speed of training pieces is multiplied by, 1 first; raises UserError for anything but such a
+        list."""
         return list(dict.fromkeys([1.0, *_numbers("tempo_scale", self.tempo_scale, float, 0.25, 4)]))
 
     def listops_lengths(self) -> tuple[int, int]:
-        """Shortest and longest expression, in tokens; raises UserError for what is no such range."""
+        """Shortest and longest expression, in tokens; raises UserError for anything but such a range."""
         low, _, high = self.listops_length.partition("-")
         if low.strip().isdecimal() and high.strip().isdecimal() and 1 <= int(low) <= int(high) <= 1_000_000:
             return int(low), int(high)

@@ -65,11 +65,11 @@ class Piece(NamedTuple):
     data: bytes
     ends_document: bool
     place: tuple[int, int]
-    """Where to go on after it: the place in the spool that it ends at, and the one up to which was read."""
+    """Where to continue after it: the place in the spool where it ends, and the place up to which was read."""
 
 
 class _Segments:
-    """Bytes that are appended, can be read anywhere, and are given back from their start on: in files of `SEGMENT`."""
+    """Bytes on disk, in files of `SEGMENT`: appended at the end, read anywhere, deleted from the start."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -100,7 +100,7 @@ class _Segments:
         return len(data)
 
     def read(self, start: int, count: int) -> bytes:
-        """Up to `count` bytes from `start` on, all that there are."""
+        """Up to `count` bytes from `start` on; fewer at the end."""
         if "w" in self._files:
             self._files["w"][1].flush()
         found = b""
@@ -125,7 +125,7 @@ class _Segments:
         self.end = end
 
     def free(self, before: int) -> None:
-        """Give back what lies in files that end at `before` or earlier."""
+        """Delete the files that end at `before` or earlier."""
         self.close("r")
         for number in range(self._freed, before // SEGMENT):
             (self._folder / f"documents-{number}.bin").unlink(missing_ok=True)
@@ -185,7 +185,7 @@ class Spool:
         return self._text.end
 
     def free(self, before: int) -> None:
-        """Give back to the disk what lies before a place; it cannot be read again."""
+        """Delete what lies before a place; it cannot be read again."""
         self._text.free(before)
 
     def __enter__(self) -> Spool:

@@ -136,7 +136,7 @@ class FolderWriter:
         return self
 
     def save(self, state: dict[str, Any]) -> None:
-        """Note how far it is, in `state`, for a process that goes on; what that names is on the disk already."""
+        """Record the progress, `state`, for a process that continues; the files it names are on the disk already."""
         with (self.folder / f"{_STATE}.new").open("w") as file:
             json.dump({"fingerprint": self.fingerprint, "state": state}, file)
             sync(file)
@@ -148,7 +148,7 @@ class FolderWriter:
                 file.close()
         stopped = kind is not None and not issubclass(kind, Exception)
         if stopped and (self.folder / _STATE).is_file():
-            self.folder.rename(_temporary_folder(self.path, process=0))  # of no process that lives
+            self.folder.rename(_temporary_folder(self.path, process=0))  # process 0: counts as one that has ended
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -171,9 +171,10 @@ class FolderWriter:
         shutil.rmtree(self.scratch)
 
     def publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
-        """Give the folder its name, with `meta` as its meta.json; `others` are files in it that were not opened here.
+        """Publish the folder under its name, with `meta` as its meta.json; `others` are files in it that
+        were not opened here.
 
-        `opens` raises UserError for what is no whole store.
+        `opens` raises UserError for an incomplete store.
         """
         self._close()
         self._publish(meta, opens, others)
@@ -181,7 +182,7 @@ class FolderWriter:
     def _publish(self, meta: dict[str, Any], opens: Callable[[Path], object], others: Iterable[Path] = ()) -> None:
         """Write meta.json and give the folder its name; if another process was first, its store stays.
 
-        `opens` raises UserError for what is no whole store; `others` are files that were not opened here.
+        `opens` raises UserError for an incomplete store; `others` are files that were not opened here.
         """
         identified = {"fingerprint": self.fingerprint, "identity": self.identity}
         (self.folder / "meta.json").write_text(json.dumps({**meta, **identified}, indent=1) + "\n")
@@ -297,7 +298,7 @@ def _a(what: str) -> str:
 
 
 def sync(file: IO[Any]) -> None:
-    """Bring what was written to a file through to the disk."""
+    """Make sure that what was written to a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -327,7 +328,7 @@ def _publish(folder: Path, path: Path, opens: Callable[[Path], object]) -> None:
             with contextlib.suppress(UserError):
                 opens(path)
                 return
-            # What stands there is not whole: put it aside, so that the name is never without a way to be renamed onto.
+            # The folder there is incomplete: move it away, so that the new one can take its name.
             aside = _temporary_folder(path)
             with contextlib.suppress(FileNotFoundError):  # another process put it aside first
                 path.rename(aside)

@@ -175,7 +175,8 @@ def compare(
 
     out = Path(out)
     planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers, engine=engine)
-    # All arms are measured alike, whatever they say of steps and batches, and as those that are there already.
+    # All arms are evaluated on the same windows, also those whose steps or batches differ, and as runs that exist
+    # already.
     begun = [run for arm in planned if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
     measured = recipe.with_evaluations(begun[0].info["recipe"] if begun else None)
     parsed = parse_arms(arms, recipe.override({"eval_windows": measured.eval_windows}, "compare"))
@@ -224,7 +225,7 @@ def check_models(arms: list[Arm], task: Task, begun: list[RunFolder]) -> None:
 
     Raises:
         UserError: settings that the model does not take, arms that are measured on other windows than the first, or an
-            architecture that is another than when one of the runs of an arm has `begun`.
+            architecture other than the one that a run of the arm has `begun` with.
     """
     from waveletgpt.integrations.architecture import check_identity
 

@@ -1,8 +1,8 @@
 """A ladder: a comparison at every size of model and number of tokens, each run with its own learning-rate decay.
 
-One comparison tells how far an arm is ahead once; a ladder, what becomes of the lead as models and data grow. A rung is
-a comparison in a folder of its own, SIZE-TOKENS. With a sweep every arm gets its settings (a learning rate) at every
-size, by validation loss after the shortest training; `report/ladder.py` has the figures.
+One comparison tells how far an arm is ahead at one size; a ladder, how the lead changes as models and data grow.
+A rung is a comparison in a folder of its own, SIZE-TOKENS. With a sweep every arm gets its settings (a learning rate)
+at every size, by validation loss after the shortest training; `report/ladder.py` has the figures.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ def plan(
     """The rungs, by size and tokens: all that can be checked before data is prepared.
 
     Raises:
-        UserError: a size or a number of tokens that is none, or given twice; one rung only; fewer tokens than a batch;
-            arms or a sweep that set what the rungs do; an `out` that holds something else, or a ladder and no `resume`.
+        UserError: a size or a number of tokens that is not a number, or given twice; one rung only; fewer tokens than a
+            batch; arms or a sweep that set what the rungs do; an `out` that holds something else, or a ladder and no
+            `resume`.
     """
     if recipe.base_model is not None:
         raise UserError("a ladder sets the sizes of its models, a base_model has its own: use `waveletgpt compare`")

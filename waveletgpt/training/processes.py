@@ -1,4 +1,4 @@
-"""Several processes that are one run: what one of them finds out all of them know, and none waits for one that gave up.
+"""Several processes that are one run: they share what they find out, and none waits for one that has failed.
 
 `torchrun` starts the processes and numbers them; process 0 is the first. What they tell each other here travels on the
 CPU, through gloo, whatever they train on. With one process nothing is sent, and torch is not imported.
@@ -49,7 +49,7 @@ def join() -> None:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every process, in their order; it must be one that can be pickled."""
+    """The value of every process, in their order; it must be picklable."""
     if count() == 1:
         return [value]
     import torch
@@ -67,7 +67,7 @@ def any_of(flag: bool) -> bool:
     import torch
 
     join()
-    # Where a group of somebody else's making has no gloo, its objects are on the GPU.
+    # A process group that was made elsewhere may have no gloo; then tensors must be on the GPU.
     on_cpu = "gloo" in torch.distributed.get_backend_config()
     value = torch.tensor(int(flag), device="cpu" if on_cpu else torch.cuda.current_device())
     torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
@@ -76,7 +76,7 @@ def any_of(flag: bool) -> bool:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """A block that every process runs: an error in one of them is raised in all, for the first process to tell.
+    """A block that every process runs: an error in one of them is raised in all, and the first process prints it.
 
     Raises:
         UserError: in the first process, the error of the first that had one; `Told` in the others.
@@ -92,7 +92,7 @@ def agreed() -> Iterator[None]:
     try:
         errors = gather(None if mine is None else f"{mine}")
     except RuntimeError:
-        if mine is not None:  # told here, then: nobody else can
+        if mine is not None:  # the others are gone, so it is raised here
             raise mine from None
         raise
     number = next((number for number, error in enumerate(errors) if error is not None), None)
@@ -108,7 +108,7 @@ def agreed() -> Iterator[None]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, in all of them; the others do not run it, but wait for its end.
+    """Call `make` in the first process only, and return its result in all of them; the others wait.
 
     Raises:
         Exception: what it raises, in the first process; `Told` in the others.

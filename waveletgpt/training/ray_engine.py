@@ -28,7 +28,7 @@ def on_ray(jobs: list[Job]) -> Ended:
         UserError: Ray is not installed; a machine of the cluster does not see the folder or the data; a mistake in a
             run, when the others are saved.
         Interrupted: Ctrl-C or SIGTERM; all are saved first.
-        KeyboardInterrupt: the same once more; nothing is saved.
+        KeyboardInterrupt: a second Ctrl-C; nothing is saved.
     """
     try:
         import ray
@@ -60,7 +60,7 @@ def on_ray(jobs: list[Job]) -> Ended:
                 if (asked() or mistake is not None) and not cancelled:
                     cancelled = True
                     for ref in under_way:
-                        ray.cancel(ref, force=False)  # Ctrl-C to those that run: they save
+                        ray.cancel(ref, force=False)  # interrupts the runs, which then save
                 begun = [job for job in under_way.values() if job.run.metrics_path.is_file()]
                 table.show(begun, len(under_way) - len(begun))
                 for ref in ray.wait(list(under_way), timeout=0.5)[0]:
@@ -74,7 +74,9 @@ def on_ray(jobs: list[Job]) -> Ended:
                     saved += outcome.kind == "interrupted"
                     if outcome.kind == "mistake":
                         mistake = mistake or outcome.text
-                    elif outcome.kind == "interrupted" and not cancelled:  # by a signal that was not for it
+                    elif (
+                        outcome.kind == "interrupted" and not cancelled
+                    ):  # by a signal that another process was meant to get
                         under_way[task.remote(_elsewhere(job, at_once), argv)] = job
                     elif not cancelled or outcome.kind in ("finished", "diverged"):
                         failure = settle(job, outcome, RESTARTS + 1, table)

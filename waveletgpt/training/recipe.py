@@ -66,7 +66,7 @@ def _names_in_source(file: str, table: str) -> tuple[str, ...]:
 def check_settings_are_read(
     recipe: Recipe, mixings: typing.Sequence[str], given: typing.Iterable[str] | None = None
 ) -> None:
-    """Refuse settings of a filter that none of `mixings` reads; `given` are names, by default all that the recipe sets.
+    """Refuse settings of filters that none of `mixings` reads; `given` are names, by default all that the recipe sets.
 
     Raises:
         UserError: with the name, the value, and the mixings that read it.
@@ -269,7 +269,8 @@ class Recipe:
         check_range("seed", self.seed, 0, 2**31)  # NumPy takes up to 2^32, and every further seed is one more
 
     def _check_base_model(self) -> None:
-        """What only means something with a model of transformers, and what means nothing with one."""
+        """Refuse settings that need a model of transformers where there is none, and those that have no effect on
+        one."""
         if self.base_model is None:
             given = {"from_pretrained": self.from_pretrained, "pretrained": self.pretrained}
             for name in (name for name, value in given.items() if value):
@@ -312,11 +313,13 @@ class Recipe:
 
     @property
     def _evaluated(self) -> int:
-        """Sequences that all evaluations together may read. One costs a third of one that is trained on: 3.3 %."""
+        """Sequences that all evaluations together may read: a tenth of those trained on. Reading one costs a third
+        of training
+        on it, so that is 3.3 % of the run."""
         return self.max_steps * self.batch_size * self.training.accumulation // 10
 
     def with_evaluations(self, recorded: dict[str, Any] | None = None) -> Recipe:
-        """A copy that says when and on how many windows it is evaluated, so that these no longer follow other settings.
+        """A copy with `eval_every` and `eval_windows` set, so that they no longer follow from other settings.
 
         What is not set is as in the recipe that a run has `recorded`, else the default.
         """

@@ -1,4 +1,4 @@
-"""What may be done with an output folder: begin there, go on there, or refuse, in words."""
+"""Whether a run may begin or continue in an output folder; if not, an error that says why."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
         )
     for name, now, then in differences(recipe.as_dict(), recorded):
         if name in _BATCH and before == after:
-            continue  # the batches are the same, dealt to the processes in another way
+            continue  # the global batch is the same, divided among the processes in another way
         raise UserError(
             f"`resume=True` with other settings: {name} is {now!r}, the run in {run.path} has {then!r}; "
             "use its settings, or another `out`"

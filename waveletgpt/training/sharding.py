@@ -1,8 +1,8 @@
 """A run in whose processes each holds a part of the model and of the optimiser's state (FSDP 2).
 
-Its checkpoints have the weights in one file, which loads anywhere, and in the folder `optimizer` what is twice as large
-and needed for resuming only: each process writes its part (torch.distributed.checkpoint), and any number of processes
-read what they need. A single process that resumes such a run holds all of it.
+Its checkpoints have the weights in one file, which loads anywhere. The optimiser's state, twice as large and needed for
+resuming only, is in the folder `optimizer`: each process writes its part (torch.distributed.checkpoint), and any number
+of processes can read it. A single process that resumes such a run holds all of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from waveletgpt.training import processes
 from waveletgpt.training.resuming import broken
 
 FOLDER = "optimizer"
-"""Of a checkpoint, with the parts of the optimiser's state."""
+"""The folder in a checkpoint with the parts of the optimiser's state."""
 
 
 def tell_accelerate() -> None:
@@ -84,14 +84,15 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fol
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's guess that somebody who has one process may have meant to have several."""
+    """Silence torch's warning that a run of one process may have been meant for several."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
 def problem(folder: Path) -> str | None:
-    """Why a checkpoint's parts of the optimiser's state can't be read, or None; looks at what is there, not into it."""
+    """Why a checkpoint's parts of the optimiser's state can't be read, or None; checks which files there are, not
+    their content."""
     parts = folder / FOLDER
     try:
         metadata = checkpoint.FileSystemReader(parts).read_metadata()

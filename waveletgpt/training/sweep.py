@@ -1,7 +1,7 @@
 """A sweep: every arm is tried with every combination of some settings, and gets the one that served it best.
 
-One learning rate for all arms misjudges them: what is mixed bears, and likes, other rates than what is not. The trials
-are a comparison of their own, in a folder beside the one they are for, so that they can be read and resumed.
+One learning rate for all arms misjudges them: models with mixing are best at other rates than models without. The
+trials are a comparison of their own, in a folder beside the one they are for, so that they can be read and resumed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def sweep(
     Args:
         out: folder of the comparison that the sweep is for; trials go to `sweep_folder(out)`, with the recipe's seed.
         workers, engine: trials at a time, and where; see `compare`.
-        steps: length of a trial; None: as long as the comparison's runs, of which the best trials then are the first.
+        steps: length of a trial; None: as long as the comparison's runs. Then the best trials are used as runs.
 
     Returns:
         The arms with their best settings, to be compared in `out` with `resume=True`. What was tried is recorded beside
@@ -119,7 +119,7 @@ def sweep(
     named = processes.from_first(lambda: {arm: variants(arm, grid) for arm in arms})
     trials = [variant for combinations in named.values() for variant in combinations.values()]
     shortened = recipe if steps is None else recipe.override({"max_steps": steps}, "sweep")
-    # Tells of a mistake before the first step. A recipe file's arm is called otherwise than it was given.
+    # Finds mistakes before the first step. An arm from a recipe file has another name than was given.
     parsed = processes.from_first(lambda: parse_arms(trials, shortened))
     called = dict(zip(trials, (arm.name for arm in parsed), strict=True))
     place = sweep_folder(out)

@@ -38,7 +38,7 @@ class Task(Protocol):
     """Of the data: content and settings."""
 
     def build_model(self, recipe: Recipe) -> PreTrainedModel:
-        """A freshly initialised model; the same seed gives the same weights to all arms, where they share them.
+        """A freshly initialised model. With the same seed, weights that several arms have start equal.
 
         Raises UserError for settings that contradict each other or do not fit the data.
         """
@@ -208,7 +208,7 @@ class LanguageModeling:
         from waveletgpt.runs.folder import write_json
         from waveletgpt.runs.sampling import sample_run
 
-        # What was saved is what is asked: in memory the model may be compiled, or sharded over processes.
+        # The saved model, because the one in memory may be compiled, or sharded over processes.
         model = AutoModelForCausalLM.from_pretrained(run.path).to(device)
         write_json(run.path / "samples.json", sample_run(model, self.store, recipe, run.path))
         windows = DataLoader(self.eval_data(recipe, model), batch_size=recipe.batch_size)

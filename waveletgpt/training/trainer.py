@@ -390,9 +390,9 @@ def finish(trainer: RunTrainer) -> None:
 
 
 def result(run: RunFolder) -> ResultRecord:
-    """Final held-out loss and speed. Tokens per second: median over the logging intervals, so that neither compilation
-    nor a busy moment counts; `mfu`: the model's FLOPs as a share of what the GPU can do (arXiv 2204.02311, Appendix B),
-    None where that is not known."""
+    """Final held-out loss and speed. Tokens per second: median over the logging intervals, so that compilation
+    and busy moments do not count; `mfu`: the model's FLOPs as a share of what the GPU can do (arXiv 2204.02311,
+    Appendix B), None where that is not known."""
     rows = run.metrics()
     last = [row for row in rows if "nll" in row][-1]
     ticks = [row for row in rows if "loss" in row]

@@ -36,7 +36,7 @@ SUFFIXES = frozenset(
 )  # fmt: skip
 """How files of these formats are called."""
 READ = {"audio_reading": 2}
-"""Part of a store's fingerprint: raised when the same files come to mean other sound."""
+"""Part of a store's fingerprint: raised when the same files are decoded to other sound than before."""
 RATES = (1000, 1_000_000)
 """Samples a second that a recording may have: a header that claims others is broken."""
 LOUDEST = 1e6
@@ -214,7 +214,8 @@ class AudioModality:
         return encoders.no_settings(settings) | {"sample_rate": settings.sample_rate, **READ}
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
-        """Read the recordings and write tokens and tokenizer; files that are none are skipped, named and counted.
+        """Read the recordings and write tokens and tokenizer; files that are not recordings are skipped, named and
+        counted.
 
         Raises UserError if there are no recordings, or too little of them for the splits.
         """
@@ -248,7 +249,7 @@ class AudioModality:
 
 
 def sample_rate(tokenizer: Any) -> int:
-    """Samples a second of what a tokenizer stands for."""
+    """The sample rate that a tokenizer stands for, per second."""
     return int(tokenizer.init_kwargs.get("sample_rate", DataSettings.sample_rate))
 
 

@@ -27,7 +27,7 @@ _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 DIGITS = dict(zip("0123456789", _NUMBERS, strict=True))
 TEXT8 = " abcdefghijklmnopqrstuvwxyz"
 LONGEST = 1 << 24
-"""Bytes after which a text without any space is cut anywhere."""
+"""A text without any space is cut anywhere after so many bytes."""
 _CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 TRAINING_BYTES = 200_000_000
 """The most text that byte-pair encoding is trained on."""

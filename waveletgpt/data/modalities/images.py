@@ -46,7 +46,7 @@ SUFFIXES = frozenset(
 )  # fmt: skip
 """How files of these formats are called."""
 READ = {"images_reading": 2}
-"""Part of a store's fingerprint: raised when the same files come to mean other pictures."""
+"""Part of a store's fingerprint: raised when the same files are decoded to other pictures than before."""
 _FILES_AT_ONCE = 256
 _BYTES_AT_ONCE = 64 << 20
 _CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin")
@@ -215,7 +215,7 @@ class ImagesModality:
     suppress_tokens = (BEGIN,)  # inside a picture; what is generated is what completes one
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
-        """Size and mode; raises UserError for a tokenizer of another's."""
+        """Size and mode; raises UserError for the tokenizer of another modality."""
         chosen = {"image_size": settings.image_size, "image_mode": settings.image_mode}
         return encoders.no_settings(settings) | chosen | READ
 
@@ -257,7 +257,7 @@ class ImagesModality:
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
         """The upper half of the picture in the file `prompt`, to be completed; of no prompt, the token before pictures.
 
-        Raises UserError if the file is not there or no picture.
+        Raises UserError if the file does not exist or is not a picture.
         """
         if not prompt:
             return [BEGIN]
@@ -285,7 +285,7 @@ class ImagesModality:
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
         """Write the picture of `tokens` as `stem`.png, small ones enlarged to 256 pixels in whole steps.
 
-        Tokens that are no pixels are passed over, missing pixels are black, those beyond one picture are left out.
+        Tokens that are not pixels are skipped, missing pixels are black, those beyond one picture are left out.
         """
         path = stem.with_name(stem.name + ".png")
         save_grid([tokens], tokenizer, path)

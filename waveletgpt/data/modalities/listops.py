@@ -49,7 +49,7 @@ _WRONG_ROWS = 1000
 _TREES = 4096
 """Expressions drawn at a time."""
 _PATIENCE = 250
-"""After so many draws without a new expression of a permitted length there is taken to be none."""
+"""After so many draws without a new expression of a permitted length, there is assumed to be none."""
 
 
 def generate_listops(
@@ -242,7 +242,7 @@ class ListOpsModality:
     suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
-        """Nothing to set; raises UserError for a tokenizer of another's."""
+        """Nothing to set; raises UserError for the tokenizer of another modality."""
         return encoders.no_settings(settings)
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
