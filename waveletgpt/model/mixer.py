@@ -77,7 +77,7 @@ class Mixer(nn.Module):
         Args:
             before: (B, at most S, C) what `remember` gave for the tokens before; None at the start.
             reach: (B or 1, T) how many tokens before each one it may look at; None: all. Most filters hand it on to
-                the operator; `within` does it by hand.
+                the operator; `delayed` does it by hand.
         """
         raise NotImplementedError
 
