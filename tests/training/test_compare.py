@@ -85,7 +85,7 @@ def test_resume_writes_in_no_folder_of_other_things(store: TokenStore, tmp_path:
 
 def test_arms_are_measured_alike(store: TokenStore, tmp_path: Path) -> None:
     for arm in ("none:n_positions=8", "none:eval_windows=3"):
-        with pytest.raises(UserError, match=f"{arm} cannot be compared with none: their evaluation windows"):
+        with pytest.raises(UserError, match=f"`arms={arm}` cannot be compared with none: their evaluation windows"):
             compare(tiny_recipe(max_steps=1), store, tmp_path / "out", data="words.txt", arms=["none", arm])
     assert not list(find_runs(tmp_path / "out"))
 

@@ -165,7 +165,7 @@ def test_arms_override_settings() -> None:
         (["none:n_layer"], '"n_layer" is not name=value'),
         (["none:layers=3"], 'no setting "layers"'),
         (["none", "fixed: lr=1e-3", "fixed:lr=1e-3"], "twice, once as fixed: lr=1e-3"),
-        (["none", "none:seed=3"], "none:seed=3: all arms share the data and the seeds"),
+        (["none", "none:seed=3"], "`arms=none:seed=3`: all arms share the data and the seeds"),
         (["none", "none:modality=bytes"], "all arms share the data and the seeds"),
     ],
 )

@@ -173,7 +173,7 @@ def test_one_goes_on_with_what_two_left_when_killed(
     }
     one = recipe("learnable", fsdp=True, batch_size=4, accumulation=2)
     trainer.train(one, store, out, data="words.txt", resume=True)
-    assert "one process: training.fsdp has nothing to share out" in capsys.readouterr().err
+    assert "one process: `training.fsdp` has nothing to share out" in capsys.readouterr().err
     whole = folder / "learnable-parts"
     assert evaluations(out) == pytest.approx(evaluations(whole), abs=1e-6)
     assert_equal(weights(out), weights(whole), OTHER_BATCHES)
