@@ -144,7 +144,7 @@ def test_unknown_hash_is_that_of_the_first_download(server: Server, tmp_path: Pa
 
 
 def test_unreachable(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot reach http://.*/none \(404 Not Found\); put x in a folder.*`data_dir`"):
+    with pytest.raises(UserError, match=r"cannot reach http://.*/none \(404 Not Found\); put x in .*`data_dir`"):
         download(url(server, "none"), tmp_path / "x", size=None, sha=None, progress=False)
     server.shutdown()
     server.server_close()
