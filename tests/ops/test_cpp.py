@@ -143,3 +143,19 @@ def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert library is None
     assert "does not load" in str(reason)
     assert "\n" not in str(reason)
+
+
+@needs_compiled
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("windows", "kernels"),
+    [([2, 4], []), ([2, 4], [None, None]), (["2", 4], None), ([2.0, 4], None), ([2, 4, 8], None), ([3, 4], None)],
+)
+def test_the_short_way_of_one_token_refuses_as_the_long_one_does(windows: Any, kernels: Any) -> None:
+    x, state = torch.randn(1, 1, 2), torch.randn(1, 5, 2)
+    messages = []
+    for backend in ("auto", "torch"):
+        with pytest.raises(ValueError, match=r"windows|kernels") as error:
+            wavelet_mix(x, windows, kernels, state=state, backend=backend)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]

@@ -105,9 +105,11 @@ def mixed_cache_layer(base: Any) -> type:
                     f"crop({tokens_to_remove}): with mixing, give how many tokens to remove as a negative number, at "
                     f"most {self.get_seq_length()}"
                 )
+            for state in self.states.values():  # all or none: a block may have several filters
+                state.check_crop(-tokens_to_remove)
+            super().crop(tokens_to_remove)
             for state in self.states.values():
                 state.crop(-tokens_to_remove)
-            super().crop(tokens_to_remove)
 
         def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
             for state in self.states.values():

@@ -88,21 +88,24 @@ class State:
             whole, self._whole = whole[:, whole.shape[1] - self.needed :], False
         self._hold(whole, room=max(16, self.needed // 4) * (not torch.is_grad_enabled()))
 
-    def crop(self, tokens: int) -> None:
-        """Take back the last tokens.
+    def check_crop(self, tokens: int) -> None:
+        """Refuse to take back so many tokens, if inputs that would be needed then were not kept.
 
         Raises:
-            ValueError: inputs that would be needed then were not kept.
+            ValueError: with what was recorded.
         """
-        if not tokens or self._buffer is None:
-            return
         most = max(0, self._end - (0 if self._whole else self.needed)) if self.recording else 0
-        if tokens > most:
+        if tokens > most and self._buffer is not None:
             raise UserError(
                 f"mixing can't take back {tokens} tokens: call cache.activate_past_recording() before the forward pass "
                 f"that is to be undone (of those since then {most} are left)"
             )
-        self._end -= tokens
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last tokens; raises as `check_crop`."""
+        self.check_crop(tokens)
+        if self._buffer is not None:
+            self._end -= tokens
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows of the batch: repeat, select or reorder them."""

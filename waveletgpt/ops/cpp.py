@@ -152,14 +152,15 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
         return None
     if not _float32(x) or not _float32(state):
         return None
-    groups = _neighbours(windows, kernels is None)
+    # Looked at here, for 2.0 is 2 to a table of what is remembered.
+    groups = _neighbours(windows, kernels is None) if set(map(type, windows)) == {int} else None
     if groups is None:
         return None
     taps, shared = None, False
     if kernels is not None:
-        shared = kernels[0].ndim == 1
-        if len(kernels) != len(groups):
+        if len(kernels) != len(groups) or not all(isinstance(h, Tensor) for h in kernels):
             return None
+        shared = kernels[0].ndim == 1
         for h, (w, n) in zip(kernels, groups, strict=True):
             if h.shape != ((w,) if shared else (n, w)) or not _float32(h) or not h.is_contiguous():
                 return None
