@@ -14,9 +14,11 @@ import hypothesis
 import pytest
 import torch
 
-# How long an example takes depends on what else the machine does.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# How long an example takes depends on what else the machine does. The suite tries the same examples each time, so that
+# a change is judged by what it changed; `pytest --hypothesis-profile explore` tries new ones.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,29 +43,36 @@ class RandomWindows(Dataset):
 class MixedWindows(Dataset):
     """Windows of several sources, each source its share; item i depends on (seed, i) alone.
 
-    Item i is item i of the source in whose interval of [0, 1] the i-th multiple of the golden ratio falls, from a place
-    that the seed decides. Of all sequences that need no memory these multiples are the most even: among any items in a
-    row a source has its share to within a few.
+    Item i is item i of the source in whose interval of [0, 1] the i-th point of a scrambled van der Corput sequence
+    falls: the digits of i in base 67, each replaced by a permutation that the seed decides, behind the point instead of
+    before it (H. Faure, 1992). Any 67 items in a row fall into 67 equal parts of [0, 1]. As 67 is a prime, so do the items
+    that one of several processes gets, every n-th, unless n is a multiple of 67.
     """
 
     def __init__(self, parts: Sequence[RandomWindows], weights: Sequence[float], seed: int):
         self.parts = list(parts)
         self.bounds = list(itertools.accumulate(weights))[:-1]
-        self.offset = int(np.random.Generator(np.random.Philox(key=seed)).integers(1 << 64, dtype=np.uint64))
+        random = np.random.Generator(np.random.Philox(key=seed))
+        # Six digits tell 67^6 = 9e10 items apart; what comes later repeats them.
+        self.digits = [random.permutation(_BASE).tolist() for _ in range(6)]
 
     def __len__(self) -> int:
         return len(self.parts[0])
 
     def source(self, index: int) -> int:
         """The place in `parts` of the source that item `index` is from."""
-        return bisect.bisect_right(self.bounds, ((self.offset + index * _GOLDEN) % (1 << 64)) / 2**64)
+        point, scale = 0.0, 1.0
+        for digits in self.digits:
+            index, digit = divmod(index, _BASE)
+            scale /= _BASE
+            point += digits[digit] * scale
+        return bisect.bisect_right(self.bounds, point)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.parts[self.source(index)][index]
 
 
-_GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4)."""
+_BASE = 67
 
 
 class FixedWindows(Dataset):
