@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -152,8 +153,7 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
         return None
     if not _float32(x) or not _float32(state):
         return None
-    # Looked at here, for 2.0 is 2 to a table of what is remembered.
-    groups = _neighbours(windows, kernels is None) if set(map(type, windows)) == {int} else None
+    groups = _groups(windows, kernels is None)
     if groups is None:
         return None
     taps, shared = None, False
@@ -165,7 +165,7 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
             if h.shape != ((w,) if shared else (n, w)) or not _float32(h) or not h.is_contiguous():
                 return None
         taps = tuple([h.data_ptr() for h in kernels])
-    y = x.new_empty(shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     row, step, _ = state.stride()
     token = _Newest(x.data_ptr(), y.data_ptr(), shape[0], shape[2], x.stride(0), state.data_ptr(), before[1], row, step)
     _newest(token, _describe(groups, taps, shared), len(groups))
@@ -177,13 +177,26 @@ def _float32(x: Tensor) -> bool:
     return x.is_cpu and x.dtype is torch.float32 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
-@lru_cache(maxsize=256)
-def _neighbours(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] | None:
+def _groups(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] | None:
     """(window, number of channels) of each group; None where the channels of a group are not
-    neighbours, or a window is not a power of two though it must be."""
-    if any(w < 1 or (dyadic and w & (w - 1)) for w in windows) or list(windows) != sorted(windows):
-        return None
-    return tuple((w, windows.count(w)) for w in sorted(set(windows)))
+    neighbours, or a window is not a power of two though it must be.
+
+    Remembers the tuple itself and not its value, which takes longer to look up and takes 2.0 for 2.
+    """
+    known = _GROUPS.get((id(windows), dyadic))
+    if known is not None and known[0] is windows:
+        return known[1]
+    groups = None
+    whole = all(type(w) is int and w >= 1 and not (dyadic and w & (w - 1)) for w in windows)
+    if whole and list(windows) == sorted(windows):
+        groups = tuple((w, len(list(channels))) for w, channels in groupby(windows))
+    if len(_GROUPS) >= 256:
+        _GROUPS.clear()
+    _GROUPS[id(windows), dyadic] = windows, groups
+    return groups
+
+
+_GROUPS: dict[tuple[int, bool], tuple[Windows, tuple[tuple[int, int], ...] | None]] = {}
 
 
 @lru_cache(maxsize=256)
