@@ -220,3 +220,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         ):
             raise UserError(f"cannot write in {path}: {error.strerror}; name another `out`") from None
         raise
+
+
+def broken_checkpoint(folder: Path, problem: str) -> UserError:
+    """The error for a checkpoint that cannot be resumed from."""
+    return UserError(
+        f"checkpoint {folder} is broken ({problem}); delete it, and `resume=True` goes on from the one before"
+    )

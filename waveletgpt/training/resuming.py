@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from waveletgpt.errors import UserError
-from waveletgpt.runs.folder import STAGING, RunFolder, disk_errors, find_runs
+from waveletgpt.runs.folder import STAGING, RunFolder, broken_checkpoint, disk_errors, find_runs
 from waveletgpt.runs.locks import locked
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe
@@ -118,15 +118,8 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
     step, folder = checkpoints[-1]
     problem = checkpoint_problem(folder, recipe.training.fsdp)
     if problem:
-        raise broken(folder, problem)
+        raise broken_checkpoint(folder, problem)
     return step, folder
-
-
-def broken(folder: Path, problem: str) -> UserError:
-    """The error for a checkpoint that cannot be resumed from."""
-    return UserError(
-        f"checkpoint {folder} is broken ({problem}); delete it, and `resume=True` goes on from the one before"
-    )
 
 
 _BATCH = ("batch_size", "training.accumulation")

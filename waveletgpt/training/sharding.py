@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from waveletgpt.runs.folder import broken_checkpoint
 from waveletgpt.training import processes
-from waveletgpt.training.resuming import broken
 
 FOLDER = "optimizer"
 """The folder in a checkpoint with the parts of the optimiser's state."""
@@ -78,7 +78,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fol
             checkpoint.load(state, checkpoint_id=folder / FOLDER, no_dist=processes.count() == 1)
         except checkpoint.CheckpointException as error:
             failure, _ = next(iter(error.failures.values()))
-            raise broken(folder, f"{FOLDER}: {failure}") from None
+            raise broken_checkpoint(folder, f"{FOLDER}: {failure}") from None
     set_optimizer_state_dict(model, optimizer, state)
 
 
