@@ -4,7 +4,7 @@
 
 For every shape each way to compute the same thing takes its turn in each round; the medians over the rounds are
 printed, in microseconds, with the median ratio to a copy in brackets. No speed is printed before results and gradients
-agree with the definition, computed in float64 (`reference` applies F.conv1d to the coordinates of each window;
+agree with the definition, computed in float64 (`reference` applies F.conv1d to the channels of each window;
 `conv1d` pads all to the longest). Limits: means 3 copies forward and backward; learned kernels better than `conv1d`,
 20 times at 256 taps; packed documents 1.05 times one document.
 """
@@ -95,7 +95,7 @@ def compare(name: str, ways: list[Way], grad: torch.Tensor, stopwatch: Stopwatch
 
 
 def learned_by_taps(report: Report, backends: list[str], stopwatch: Stopwatch, seconds: float) -> None:
-    """All coordinates with as many taps: the table beside `conv1d`."""
+    """All channels with as many taps: the table beside `conv1d`."""
     shape, rows = (16, 512, 64), []
     for taps in TAPS:
         x, grad = signal(shape, "cpu", torch.float32), torch.randn(shape)
@@ -139,11 +139,11 @@ def packed(report: Report, backends: list[str], stopwatch: Stopwatch, seconds: f
 
 def decoding(report: Report, stopwatch: Stopwatch, seconds: float) -> None:
     """One token after a full window, for a batch of 1: the limit is a copy of the state."""
-    coordinates, longest = 64, 256
-    windows = dyadic_windows(longest, coordinates)
-    x, state = torch.randn(1, 1, coordinates), torch.randn(1, longest - 1, coordinates)
+    channels, longest = 64, 256
+    windows = dyadic_windows(longest, channels)
+    x, state = torch.randn(1, 1, channels), torch.randn(1, longest - 1, channels)
     kernels = [torch.randn(windows.count(w), w) / w for w in sorted(set(windows))]
-    decay = torch.linspace(0.01, 0.99, coordinates)
+    decay = torch.linspace(0.01, 0.99, channels)
     runs = {
         "mean": lambda **k: wavelet_mix(x, windows, state=state, **k),
         "learned": lambda **k: wavelet_mix(x, windows, kernels, state=state, **k),
@@ -154,7 +154,7 @@ def decoding(report: Report, stopwatch: Stopwatch, seconds: float) -> None:
     ways = {**runs, "reference mean": lambda: runs["mean"](backend="reference"), "copy of the state": state.clone}
     times = in_turn(ways, stopwatch, seconds)
     rows = [[name, microseconds(statistics.median(values))] for name, values in times.items()]
-    report.table(f"decoding, 1 x 1 x {coordinates} after {longest - 1}", ["", "microseconds"], rows)
+    report.table(f"decoding, 1 x 1 x {channels} after {longest - 1}", ["", "microseconds"], rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Ways to compute the operators, for operator_cpu.py and operator_gpu.py: this package's, and what else there is.
 
-Shapes: B batch, T tokens, C mixed coordinates (half of the embedding: a view, as in the model).
+Shapes: B batch, T tokens, C mixed channels (half of the embedding: a view, as in the model).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Way:
     """Ours: as near to the definition as rounding allows."""
 
 
-def dyadic_windows(longest: int, coordinates: int) -> list[int]:
+def dyadic_windows(longest: int, channels: int) -> list[int]:
     """2 ... longest (at least 2), dealt evenly."""
     levels = max(1, (longest - 1).bit_length())
-    return [2 ** (1 + c * levels // coordinates) for c in range(coordinates)]
+    return [2 ** (1 + c * levels // channels) for c in range(channels)]
 
 
 def by_cumsum(x: Tensor, windows: list[int]) -> Tensor:
@@ -58,9 +58,9 @@ def by_conv1d(x: Tensor, kernels: Tensor) -> Tensor:
 
 def signal(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> Tensor:
     """The mixed half of hidden states."""
-    batch, tokens, coordinates = shape
-    hidden = torch.randn(batch, tokens, 2 * coordinates, device=device).to(dtype)
-    return hidden[..., :coordinates].requires_grad_()
+    batch, tokens, channels = shape
+    hidden = torch.randn(batch, tokens, 2 * channels, device=device).to(dtype)
+    return hidden[..., :channels].requires_grad_()
 
 
 def copy(x: Tensor) -> Way:

@@ -48,15 +48,15 @@ def main() -> None:
     batch, width = (8, 512) if gpu else (1, 64)
     fixed_tokens = min(4096, options.most)
 
-    def operator(kind: str, size: int, coordinates: int, longest: int) -> Step:
-        windows = dyadic_windows(longest, coordinates)
-        x = torch.randn(batch, size, coordinates, device=device, requires_grad=True)
+    def operator(kind: str, size: int, channels: int, longest: int) -> Step:
+        windows = dyadic_windows(longest, channels)
+        x = torch.randn(batch, size, channels, device=device, requires_grad=True)
         distinct = sorted(set(windows))
         kernels = [torch.randn(windows.count(w), w, device=device).div_(w).requires_grad_() for w in distinct]
         kernels = kernels if kind == "learned" else []
         grad = torch.randn_like(x)
         y, wanted = (wavelet_mix(x, windows, kernels or None, backend=b) for b in ("auto", "reference"))
-        demand_parity(f"{kind} at {size} x {coordinates}, windows 2 ... {longest}", y, wanted, 1e-4)
+        demand_parity(f"{kind} at {size} x {channels}, windows 2 ... {longest}", y, wanted, 1e-4)
         return lambda: torch.autograd.grad(wavelet_mix(x, windows, kernels or None), [x, *kernels], grad)
 
     def model(mixing: str, size: int, embedding: int, longest: int) -> Step:

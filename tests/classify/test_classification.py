@@ -210,8 +210,8 @@ def test_a_report_tells_that_the_baseline_only_guesses(
     ("name", "changes", "message"),
     [
         ("texts", AUDIO, "`preset=clips` does not fit this data"),
-        ("waves", {}, "recordings need one with frames"),
-        ("waves", {**AUDIO, "frame_size": -4}, "frame_size must be at least 1, got -4"),
+        ("waves", {}, "recordings need a preset with frames"),
+        ("waves", {**AUDIO, "frame_size": -4}, "frame_size=-4 must be at least 1"),
         ("texts", {"n_positions": 5}, "too short for examples of"),
         ("texts", {"pooling": "max"}, "pooling"),
         ("texts", {"gain": 3.0}, "change recordings"),

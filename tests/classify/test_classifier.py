@@ -1,6 +1,6 @@
 """The classifier: padding, both directions, pooling, two documents, waveforms; losses; saving; what it costs.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates, N samples.
+Shapes: B batch, T tokens, E embedding, C mixed channels, N samples.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_the_rest_of_a_long_recording_is_left_out(
         store = prepared(tmp_path / "in", chosen)
     assert sum(len(store.split(split)) for split in SPLITS) == 25 * 3
     assert store.meta["source"]["cut"] == 1
-    assert "of 1 recordings the first 3 seconds are used" in caplog.text
+    assert "only the first 3 seconds of 1 recordings are used" in caplog.text
 
 
 def test_a_night_takes_little_memory(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_fsd50k_in_zips_that_are_joined(tmp_path: Path, chosen: TaskSettings) ->
     assert labels(prepared(tmp_path / "zips", chosen)) == expected
     (tmp_path / "zips" / "FSD50K.dev_audio.z01").write_bytes(b"PK")
     with pytest.raises(
-        UserError, match=r"z01 is a part of FSD50K.dev_audio.zip: join them \(zip -s 0 FSD50K.dev_audio"
+        UserError, match=r"z01 is a part of FSD50K.dev_audio.zip: join the parts \(zip -s 0 FSD50K.dev_audio"
     ):
         prepared(tmp_path / "zips", chosen)
 
@@ -466,7 +466,7 @@ def test_what_cannot_be_used(tmp_path: Path, chosen: TaskSettings) -> None:
             prepared(tmp_path / "in", settings)
         shutil.rmtree(tmp_path / "in", ignore_errors=True)
 
-    refused(r'".*in" is no folder, archive or data set with classes \(fsdd\)')
+    refused(r'".*in" is not a folder, archive or data set with classes \(fsdd\)')
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("nothing to hear")
     refused("has no recordings: give a folder or archive with WAV")
@@ -483,7 +483,7 @@ def test_what_cannot_be_used(tmp_path: Path, chosen: TaskSettings) -> None:
     folders(tmp_path / "in" / "train", 5)
     folders(tmp_path / "in" / "test", 5, start=10)
     folders(tmp_path / "in", 5, ("extra",), start=20)
-    refused(r"has folders that are splits \(test, train\) and others \(extra\): leave only splits, or only classes")
+    refused(r"has folders of splits \(test, train\) and others \(extra\): leave only splits, or only classes")
     folders(tmp_path / "in" / "train", 5)
     folders(tmp_path / "in" / "val", 5, start=10)
     refused("has the splits train, val, but no test: add it")
@@ -521,7 +521,7 @@ def test_tables_that_are_wrong(tmp_path: Path, chosen: TaskSettings, monkeypatch
     with pytest.raises(UserError, match=r"holds FSD50K and ESC-50 \(dev.csv, esc50.csv\): give the folder of one"):
         prepared(tmp_path / "esc", chosen)
     monkeypatch.setattr(clips, "TABLE_LIMIT", 10)
-    with pytest.raises(UserError, match=r"csv is larger than 0 MB: it is not the official table"):
+    with pytest.raises(UserError, match=r"csv is larger than 0 MB: give the official table"):
         prepared(tmp_path / "esc", chosen)
 
 
@@ -637,5 +637,5 @@ def test_a_table_beside_class_folders_is_not_passed_over(tmp_path: Path) -> None
         (tmp_path / "data" / word).mkdir(parents=True)
         save(tmp_path / "data" / word / "0.wav", speech(0.3))
     (tmp_path / "data/labels.csv").write_text("file,label\n")
-    with pytest.raises(UserError, match=r"labels\.csv, a table that may say other classes"):
+    with pytest.raises(UserError, match=r"labels\.csv, a table whose classes may differ"):
         prepare_clips(str(tmp_path / "data"), TaskSettings(cache_dir=str(tmp_path / "cache")), progress=False)

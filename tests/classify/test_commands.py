@@ -73,9 +73,9 @@ def test_predict_names_classes(listops: Path, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[MAX two ]", '"two"'),
-        ("", "nothing in it"),
+        ("", "or is empty"),
         ("9 " * 60, "60 words"),
-        ("[MAX 2 9 ] = 9", "= or nothing"),
+        ("[MAX 2 9 ] = 9", "= or is empty"),
         ("[MAX 2 9", "not one whole expression"),
         ("] 3", "without an operation"),
         (None, "is no part of an expression"),
@@ -112,7 +112,7 @@ def test_predict_takes_pairs_of_texts(tmp_path: Path) -> None:
     assert all(set(row["classes"]) == {"unrelated", "related"} for row in json.loads(done.stdout))
     done = waveletgpt("predict", run, *files)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("compares 2 files at a time, and 3 are named")
+    assert done.stderr.strip().endswith("compares 2 files at a time, but 3 are named: name both files of each pair")
 
 
 def test_report_reads_classifiers(listops: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_wrong_tables_of_papers(prepare: Prepare, tmp_path: Path) -> None:
     train.unlink()
     with pytest.raises(UserError, match=r"has no train examples of retrieval: it needs new_aan_pairs\.train\.tsv"):
         prepare("retrieval", tmp_path / "good")
-    with pytest.raises(UserError, match=r"retrieval needs its data: unpack https://.*lra_release\.gz"):
+    with pytest.raises(UserError, match=r"retrieval needs data: unpack https://.*lra_release\.gz"):
         prepare("retrieval")
     (tmp_path / "lra_release.gz").write_bytes(b"anything")
     with pytest.raises(UserError, match=r"rename it lra_release\.tar\.gz"):
@@ -339,11 +339,9 @@ def test_damaged_official_pathfinder(prepare: Prepare, tmp_path: Path) -> None:
     store = prepare("pathfinder", tmp_path / "data")
     assert store.meta["source"]["examples"] == 98
     assert store.meta["skipped"]["names"][0].startswith("imgs/0/sample_17.png: ")
-    assert store.meta["skipped"]["names"][1:] == [
-        "1 pictures of the metadata are not there, such as imgs/1/sample_2.png"
-    ]
+    assert store.meta["skipped"]["names"][1:] == ["1 pictures of the metadata are missing, such as imgs/1/sample_2.png"]
     (tmp_path / "data" / "metadata" / "0.npy").write_bytes(b"\x93NUMPY\1\0v\0{'descr': '<i8'}\n")
-    with pytest.raises(UserError, match=r"metadata/0\.npy line 1 is no metadata: it needs folder, file, number, 0 or"):
+    with pytest.raises(UserError, match=r"metadata/0\.npy line 1 is not metadata: it needs folder, file, number, 0 or"):
         prepare("pathfinder", tmp_path / "data")
 
 
@@ -383,7 +381,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str]] = {
     "pictures of something else": ("image", _nothing, {}, "has nothing for image, it needs train/CLASS"),
     "a file of something else": ("image", lambda root: _nothing(root) / "notes.txt", {}, "has nothing for image"),
     "no test split": ("text", _without("test"), {}, "has no test examples of text: it needs train/neg"),
-    "no training split": ("text", _without("train"), {}, "has no|held out of 0 to train on"),
+    "no training split": ("text", _without("train"), {}, "has no|there are 0 to train on"),
     "a class without examples": ("text", _without("train/pos"), {}, "no train example of the class pos: each class"),
     "a test class without examples": ("text", _without("test/neg"), {}, "no test example of the class neg"),
     "empty files": ("text", _empty_files, {}, "is empty: there is nothing to read"),
@@ -393,7 +391,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str]] = {
     ),
     "more validation than training": (
         "text", lambda root: reviews(root / "aclImdb"), {"validation_examples": 80},
-        "validation_examples is 80, to be held out of 80 to train on: give fewer",
+        "validation_examples is 80, but there are 80 to train on: give fewer",
     ),
     "no square": ("image", lambda root: None, {"length": 999}, "length is 999: pictures are square, give 961 or 1024"),
     "no square to generate": ("pathfinder", lambda root: None, {"length": 99}, "length is 99: .* give 81 or 100"),

@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "edge": ({"edge": "reflect"}, "edge='reflect' is unknown; use one of"),
     "no average": ({"edge": "partial", "kernels": "delta"}, 'edge="partial" is for averages'),
     "fraction": ({"mix_fraction": 1.5}, "mix_fraction=1.5 must be more than 0"),
-    "too many": ({"windows": [1, 2, 4, 8, 16, 32, 64]}, "7 windows for 6 mixed coordinates"),
+    "too many": ({"windows": [1, 2, 4, 8, 16, 32, 64]}, "7 windows for 6 mixed channels"),
 }
 
 

@@ -23,7 +23,7 @@ def test_uniform_schedule_is_the_formula_of_the_paper(n: int, low: int, levels: 
 
 
 def test_the_papers_windows() -> None:
-    # Half of 128 coordinates, windows 2 ... 512: 9 levels of 7 or 8 coordinates (64 = 9 x 7 + 1).
+    # Half of 128 channels, windows 2 ... 512: 9 levels of 7 or 8 channels (64 = 9 x 7 + 1).
     config = WaveletGPTConfig(n_embd=128, n_head=8, n_layer=10, n_positions=512)
     windows = config.mix_windows()
     assert len(windows) == config.n_mixed == 64
@@ -45,7 +45,7 @@ def test_geometric_schedule_favours_short_windows(n: int, levels: int) -> None:
     assert len(windows) == n
     assert windows == sorted(windows)
     assert set(windows) <= {2**k for k in range(1, levels + 1)}
-    # At least half of the coordinates, up to the one that a rounding takes.
+    # At least half of the channels, up to the one that a rounding takes.
     assert windows.count(2) >= n / 2 - 1
 
 
@@ -71,7 +71,7 @@ def test_equal_windows_are_a_single_scale() -> None:
         ({"mix_layers": [-1]}, r"mix_layers=\[-1\]"),
         ({"mix_fraction": 0.0}, "mix_fraction=0.0"),
         ({"mix_fraction": 1.5}, "mix_fraction=1.5"),
-        ({"mix_fraction": 0.01}, "mix_fraction=0.01 must .* select a coordinate"),
+        ({"mix_fraction": 0.01}, "mix_fraction=0.01 must .* select a channel"),
         ({"mix_fraction": float("nan")}, "mix_fraction=nan"),
         ({"min_window": 3}, "min_window=3 is not a power of two"),
         ({"min_window": 0}, "min_window=0 is not a power of two"),

@@ -1,6 +1,6 @@
 """Mixers against NumPy in float64, alone and inside the model; chunks with a cache; padding.
 
-Shapes: B batch, T tokens, E embedding, C mixed coordinates.
+Shapes: B batch, T tokens, E embedding, C mixed channels.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def test_a_state_holds_the_last_inputs_in_order(chunks: list[int], needed: int, 
 def test_wavelet_coefficients_are_those_of_pywavelets(name: str) -> None:
     config = tiny_config(mixing="wavelet", mix_wavelet=name, mix_band="both", mix_fraction=1.0, max_window=8)
     mixer = MIXERS["wavelet"](config).double()
-    # One period of a periodic signal, late enough that all taps are over it; coordinates: 16, of 3 scales.
+    # One period of a periodic signal, late enough that all taps are over it; channels: 16, of 3 scales.
     period = np.random.default_rng(0).normal(size=128)
     x = torch.tensor(np.tile(period, 3))[None, :, None].expand(1, -1, 16)
     y = mixer(x)[0, -128:].numpy()

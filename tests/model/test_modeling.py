@@ -170,8 +170,8 @@ def test_parameters_that_mixing_adds() -> None:
     assert 1.9e6 < none < 2.1e6  # "about 2.0 M"
     for kind in ("fixed", "wavelet", "ema", "shift"):
         assert cost.count_parameters(meta_model(mixing=kind, **PAPER)) == (none, 0)
-    # One kernel a coordinate: windows 1 ... 512 on 64 coordinates would be 10 x 6.4 x 1023 = 0.065 M if 64 were a
-    # multiple of the 10 levels; the longest one gets 6 coordinates.
+    # One kernel a channel: windows 1 ... 512 on 64 channels would be 10 x 6.4 x 1023 = 0.065 M if 64 were a
+    # multiple of the 10 levels; the longest one gets 6 channels.
     for min_window, stated, within in ((1, 10 * 6.4 * 1023, 0.04), (2, 10 * 64 / 9 * 1022, 0.04)):
         all_, extra = cost.count_parameters(meta_model(mixing="learnable", min_window=min_window, **PAPER))
         assert all_ == none + extra

@@ -43,7 +43,7 @@ def rounding(backend: str, dtype: torch.dtype, learned: bool) -> tuple[float, fl
 
 
 def mix(x: Tensor, windows: list[int], kernels: list[Tensor] | None = None, edge: str = "zero") -> Tensor:
-    """`wavelet_mix` with one kernel per coordinate."""
+    """`wavelet_mix` with one kernel per channel."""
     values = x.double().cpu().numpy()
     y = np.zeros_like(values)
     for c, w in enumerate(windows):

@@ -16,31 +16,31 @@ needs_compiled = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cp
 
 
 @needs_compiled
-# Around the 16 (8 in float64) coordinates of a vector and the 8 tokens of a step.
-@pytest.mark.parametrize("coordinates", [1, 5, 8, 16, 17, 24, 40])
+# Around the 16 (8 in float64) channels of a vector and the 8 tokens of a step.
+@pytest.mark.parametrize("channels", [1, 5, 8, 16, 17, 24, 40])
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 63, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_means_are_those_of_torch_bit_for_bit(coordinates: int, tokens: int, dtype: torch.dtype) -> None:
-    windows = [2 ** (c * 7 % 12) for c in range(coordinates)]
-    x = torch.randn(2, tokens, 2 * coordinates, dtype=dtype, requires_grad=True)
-    grad = torch.randn(2, tokens, coordinates, dtype=dtype)
+def test_means_are_those_of_torch_bit_for_bit(channels: int, tokens: int, dtype: torch.dtype) -> None:
+    windows = [2 ** (c * 7 % 12) for c in range(channels)]
+    x = torch.randn(2, tokens, 2 * channels, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, tokens, channels, dtype=dtype)
     results = []
     for backend in ("cpp", "torch"):
-        y = wavelet_mix(x[..., :coordinates], windows, backend=backend)
+        y = wavelet_mix(x[..., :channels], windows, backend=backend)
         results.append((y, torch.autograd.grad(y, x, grad)[0]))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
 
 
 @needs_compiled
-@pytest.mark.parametrize("coordinates", [1, 17, 40])
+@pytest.mark.parametrize("channels", [1, 17, 40])
 # Around a step of 8, the part of 64 taps, and the 1024 tokens that gradients are added up in.
 @pytest.mark.parametrize(("tokens", "longest"), [(7, 70), (130, 64), (130, 65), (1030, 9), (1100, 1030)])
-def test_learned_kernels(coordinates: int, tokens: int, longest: int) -> None:
+def test_learned_kernels(channels: int, tokens: int, longest: int) -> None:
     """The last size has more taps than are applied directly."""
-    windows = [1 + (c * 31 + longest - 1) % longest for c in range(coordinates)]
+    windows = [1 + (c * 31 + longest - 1) % longest for c in range(channels)]
     kernels = [kernel.requires_grad_() for kernel in random_kernels(windows)]
-    x = torch.randn(2, tokens, coordinates, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, tokens, channels, dtype=torch.float64, requires_grad=True)
     grad = torch.randn_like(x)
     results = []
     for backend in ("cpp", "reference"):

@@ -18,7 +18,7 @@ MIX: dict[str, tuple[dict[str, Any], str]] = {
     "window with a fraction": ({"windows": [2.5, 2, 2]}, r"windows\[0\] is 2.5"),
     "window of another type": ({"windows": [2, 2.0, 2]}, r"windows\[1\] is 2.0"),
     "not a power of two": ({"windows": [2, 6, 2]}, r"windows\[1\] is 6: the mean needs a power of two"),
-    "too few windows": ({"windows": [2, 4]}, "windows has 2 entries: x has 3 coordinates"),
+    "too few windows": ({"windows": [2, 4]}, "windows has 2 entries: x has 3 channels"),
     "integers": ({"x": X.long()}, "x is a torch.int64 tensor"),
     "no tensor": ({"x": [[1.0]]}, "x is a list"),
     "two dimensions": ({"x": X[0]}, r"x has shape \(6, 3\)"),
@@ -26,12 +26,12 @@ MIX: dict[str, tuple[dict[str, Any], str]] = {
     "unknown edge": ({"edge": "wrap"}, "edge is 'wrap': use one of"),
     "unknown backend": ({"backend": "cuda"}, "backend is 'cuda': available here are .*'reference'"),
     "state of another batch": ({"state": X[:1]}, r"state has shape \(1, 6, 3\): give \(2, any, 3\)"),
-    "state of other coordinates": ({"state": X[..., :2]}, r"state has shape \(2, 6, 2\)"),
+    "state of other channels": ({"state": X[..., :2]}, r"state has shape \(2, 6, 2\)"),
     "state without time": ({"state": X[:, 0]}, r"state has shape \(2, 3\)"),
     "state of integers": ({"state": X.long()}, "state is a torch.int64 tensor"),
     "number of kernels": (
         {"kernels": [torch.ones(2)]},
-        "kernels has 1 tensors: give one .* 3 coordinates, .* 2 distinct",
+        "kernels has 1 tensors: give one .* 3 channels, .* 2 distinct",
     ),
     "length of a kernel": (
         {"kernels": [torch.ones(2), torch.ones(3), torch.ones(4)]},

@@ -100,7 +100,7 @@ def test_gradients(backend: str, edge: str, learned: bool) -> None:
         assert torch.autograd.gradgradcheck(run, (x, state))
 
 
-# Around the 8 tokens of a step and the vectors of coordinates of compiled kernels; kernels long enough for an FFT, for
+# Around the 8 tokens of a step and the vectors of channels of compiled kernels; kernels long enough for an FFT, for
 # which documents are set apart, or (many short ones) are not; one longer than compiled kernels take.
 ROWS = {
     "long": [[100, 1, 150, 29], [7, 8, 9, 250, 6]],
@@ -177,7 +177,7 @@ def test_means_save_reach_only(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("began_before", [False, True])
 def test_what_other_documents_hold_stays_there(backend: str, began_before: bool) -> None:
-    """What is not finite stays in its document, and in its coordinate and window there."""
+    """What is not finite stays in its document, and in its channel and window there."""
     x, reach = torch.randn(1, 40, 2), reach_of_lengths([[17, 23]])
     clean = x.clone()
     x[:, :15, 1] = float("nan")

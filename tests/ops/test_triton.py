@@ -49,7 +49,7 @@ def check(
 @pytest.mark.parametrize("tokens", [1, 63, 1000])
 @pytest.mark.parametrize("windows", MEANS.values(), ids=MEANS)
 def test_means(backend: str, dtype: torch.dtype, tokens: int, windows: list[int]) -> None:
-    """On the first coordinates of an embedding, as in the model."""
+    """On the first channels of an embedding, as in the model."""
     hidden = torch.randn(2, tokens, len(windows) + 24).to(dtype)
     check(hidden[..., : len(windows)], windows, None, backend)
 
@@ -96,7 +96,7 @@ def test_layouts_of_the_input(backend: str, learned: bool) -> None:
 @on_triton
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_nan_stays_in_its_window_and_coordinate(backend: str, bad: float, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_window_and_channel(backend: str, bad: float, dtype: torch.dtype) -> None:
     windows = [2, 16, 64, 128, 512]
     x = torch.randn(1, 250, len(windows)).to(dtype)
     clean = wavelet_mix(x, windows, backend=backend)

@@ -139,7 +139,7 @@ def test_every_dtype(backend: str, edge: str, dtype: torch.dtype, windows: list[
 @each_backend
 @each_edge
 def test_kernel_forms(backend: str, edge: str) -> None:
-    """One per coordinate, per window for each of its coordinates, or per window and shared."""
+    """One per channel, per window for each of its channels, or per window and shared."""
     windows = [4, 2, 4, 7, 2]
     x = torch.randn(2, 9, 5, dtype=torch.float64)
     single = random_kernels(windows)
@@ -226,7 +226,7 @@ def test_layouts_of_the_input(backend: str, windows: list[int]) -> None:
 @each_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("learned", [False, True])
-def test_nan_stays_in_its_window_and_coordinate(backend: str, bad: float, learned: bool) -> None:
+def test_nan_stays_in_its_window_and_channel(backend: str, bad: float, learned: bool) -> None:
     if backend == "triton" and learned:
         pytest.skip("NaN reaches a little further there: test_triton.py")
     windows = LEARNED if learned else WINDOWS

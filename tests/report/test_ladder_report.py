@@ -127,7 +127,7 @@ def test_gaps_close_to_nothing_are_warned_of(tmp_path: Path) -> None:
             run.update_info(result={**run.info["result"], "final_nll": final})
     ladder = write_ladder(tmp_path, replicates=0)
     assert "go from 0.0010 to 0.1" in " ".join(ladder["notes"])
-    assert "its retention hangs on the smallest" in " ".join(ladder["notes"])
+    assert "Its retention depends on the smallest" in " ".join(ladder["notes"])
     assert ladder["arms"]["fixed"]["retention"]["value"] is not None
     assert "tenfold data" not in headline(ladder)
 
@@ -153,7 +153,7 @@ def test_a_loss_out_of_reach_is_said_to_be(tmp_path: Path) -> None:
     assert top["data_multiplier"]["value"] is None
     assert top["data_multiplier"]["out_of_reach"]
     assert ladder["arms"]["fixed"]["trend"]["compute"]["value"] is None
-    assert "At 5M-50M the baseline of the same size never gets to the loss of `fixed`" in " ".join(ladder["notes"])
+    assert "At 5M-50M the baseline of the same size never reaches the loss of `fixed`" in " ".join(ladder["notes"])
     assert "∞" in (tmp_path / "report.html").read_text()
 
 

@@ -226,7 +226,7 @@ def test_before_and_after_are_the_mixers_own(trained: Path) -> None:
     assert mixed is not None
     assert mixed.before.shape == mixed.after.shape == (27, 16)
     assert mixed.n_mixed == 8
-    # The other coordinates pass; a mixed one is the causal mean over its window, as these kernels still are.
+    # The other channels pass; a mixed one is the causal mean over its window, as these kernels still are.
     np.testing.assert_array_equal(mixed.before[:, 8:], mixed.after[:, 8:])
     window = mixed.windows[7]
     mean = np.convolve(mixed.before[:, 7], np.full(window, 1 / window))[:27]
@@ -263,12 +263,12 @@ def test_pictures_of_the_model_are_in_the_report(tmp_path: Path, trained: Path) 
     for file in trained.iterdir():
         (run.path / file.name).write_bytes(file.read_bytes())
     text, page = report(tmp_path, [run])
-    assert "could not be pictured" not in page.text
+    assert "could not be loaded and drawn" not in page.text
     assert text.count("data:image/png;base64,") == 2
     assert '<section id="kernels"' in text
     (run.path / "model.safetensors").write_bytes(b"cut short")
     _, page = report(tmp_path, [run])
-    assert "could not be pictured" in page.text
+    assert "could not be loaded and drawn" in page.text
 
 
 def test_frequency_response_of_the_mean_is_the_known_one() -> None:

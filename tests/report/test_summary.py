@@ -105,7 +105,7 @@ def test_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     assert list(summary["arms"]) == ["none", "fixed"]
     assert headline(summary) == (
         "`fixed` reached the baseline's final loss 1.600 after 90 of 200 steps: 2.22x fewer steps, 1.11x less time; "
-        "2 seeds, and the difference in final loss is within what seeds differ by chance."
+        "2 seeds, and the difference in final loss may be chance between seeds."
     )
 
 
@@ -208,7 +208,7 @@ def test_a_baseline_that_was_as_good_before_its_end_is_told(tmp_path: Path) -> N
     ]
     notes = " ".join(summarize(runs, "none")["notes"])
     # 3.0 -> 1.4 in 100 steps passes 1.5 at step 93.75.
-    assert "first at step 94 of 200" in notes
+    assert "reached its final loss at step 94 of 200" in notes
     assert "53 % smaller" in notes
 
 
@@ -308,7 +308,7 @@ def test_a_disturbed_machine_is_told(tmp_path: Path) -> None:
         result = {**run.info["result"], "tokens": 100_000, "seconds": seconds, "tokens_per_second": 1000.0}
         run.update_info(result=result)
     notes = " ".join(summarize(runs, "none")["notes"])
-    assert "busy with other things at times (`fixed`)" in notes
+    assert "busy with other work at times (`fixed`)" in notes
 
 
 def test_the_gap_is_followed_to_the_end(tmp_path: Path) -> None:

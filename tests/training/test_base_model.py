@@ -76,7 +76,7 @@ def test_compare_and_what_follows(kind: str, store: TokenStore, folders: Path, t
     assert mixed - stock == (0 if kind == "llama" else 2 * 8)  # a gate for each mixed channel of both blocks
     page = (out / "report.html").read_text()
     assert "w=8" in page  # the picture of the hidden states, with their windows
-    assert "could not be pictured" not in page
+    assert "could not be loaded and drawn" not in page
     for arm in arms:
         run = RunFolder.open(out / f"{arm.replace(':', '_')}-seed0")
         model = AutoModelForCausalLM.from_pretrained(run.path)
@@ -261,10 +261,10 @@ def test_training_goes_on_where_the_weights_are(trained: Path, read: tuple[Recip
     mixed = recipe.override({"base_model": str(tmp_path / "delta"), "mixing": "delta"}, "test")
     again = train(mixed, store, tmp_path / "again", data="words.txt", show_progress=False).curve()
     assert again[0][2] == pytest.approx(delta[-1][2], abs=1e-6)
-    for changes, told in (({"mixing": "gate"}, "give mixing=delta"), ({"max_window": 8}, "max_window of its own")):
+    for changes, told in (({"mixing": "gate"}, "give mixing=delta"), ({"max_window": 8}, "its own model.max_window")):
         with pytest.raises(UserError, match=told):
             built(store, mixed.override(changes, "test"))
-    with pytest.raises(UserError, match="mixes by itself"):
+    with pytest.raises(UserError, match="has mixing already: name the model without mixing"):
         built(store, mixed.override({"from_pretrained": False}, "test"))
 
 
@@ -300,7 +300,7 @@ def test_the_command_line_goes_on_with_trained_weights(
     assert stop.value.code == 2
     assert "has trained weights, which mixing=fixed ruins at first" in capsys.readouterr().err
     cli.main([*words, *small, "--mixing", "delta"])
-    assert "held-out loss" in capsys.readouterr().out
+    assert "validation loss" in capsys.readouterr().out
     # The data is found again, and read anew where its store is gone.
     shutil.rmtree(tmp_path / "cache")
     cli.main(["evaluate", str(tmp_path / "run"), "--windows", "4", "--device", "cpu"])
@@ -340,7 +340,7 @@ def test_model_and_its_settings_go_side_by_side(folders: Path, capsys: Any) -> N
         ({"mix_placement": "key"}, "model.mix_placement=key has no effect"),
         ({"architecture": "llama"}, "architecture=llama has no effect with a base_model"),
         ({"pretrained": "replace"}, "pretrained=replace has no effect on new weights"),
-        ({"n_positions": 33}, "n_positions=33 is beyond the 32 positions"),
+        ({"n_positions": 33}, "n_positions=33 is more than the 32 positions"),
         ({"max_window": 3}, "max_window=3 is not a power of two"),
         ({"mixing": "delta", "mix_edge": "partial"}, "delta"),
         ({"mix_layers": "0,5"}, "numbers of blocks from 0 to 1"),
@@ -370,17 +370,17 @@ def test_models_that_are_refused(store: TokenStore, tmp_path: Path) -> None:
     save_config(tmp_path / "bloom", "bloom", hidden_size=16, n_layer=1, n_head=2)
     save_config(tmp_path / "ours", "waveletgpt", n_embd=16, n_layer=1, n_head=2)
     refusals = {
-        "nowhere": "no such folder, nor can a model of that name be had from the hub",
+        "nowhere": "it is neither a folder nor a model that the hub gives",
         "file": "is a file: name a folder with the config.json",
         "empty": "has no config.json: name a folder",
         "broken": "config.json cannot be read",
-        "own-code": "needs code of its own, which is not run here",
+        "own-code": "needs its own code, which is not run here",
         "uneven": "config.json cannot be read .*even rotary dimension",
         "bart": "is an encoder-decoder",
-        "bert": "sees tokens that are still to come",
-        "vit": "is no causal language model",
+        "bert": "sees later tokens",
+        "vit": "is not a causal language model",
         "bloom": "no keyword arguments",
-        "ours": "mixes by itself: leave it out",
+        "ours": "has mixing already: leave it out",
     }
     for name, told in refusals.items():
         with pytest.raises(UserError, match=told) as error:

@@ -116,12 +116,12 @@ def test_each_arm_has_its_best_rate_at_each_size(out: Path) -> None:
             if rung["size"] == sweep["size"]:
                 assert list(rung["arms"]) == ARMS
                 assert [arm["settings"] for arm in rung["arms"].values()] == [f"lr={value}" for value in chosen]
-    assert "lies where the grid ends" in " ".join(ladder["notes"])
+    assert "is at the edge of the grid" in " ".join(ladder["notes"])
 
 
 def test_too_few_rungs_are_said_to_be_and_the_rest_is_told(out: Path) -> None:
     ladder = json.loads((out / "ladder.json").read_text())
-    assert "4 rungs of 2 sizes and 2 numbers of tokens cannot tell" in ladder["notes"][0]
+    assert "4 rungs of 2 sizes and 2 numbers of tokens do not determine" in ladder["notes"][0]
     assert ladder["arms"]["none"]["law"] is None
     for rung in ladder["rungs"]:
         losses = {arm: entry["final_nll"]["per_seed"][0] for arm, entry in rung["arms"].items()}
@@ -194,7 +194,7 @@ def test_grows_by_a_rung(store: TokenStore, out: Path, tmp_path: Path) -> None:
         assert ladder["rungs"][0]["arms"][arm]["settings"] == ladder["rungs"][1]["arms"][arm]["settings"]
     # Three lengths of training make a law of tokens.
     assert set(ladder["arms"]["none"]["size_laws"]) == {"20k"}
-    assert "Multipliers at 20k are read off a law of tokens alone" in ladder["notes"][0]
+    assert "Multipliers at 20k come from a law of tokens alone" in ladder["notes"][0]
 
 
 def test_what_arms_and_recipes_may_not_set() -> None:

@@ -3,20 +3,20 @@
     store = prepare_clips("my-sounds/", TaskSettings(clip_seconds=1.0))
     store.split("train")[0]         # {"input_values": (16000,), "labels": ()}
 
-The layout is told by the names of the files:
+The names of the files decide the layout:
 
     FSD50K      dev.csv and eval.csv of FSD50K.ground_truth, recordings FSD50K.{dev,eval}_audio/ID.wav; a recording may
                 have several classes; eval is the test split (Fonseca et al. 2020, https://arxiv.org/abs/2010.00475)
-    ESC-50      meta/esc50.csv and audio/; of its five folds one is the test split and the next one validation
-    UrbanSound8K metadata/UrbanSound8K.csv and audio/foldN/; of its ten folds likewise (Salamon et al. 2014)
-    Speech Commands CLASS/*, validation_list.txt and testing_list.txt, which say what is not for training (Warden 2018,
-                https://arxiv.org/abs/1804.03209); _background_noise_ is not a class
-    digits      DIGIT_SPEAKER_INDEX.wav as in the Free Spoken Digit Dataset: of every speaker and digit the indices 0
-                to 4 are the test split, which is official, and 5 to 9 validation
+    ESC-50      meta/esc50.csv and audio/; one of the five folds is the test split, the next one validation
+    UrbanSound8K metadata/UrbanSound8K.csv and audio/foldN/; the same with ten folds (Salamon et al. 2014)
+    Speech Commands CLASS/*, with the lists validation_list.txt and testing_list.txt; all other recordings are for
+                training (Warden 2018, https://arxiv.org/abs/1804.03209); _background_noise_ is not a class
+    digits      DIGIT_SPEAKER_INDEX.wav as in the Free Spoken Digit Dataset: for every speaker and digit, indices 0 to 4
+                are the test split, which is official, and 5 to 9 validation
     folders     CLASS/*, or {train,test}/CLASS/* with or without validation
 
-Recordings are mixed down, resampled and cut into consecutive clips, each of which knows its recording; one that is
-shorter than a clip is one example, as it is. No recording is in two splits, and none of which a copy is in another.
+Recordings are mixed down to mono, resampled and cut into consecutive clips; the store records which recording a clip
+is from. A recording shorter than a clip is one example. No recording, nor a copy of it, is in two splits.
 """
 
 from __future__ import annotations
@@ -54,46 +54,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 4
-"""To be raised when the same data and settings come to mean other examples: stores made before are not found then."""
+"""Raise it when the same data and settings give other examples, so that stores made before are not used."""
 LABELLED = ("fsdd",)
-"""The named sets whose recordings have classes."""
+"""The named data sets whose recordings have classes."""
 LONGEST = 600.0
-"""Seconds of a recording that are used: ten hours of one sound would outweigh all others."""
+"""Seconds of a recording that are used at most: ten hours of one sound would outweigh all others."""
 FILE_LIMIT = 1 << 32
-"""Bytes of a file, beyond which it is not read."""
+"""Larger files, in bytes, are not read."""
 TABLE_LIMIT = 1 << 26
-"""Bytes of a table of labels, beyond which it is none."""
+"""Larger files, in bytes, are not tables of labels."""
 
 _TABLES = (
     "dev.csv", "eval.csv", "vocabulary.csv", "esc50.csv", "UrbanSound8K.csv", "testing_list.txt", "validation_list.txt",
 )  # fmt: skip
-"""Names of the official tables that say classes or splits."""
+"""Names of the official tables with classes or splits."""
 
 _DIGIT = re.compile(r"(?:^|/)(\d)_([^/]+)_(\d{1,9})\.\w+$")
 _ZIP_PART = re.compile(r"\.z\d+$", re.IGNORECASE)
 
 Label = tuple[str | None, tuple[int, ...]]
-"""The split of a recording (None: the data is not divided) and the numbers of its classes."""
+"""The split of a recording (None if the data has no splits) and the numbers of its classes."""
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """How some data says what its recordings are."""
+    """A layout: how the data gives the classes of its recordings."""
 
     name: str
     classes: tuple[str, ...]
     label: Callable[[str], Label | None]
     """The label of the file with this name; None if it has none."""
     where: str
-    """What a recording without a label is not in."""
+    """Where a recording must be to have a label, for messages."""
     multi_label: bool = False
 
 
 def prepare_clips(data: str, settings: TaskSettings | None = None, progress: bool = True) -> ExampleStore:
-    """The clips of labelled recordings: made once, and found again as long as neither data nor settings change.
+    """The clips of labelled recordings. They are made once and found again until data or settings change.
 
-    `data` is a folder or an archive in one of the layouts above, or a name in `LABELLED`; numbers of examples in the
-    settings are numbers of recordings. Any number of processes may ask at once. Raises UserError for what cannot be
+    `data` is a folder or an archive in one of the layouts above, or a name in `LABELLED`. Numbers of examples in the
+    settings are numbers of recordings. Several processes may call it at once. Raises UserError for data that cannot be
     used.
     """
     from waveletgpt.classify.examples import prepare_once
@@ -121,12 +121,12 @@ def _source(data: str, settings: TaskSettings, progress: bool) -> Source:
         return fetch(NAMED[data], chosen, progress)
     named = ", ".join(LABELLED)
     if data in NAMED:
-        raise UserError(f'the data set "{data}" has no recordings with classes: {named} has, or give a folder')
-    raise UserError(f'"{data}" is no folder, archive or data set with classes ({named}){suggest(data, LABELLED)}')
+        raise UserError(f'the data set "{data}" has no recordings with classes: give {named} or a folder')
+    raise UserError(f'"{data}" is not a folder, archive or data set with classes ({named}){suggest(data, LABELLED)}')
 
 
 def _fill(source: Source, settings: TaskSettings, progress: bool, writer: ExampleWriter) -> None:
-    """Write the clips of all recordings, divided and limited."""
+    """Write the clips of all recordings, divided into splits and limited in number."""
     layout = find_layout(source, settings.fold)
     if progress:
         shown = ", ".join(layout.classes[:12]) + (", ..." if len(layout.classes) > 12 else "")
@@ -150,13 +150,13 @@ def _fill(source: Source, settings: TaskSettings, progress: bool, writer: Exampl
                     source.skipped.append(f"{name} ({error})")
                 else:
                     cut += not whole
-                    # Where classes are balanced, the first of several stands for all.
+                    # A recording of several classes counts as one of its first class when classes are balanced.
                     pool.add(Item((samples.tobytes(),), (*label[1], 0)[0], point, name, label[0]))
                     classes.append(label[1])
                 advance(source.done)
         report_skipped(source, "recordings", len(pool))
         if cut:
-            log.warning("%s: of %d recordings the first %g seconds are used", source.name, cut, LONGEST)
+            log.warning("%s: only the first %g seconds of %d recordings are used", source.name, LONGEST, cut)
         first, points, given = pool.columns()
         parts, division = divide(first, points, given, settings)
         _check(source.name, layout, first, parts)
@@ -190,7 +190,7 @@ def _fill(source: Source, settings: TaskSettings, progress: bool, writer: Exampl
 
 
 def _check(name: str, layout: Labelling, labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Raises UserError as `check_classes`, for a split without recordings, or a class without any to train on."""
+    """Raises UserError as `check_classes` does, and for a split or a training class without recordings."""
     check_classes(layout.classes, name, layout.multi_label)
     for split in SPLITS:
         if not len(parts[split]):
@@ -208,7 +208,7 @@ def _is_sound(name: str) -> bool:
 
 
 def _save(document: Document, path: Path) -> float:
-    """Write a document's bytes to `path`, for a reader that has to seek; a number that only copies of it share.
+    """Write a document's bytes to `path`, for a reader that has to seek. Returns a number that is the same for copies.
 
     Raises Unusable for more than FILE_LIMIT bytes.
     """
@@ -224,7 +224,7 @@ def _save(document: Document, path: Path) -> float:
 
 
 def read_samples(path: Path, rate: int) -> tuple[np.ndarray, bool]:
-    """A recording as int16 (N,), `rate` samples a second, LONGEST seconds at most; and whether that is all of it.
+    """A recording as int16 (N,) at `rate` samples per second, at most LONGEST seconds; and whether that is all of it.
 
     Raises Unusable if it is not a recording, is broken, or has no samples.
     """
@@ -249,7 +249,7 @@ def _clip(seconds: float, rate: int) -> int:
 
 
 def pieces(samples: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Consecutive pieces of `length` samples; a rest is one, too, if it is half as long, or all there is."""
+    """Consecutive pieces of `length` samples. The rest is a piece too if it is at least half as long, or alone."""
     for start in range(0, len(samples), length):
         piece = samples[start : start + length]
         if start == 0 or 2 * len(piece) >= length:
@@ -268,9 +268,9 @@ def read_clips(path: Path, rate: int, seconds: float) -> list[np.ndarray]:
 
 
 def find_layout(source: Source, fold: int) -> Labelling:
-    """The layout of a source, from the names of its files and its tables; `fold` of ESC-50 is the test split.
+    """The layout of a source, from the names of its files and its tables; `fold` is the test split of data with folds.
 
-    Raises UserError where there are no recordings, and where none of the layouts fits, or two do.
+    Raises UserError if there are no recordings, or if no layout or more than one fits.
     """
     names: list[str] = []
     tables: dict[str, bytes] = {}
@@ -281,7 +281,7 @@ def find_layout(source: Source, fold: int) -> Labelling:
             try:
                 tables[name] = document.read(TABLE_LIMIT)
             except TooLarge as error:
-                raise UserError(f"{document.name} is {error}: it is not the official table") from None
+                raise UserError(f"{document.name} is {error}: give the official table") from None
         elif _is_sound(document.name):
             names.append(document.name)
         elif name.lower().endswith((".csv", ".tsv")):
@@ -289,7 +289,7 @@ def find_layout(source: Source, fold: int) -> Labelling:
         elif _ZIP_PART.search(name):
             whole = f"{name.rpartition('.')[0]}.zip"
             raise UserError(
-                f"{name} is a part of {whole}: join them (zip -s 0 {whole} --out whole.zip), and unpack that"
+                f"{name} is a part of {whole}: join the parts (zip -s 0 {whole} --out whole.zip), and unpack whole.zip"
             )
     if not names:
         raise UserError(f"{source.name} has no recordings: give a folder or archive with WAV, FLAC, OGG, MP3 or AIFF")
@@ -312,7 +312,7 @@ def find_layout(source: Source, fold: int) -> Labelling:
         return Labelling("digits", tuple("0123456789"), _digit, "the pattern DIGIT_SPEAKER_INDEX")
     if other_tables:
         raise UserError(
-            f"{source.name} holds {other_tables[0]}, a table that may say other classes than the folders do: move the "
+            f"{source.name} holds {other_tables[0]}, a table whose classes may differ from the folders: move the "
             "recordings into a folder per class and leave the table out"
         )
     return _class_folders(names, source.name)
@@ -327,9 +327,9 @@ def _text(tables: dict[str, bytes], name: str) -> str:
 
 
 def _rows(tables: dict[str, bytes], name: str, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """These columns of the rows of a table. Raises UserError where they are not there."""
+    """These columns of each row of a table. Raises UserError if the table or a column is missing."""
     if name not in tables:
-        raise UserError(f"{name} is missing: add it, it says which recordings have which classes")
+        raise UserError(f"{name} is missing: add it, it holds the classes of the recordings")
     try:
         for row in csv.DictReader(io.StringIO(_text(tables, name), newline="")):
             values = [row.get(column) for column in columns]
@@ -341,7 +341,7 @@ def _rows(tables: dict[str, bytes], name: str, columns: tuple[str, ...]) -> Iter
 
 
 def _fsd50k(tables: dict[str, bytes]) -> Labelling:
-    """Several classes a recording; `dev` is divided in training and validation, `eval` is the test split."""
+    """Several classes per recording; `dev` is divided into training and validation, `eval` is the test split."""
     found: dict[str, tuple[str, list[str]]] = {}
     for name, labels, split in _rows(tables, "dev.csv", ("fname", "labels", "split")):
         found[name] = "validation" if split == "val" else "train", list(filter(None, labels.split(",")))
@@ -362,7 +362,7 @@ def _fsd50k(tables: dict[str, bytes]) -> Labelling:
 
 
 def _esc50(table: bytes, fold: int) -> Labelling:
-    """One class a recording. What comes from one source is in one fold, so validation is a fold, too."""
+    """One class per recording. Recordings from one source are in one fold, so validation is a whole fold too."""
     rows = list(_rows({"esc50.csv": table}, "esc50.csv", ("filename", "fold", "target", "category")))
     if fold > 5:
         raise UserError(f"fold is {fold}: ESC-50 has the folds 1 to 5")
@@ -380,7 +380,7 @@ def _esc50(table: bytes, fold: int) -> Labelling:
 
 
 def _urbansound(table: bytes, fold: int) -> Labelling:
-    """Ten folds, in which the pieces of one source are together. They are not classes, though they have folders."""
+    """Ten folds; the pieces of one source are in one fold. The folders are folds, not classes."""
     columns = ("slice_file_name", "fold", "classID", "class")
     rows = list(_rows({"UrbanSound8K.csv": table}, "UrbanSound8K.csv", columns))
     if wrong := {row[1] for row in rows} - {str(number) for number in range(1, 11)}:
@@ -401,7 +401,7 @@ def _urbansound(table: bytes, fold: int) -> Labelling:
 
 
 def _speech_commands(tables: dict[str, bytes], names: list[str], what: str) -> Labelling:
-    """A folder a word; the two lists name the recordings of validation and test, all others are for training."""
+    """A folder per word. Two lists name the recordings of validation and test; all others are for training."""
     listed = {
         line.strip(): split
         for table, split in (("validation_list.txt", "validation"), ("testing_list.txt", "test"))
@@ -425,7 +425,7 @@ def _digit(name: str) -> Label | None:
 
 
 def _class_folders(names: list[str], what: str) -> Labelling:
-    """Class folders, below folders that are splits where `train` and `test` are among those."""
+    """A folder per class. These are inside folders of splits if `train` and `test` are among the folders."""
     folders = [name.split("/")[:-1] for name in names]
     filled = [folder for folder in folders if folder]
     depth = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*filled, strict=False)))
@@ -434,17 +434,17 @@ def _class_folders(names: list[str], what: str) -> Labelling:
     divided = "train" in splits.values() and len(set(splits.values())) > 1
     if divided and (others := sorted(tops - splits.keys())):
         raise UserError(
-            f"{what} has folders that are splits ({', '.join(sorted(splits))}) and others ({', '.join(others[:3])}): "
+            f"{what} has folders of splits ({', '.join(sorted(splits))}) and others ({', '.join(others[:3])}): "
             "leave only splits, or only classes"
         )
     if divided and "test" not in splits.values():
-        raise UserError(f"{what} has the splits {', '.join(sorted(splits))}, but no test: add it, or rename one so")
+        raise UserError(f"{what} has the splits {', '.join(sorted(splits))}, but no test: add it or rename one")
     depth += divided
     classes = sorted({folder[depth] for folder in folders if len(folder) > depth})
     if len(classes) < 2:
-        there = classes or sorted({folder[-1] for folder in filled})  # the folder that all are in may be a class
+        there = classes or sorted({folder[-1] for folder in filled})  # a single folder around all may be a class
         found = f"one class, {there[0]}" if len(there) == 1 else "no class folders"
-        raise UserError(f"{what} has {found}: put the recordings of each class in a folder that is called like it")
+        raise UserError(f"{what} has {found}: put the recordings of each class in a folder with the name of the class")
     number = {name: index for index, name in enumerate(classes)}
 
     def label(name: str) -> Label | None:

@@ -1,13 +1,13 @@
 """The example store: a folder of memory-mapped labelled examples of varying length, the same for every task.
 
-    data-SPLIT.bin      ids (uint8, or uint16 where the vocabulary needs it) or samples (int16), all inputs in a row
+    data-SPLIT.bin      ids (uint8, or uint16 if the vocabulary needs it) or samples (int16), one input after the other
     ends-SPLIT.bin      where each input ends, in ids or samples: uint64
-    labels-SPLIT.bin    the class of each example: int64; with several labels one uint8 (0 or 1) a class
-    clips-SPLIT.bin     the recording that each example is a piece of: int64
-    names-SPLIT.jsonl   what each example is called, if they have names
-    meta.json           what it holds and where that came from
+    labels-SPLIT.bin    the class of each example: int64; with several labels one uint8 (0 or 1) per class
+    clips-SPLIT.bin     number of the recording that each example is a piece of: int64
+    names-SPLIT.jsonl   the name of each example, if they have names
+    meta.json           description and source of the examples
 
-Id 0 is padding: no example has it.
+Id 0 is padding and is not in any example.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ class ExampleStore:
         self.fingerprint: str = meta["fingerprint"]
         """SHA-256 over the data's content and the settings that made these examples."""
         self.kind: str = meta["kind"]
-        """What an input is: "tokens" (ids, 0 is padding) or "waveform" (16-bit samples)."""
+        """The kind of inputs: "tokens" (ids, 0 is padding) or "waveform" (16-bit samples)."""
         self.modality: str = meta["modality"]
-        """What an input shows: "text", "listops", "image" (square, grey) or "audio"."""
+        """The content of inputs: "text", "listops", "image" (square, grey) or "audio"."""
         self.classes: tuple[str, ...] = tuple(meta["classes"])
         self.multi_label: bool = meta["multi_label"]
-        """Whether an example may have several classes, or none."""
+        """Whether an example may have any number of classes, none included."""
         self.n_inputs: int = meta["n_inputs"]
-        """Inputs of an example: 2 for pairs, else 1."""
+        """Inputs per example: 2 for pairs, else 1."""
         self.vocab_size: int | None = meta["vocab_size"]
         """Number of ids, padding included; None for waveforms."""
         self.sample_rate: int | None = meta["sample_rate"]
-        """Samples a second; None for tokens."""
+        """Samples per second; None for tokens."""
         self.max_length: int = meta["max_length"]
-        """Ids or samples of the longest input."""
+        """Length of the longest input, in ids or samples."""
 
     def task(self) -> Task:
-        """Classifying these examples: what the trainer asks a store for."""
+        """The trainer's task: to classify these examples."""
         from waveletgpt.classify.task import Classification
 
         return Classification(self)
@@ -74,7 +74,7 @@ class ExampleStore:
     def open(cls, path: str | os.PathLike[str]) -> ExampleStore:
         """The store in the folder `path`.
 
-        Raises UserError if there is none, or if it is not whole.
+        Raises UserError if there is none or it is incomplete.
         """
         return cls(Path(path), read_meta(Path(path), "example store", FORMAT, _files))
 
@@ -88,7 +88,7 @@ class ExampleStore:
 
 
 def _files(meta: dict[str, Any]) -> dict[str, int]:
-    """The files of a whole store, with their bytes."""
+    """The files of a complete store, with their sizes in bytes."""
     if meta["kind"] not in KINDS or meta["modality"] not in MODALITIES:
         raise ValueError(f"kind {meta['kind']}, modality {meta['modality']}")
     width = np.dtype(meta["dtype"]).itemsize
@@ -109,19 +109,20 @@ def _files(meta: dict[str, Any]) -> dict[str, int]:
 class Examples(Dataset):
     """The examples of one split. Item i is a dict
 
-    - tokens: `input_ids`, int64 (T,), of pairs a list of two; waveform: `input_values`, float32 (N,) in [-1, 1)
-    - `labels`: int64 (), or float32 (classes,) of 0 and 1 where there are several
+    - `input_ids`, int64 (T,), for tokens (for pairs a list of two), or `input_values`, float32 (N,) in [-1, 1), for
+      waveforms
+    - `labels`: int64 (), or float32 (classes,) of 0 and 1 if examples may have several classes
     """
 
     def __init__(self, store: ExampleStore, name: str) -> None:
-        """Raises UserError for a split that there isn't."""
+        """Raises UserError for an unknown split."""
         if name not in SPLITS:
             raise UserError(f'no split "{name}": there are {", ".join(SPLITS)}{suggest(name, SPLITS)}')
         self.store = store
         self.name = name
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Examples, (self.store, self.name)  # a process of its own maps the files itself
+        return Examples, (self.store, self.name)  # another process maps the files itself
 
     def __len__(self) -> int:
         return int(self.store.meta["splits"][self.name]["examples"])
@@ -134,12 +135,12 @@ class Examples(Dataset):
 
     def raw(self, index: int) -> list[np.ndarray]:
         """The inputs of an example as they are stored: ids (uint8 or uint16) or samples (int16)."""
-        first = range(len(self))[index] * self.store.n_inputs  # raises IndexError, takes negative ones
+        first = range(len(self))[index] * self.store.n_inputs  # allows negative indices, raises IndexError
         bounds = [0] * (first == 0) + self._ends[max(0, first - 1) : first + self.store.n_inputs].tolist()
         return [np.asarray(self._data[start:end]) for start, end in itertools.pairwise(bounds)]
 
     def lengths(self) -> np.ndarray:
-        """Ids or samples of every input: (n,), of pairs (n, 2), int64."""
+        """Length of every input in ids or samples: (n,), or (n, 2) for pairs, int64."""
         lengths = np.diff(self._ends.astype(np.int64), prepend=0)
         return lengths if self.store.n_inputs == 1 else lengths.reshape(-1, self.store.n_inputs)
 
@@ -152,12 +153,12 @@ class Examples(Dataset):
 
     @functools.cached_property
     def clips(self) -> np.ndarray:
-        """(n,) int64: which recording each example is a piece of. Scores are averaged over it."""
+        """(n,) int64: the number of each example's recording. Scores are averaged over the pieces of a recording."""
         return self._read("clips", np.int64)
 
     @functools.cached_property
     def names(self) -> list[str] | None:
-        """What each example is called, such as its file; None if they have no names."""
+        """The name of each example, such as its file; None if they have no names."""
         if not self.store.meta["splits"][self.name]["name_bytes"]:
             return None
         text = (self.store.path / f"names-{self.name}.jsonl").read_text(encoding="ascii")
@@ -181,7 +182,7 @@ class Examples(Dataset):
 
 
 def as_item(inputs: Sequence[np.ndarray], kind: str) -> dict[str, Any]:
-    """The inputs of an example, as `Examples.raw` has them, as a model takes them: see `Examples`."""
+    """Turns the inputs that `Examples.raw` gives into model inputs; see `Examples`."""
     if kind == "waveform":
         return {"input_values": torch.from_numpy(inputs[0].astype(np.float32) / 32768)}
     ids = [torch.from_numpy(each.astype(np.int64)) for each in inputs]
@@ -196,7 +197,7 @@ class ExampleWriter(FolderWriter):
             writer.append("train", ids, 1, name="train/pos/0_9.txt")
             writer.finish(source={...})
 
-    Leaving the block without `finish` leaves nothing behind.
+    If the block ends without `finish`, nothing is left on disk.
     """
 
     def begin(
@@ -210,7 +211,7 @@ class ExampleWriter(FolderWriter):
         vocab_size: int | None = None,
         sample_rate: int | None = None,
     ) -> None:
-        """Say what the examples are; tokens need a `vocab_size` (padding included), waveforms a `sample_rate`."""
+        """Describe the examples. Tokens need a `vocab_size` (padding included), waveforms a `sample_rate`."""
         if (kind, vocab_size is None, sample_rate is None) not in (("tokens", False, True), ("waveform", True, False)):
             raise ValueError(f"kind {kind}, vocab_size {vocab_size}, sample_rate {sample_rate}")
         ids = np.uint8 if vocab_size is not None and vocab_size <= 1 << 8 else np.uint16
@@ -241,10 +242,11 @@ class ExampleWriter(FolderWriter):
         clip: int | None = None,
         name: str | None = None,
     ) -> None:
-        """Add an example: one array of ids 1 .. vocab_size-1 or of int16 samples (1-D, not empty), of a pair two.
+        """Add an example: an array of ids 1 .. vocab_size-1 or of int16 samples (1-D, not empty); two for a pair.
 
-        `label` is the number of a class, with `multi_label` all numbers that apply; `clip` the number of its recording
-        (default: its own). All examples of a split have a `name`, or none. Raises ValueError for what is none of that.
+        `label` is the number of its class, or with `multi_label` the numbers of all its classes. `clip` is the number
+        of its recording (default: a new one). Either all examples of a split have a `name` or none has. Raises
+        ValueError for anything else.
         """
         inputs = [data] if isinstance(data, np.ndarray) else list(data)
         if len(inputs) != self._meta["n_inputs"]:
@@ -263,13 +265,13 @@ class ExampleWriter(FolderWriter):
         self._file(f"labels-{split}.bin").write(labels.tobytes())
         self._file(f"clips-{split}.bin").write(np.int64(counts["examples"] if clip is None else clip).tobytes())
         if name:
-            # As ASCII: a name that is no UTF-8 (surrogates) comes back as it was.
+            # As ASCII, so that names that are not UTF-8 (surrogates) come back unchanged.
             counts["name_bytes"] += self._file(f"names-{split}.jsonl").write(json.dumps(name).encode() + b"\n")
         counts["examples"] += 1
 
     def _check(self, data: np.ndarray) -> None:
         if data.ndim != 1 or not len(data):
-            raise ValueError(f"an input of shape {data.shape}: give a row of one or more")
+            raise ValueError(f"an input has shape {data.shape}: give one dimension, not empty")
         if self._meta["kind"] == "waveform":
             if data.dtype != np.int16:
                 raise ValueError(f"samples are {data.dtype}, not int16")
@@ -285,7 +287,7 @@ class ExampleWriter(FolderWriter):
         return np.isin(np.arange(classes), numbers).astype(np.uint8) if multi else numbers
 
     def finish(self, **meta: Any) -> None:
-        """Publish the store; `meta` is recorded in meta.json. If another process was first, its store stays."""
+        """Publish the store, with `meta` in meta.json. If another process was first, its store stays."""
         self._close()
         for split in SPLITS:
             self.counts[split]["per_class"] = self._per_class(split)
@@ -302,10 +304,10 @@ class ExampleWriter(FolderWriter):
 def prepare_once(
     name: str, identity: dict[str, Any], cache: Path, fill: Callable[[ExampleWriter], None]
 ) -> ExampleStore:
-    """The store of what `identity` says (content and settings, as JSON has them): made by `fill`, or found again.
+    """The store with this `identity` (content and settings, as JSON): found again, or made by `fill`.
 
-    `fill` calls begin, append, finish; any number of processes may ask at once, one makes it. `name` becomes part of
-    the folder's. Raises UserError for a disk that is full, and whatever `fill` raises.
+    `fill` calls begin, append and finish. If several processes call this at once, one of them makes the store. `name`
+    becomes part of the folder's name. Raises UserError if the disk is full, and any error of `fill`.
     """
     identity = {"examples": FORMAT, **identity}
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -321,9 +323,9 @@ def prepare_once(
 
 
 def balanced(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The examples with these `labels` in an order of which every beginning has each class in its share: (n,) indices.
+    """(n,) indices that order examples with these `labels`: the first k, for any k, have each class in its share.
 
-    Within a class they stand in the order of their `points`, (n,) numbers such as `point_of` their content.
+    Within a class the order is that of `points`, (n,) numbers such as `point_of` the content.
     """
     order = np.lexsort((points, labels))
     sizes = np.unique(labels[order], return_counts=True)[1]
@@ -333,8 +335,8 @@ def balanced(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def show(store: ExampleStore, raw: Sequence[np.ndarray]) -> Any:
-    """What `Examples.raw` gives, for a human: of a text or expression a str (of a pair both, a rule between them),
-    of an image its pixels, uint8 (side, side), of audio its samples, int16 (N,).
+    """The inputs that `Examples.raw` gives, for a human: a str for a text or expression (for a pair both, with a line
+    between them), the pixels of an image, uint8 (side, side), or the samples of audio, int16 (N,).
     """
     if store.modality == "audio":
         return raw[0]

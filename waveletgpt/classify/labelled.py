@@ -1,6 +1,6 @@
-"""Labelled examples on their way into an example store: kept as they are read, divided into splits, limited.
+"""Labelled examples before they are in an example store: collected, divided into splits and limited in number.
 
-Shared by all that has examples with classes: the Long Range Arena's tasks, and recordings.
+The tasks of the Long Range Arena and labelled recordings share this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from waveletgpt.data.store import SPLITS
 from waveletgpt.errors import UserError
 
 HELD_OUT = 0.1
-"""Share of the training split that becomes validation; of undivided data, that which becomes each of the two others."""
+"""Share of the training split that becomes validation. Of data without splits, this share becomes validation, and the
+same share becomes test."""
 
 
 class Item(NamedTuple):
@@ -30,14 +31,14 @@ class Item(NamedTuple):
     """8-bit values."""
     label: int
     point: float
-    """`point_of` the whole example, by which it is known: before anything was cut."""
+    """`point_of` the whole example before it is cut; it identifies the example."""
     name: str
     split: str | None
-    """The official split; None if the data is not divided."""
+    """The official split; None if the data has no splits."""
 
 
 class Pool:
-    """All examples of a source: their inputs in a temporary file, what decides their splits in memory."""
+    """All examples of a source: the inputs in a temporary file; labels, points and splits in memory."""
 
     def __init__(self, path: Path, n_inputs: int) -> None:
         self._file = path.open("w+b")
@@ -82,9 +83,9 @@ def divide(
 ) -> tuple[dict[str, np.ndarray], str]:
     """The indices of the examples of each split, and how they were found: "given", "held out" or "hash".
 
-    `given` (n,) are the numbers of official splits, -1 for none: such examples are divided by their `points`, (n,).
-    Where no validation split is official it is held out of training, more than HELD_OUT of it if more is asked for.
-    Copies, known by their points, stay in the first of test, validation, training that they are in.
+    `given` (n,) holds the numbers of official splits, or -1 for examples that are divided by their `points`, (n,).
+    Without an official validation split, HELD_OUT of the training examples (more if the settings ask for more) become
+    validation. Copies have the same point; they stay only in the first of test, validation and training.
     """
     from waveletgpt.classify.examples import balanced
 
@@ -102,7 +103,7 @@ def divide(
         wanted = settings.validation_examples or 1
         held = max(test or round(HELD_OUT * len(order)), wanted)
         if settings.validation_examples and len(order) <= wanted:
-            raise UserError(f"validation_examples is {wanted}, to be held out of {len(order)} to train on: give fewer")
+            raise UserError(f"validation_examples is {wanted}, but there are {len(order)} to train on: give fewer")
         parts["validation"], parts["train"] = order[:held], order[held:]
     parts["validation"] = _without(parts["validation"], parts["test"], points)
     parts["train"] = _without(parts["train"], parts["validation"], points)
@@ -110,10 +111,10 @@ def divide(
 
 
 def check_classes(classes: Sequence[str], name: str, multi_label: bool = False) -> None:
-    """Raises UserError for classes of the same name, and for fewer than two where an example has just one."""
+    """Raises UserError if classes have the same name, or if there are fewer than two without `multi_label`."""
     twice = next((label for i, label in enumerate(classes) if label in classes[:i]), None)
     if twice is not None:
-        raise UserError(f"{name} has two classes called {twice}: give each a name of its own")
+        raise UserError(f"{name} has two classes called {twice}: give each its own name")
     if len(classes) < 2 and not multi_label:
         there = f"one class, {classes[0]}" if classes else "no classes"
         raise UserError(f"{name} has {there}: give two or more")
@@ -126,9 +127,9 @@ def _without(indices: np.ndarray, others: np.ndarray, points: np.ndarray) -> np.
 def limit(
     indices: np.ndarray, labels: np.ndarray, points: np.ndarray, settings: TaskSettings, split: str, name: str
 ) -> np.ndarray:
-    """As many of a split's examples as `settings` ask for, classes in their shares: what is asked for twice is in more.
+    """As many of a split's examples as `settings` ask for, with classes in their shares. Larger numbers add examples.
 
-    Raises UserError if there aren't that many.
+    Raises UserError if there are fewer.
     """
     from waveletgpt.classify.examples import balanced
 

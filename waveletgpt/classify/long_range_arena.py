@@ -3,11 +3,12 @@
     store = prepare_task("image", None, TaskSettings(train_examples=20_000))
     store.split("train")[0]         # {"input_ids": (1024,), "labels": ()}
 
-Every input is a row of 8-bit values (bytes of text, grey pixels, words of an expression), and its ids are these plus 1:
-0 is padding. `listops`, `pathfinder` and `pathx` are generated from a seed unless official files are given. The test
-split is the official one, if there is one, and nothing else depends on it; where there is no official validation split
-a tenth of the training split is held out, by a hash of each example and in the shares of the classes. No example that
-is in the test split is in another one, nor one of validation in training.
+Every input is a row of 8-bit values (bytes of text, grey pixels, words of an expression). Its ids are these values plus
+1, as 0 is padding. `listops`, `pathfinder` and `pathx` are generated from a seed unless official files are given.
+
+The official test split is used if there is one, and for nothing but the test. Without an official validation split, a
+tenth of the training split becomes validation, chosen by a hash of each example, with classes in their shares. No
+example is in two splits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from waveletgpt.classify.examples import ExampleStore, ExampleWriter
 
 VERSION = 1
-"""To be raised when the same data and settings come to mean other examples: stores made before are not found then."""
+"""Raise it when the same data and settings give other examples, so that stores made before are not used."""
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 """The official files of ListOps, Retrieval, Pathfinder and Path-X: a tar archive of 8 GB."""
@@ -51,13 +52,13 @@ _CLASS_FOLDER = re.compile(rf"(?:^|/)({'|'.join(_SPLIT_NAMES)})/([^/]+)/[^/]+$")
 _CIFAR_BATCH = re.compile(r"(?:^|/)(data_batch_\d+|test_batch)(\.bin)?$")
 _PLANES = 3 * 32 * 32
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
-"""Opcodes of a pickle that are a number."""
+"""Opcodes of a pickle that stand for a number."""
 _LONGEST_LINE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Published:
-    """A row of published accuracies, in percent by task; None where training came to nothing better than chance."""
+    """A row of published accuracies, in percent by task; None where the model was not better than chance."""
 
     name: str
     protocol: str
@@ -78,11 +79,11 @@ PUBLISHED = (
     _row("S5", "a state space model, sizes and schedules of its own",
          "Smith et al. 2022, https://arxiv.org/abs/2208.04933",         62.15, 89.31, 91.40, 88.00, 95.33, 98.58),
 )  # fmt: skip
-"""What others report on the full data; protocols differ, and most use the test split of `text` for validation."""
+"""Published results on the full data. Protocols differ, and most use the test split of `text` for validation."""
 
 
 class Found(NamedTuple):
-    """What a task finds in its data."""
+    """The result of reading a task's data."""
 
     classes: tuple[str, ...]
     items: Iterator[Item]
@@ -90,7 +91,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One task: what it is, what was published on it, and how to get its examples."""
+    """One task: its description, published numbers, and how to read or generate its examples."""
 
     name: str
     description: str
@@ -98,19 +99,19 @@ class Task:
     length: int
     """The published longest input, in tokens."""
     published: dict[str, int]
-    """Published numbers of examples by split, those held out for validation no longer counted to training."""
+    """Published numbers of examples by split; the training split is without the examples for validation."""
     layout: str
-    """What data of the task looks like."""
+    """The files that the task needs, for messages."""
     read: Callable[[Source, int], Found]
     """(source, length) -> examples in the source."""
     include: str
     """Globs of the files that belong to the task."""
     generate: Callable[[int, int, int, TaskSettings], Iterator[tuple[bytes, int]]] | None = None
-    """(seed, count, length, settings) -> values and label of so many examples; None if the task cannot be generated."""
+    """(seed, count, length, settings) -> values and label of `count` examples; None if it cannot be generated."""
     classes: tuple[str, ...] = ()
     """The classes of generated examples."""
     named: str | None = None
-    """The named data set that is taken if no data is given."""
+    """The named data set that is used if no data is given."""
     vocab_size: int = 257
     """Number of ids, padding included."""
     n_inputs: int = 1
@@ -124,10 +125,10 @@ class Task:
 def prepare_task(
     task: str, data: str | None = None, settings: TaskSettings | None = None, progress: bool = True
 ) -> ExampleStore:
-    """The examples of a task in `TASKS`: made once, and found again as long as neither data nor settings change.
+    """The examples of a task in `TASKS`. They are made once and found again until data or settings change.
 
-    `data` is a file, folder or archive in one of the layouts of the task, or its named set; None for generated ones,
-    or for that set. Any number of processes may ask at once. Raises UserError for what cannot be used.
+    `data` is a file, folder or archive in a layout of the task, or the name of its data set. None generates examples or
+    uses the named set. Several processes may call it at once. Raises UserError for data that cannot be used.
     """
     from waveletgpt.classify.examples import prepare_once
 
@@ -157,7 +158,7 @@ def prepare_task(
 def _source(task: Task, data: str | None, settings: TaskSettings, progress: bool) -> Source:
     chosen = DataSettings(cache_dir=settings.cache_dir, data_dir=settings.data_dir, include=task.include)
     if data is None and task.named is None:
-        raise UserError(f"{task.name} needs its data: unpack {RELEASE} (8 GB) and give the folder")
+        raise UserError(f"{task.name} needs data: unpack {RELEASE} (8 GB) and give the folder")
     name = data or task.named or ""
     if Path(name).exists():
         if Path(name).name == "lra_release.gz":
@@ -173,7 +174,7 @@ def _source(task: Task, data: str | None, settings: TaskSettings, progress: bool
 
 
 def _fill_generated(task: Task, length: int, settings: TaskSettings, progress: bool, writer: ExampleWriter) -> None:
-    """Write generated examples, the test split first: each split has a seed of its own and repeats none before it."""
+    """Write generated examples, the test split first. Each split has its own seed and no example of another split."""
     assert task.generate
     _begin(writer, task, task.classes)
     before: set[bytes] = set()
@@ -201,7 +202,7 @@ def _fill_generated(task: Task, length: int, settings: TaskSettings, progress: b
 def _fill(
     task: Task, source: Source, length: int, settings: TaskSettings, progress: bool, writer: ExampleWriter
 ) -> None:
-    """Write what the source holds, divided and limited."""
+    """Write the examples of the source, divided into splits and limited in number."""
     pool = Pool(writer.scratch / "examples.bin", task.n_inputs)
     with pool:
         with bar(f"reading {source.name}", source.size, progress) as advance:
@@ -246,7 +247,7 @@ def _ids(values: bytes) -> np.ndarray:
 
 
 def _check(task: Task, name: str, classes: tuple[str, ...], labels: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Raises UserError as `check_classes`, for a split without examples, or a class without any."""
+    """Raises UserError as `check_classes` does, and for a split, or a class in a split, without examples."""
     check_classes(classes, name)
     for split in SPLITS:
         if not len(parts[split]):
@@ -262,13 +263,14 @@ def _check(task: Task, name: str, classes: tuple[str, ...], labels: np.ndarray, 
 
 
 def _listops_made(seed: int, count: int, length: int, settings: TaskSettings) -> Iterator[tuple[bytes, int]]:
-    """Words by their number in `WORDS`; lengths from a quarter of the longest, as the published 500 to 2000."""
+    """Expressions as numbers of words in `WORDS`. The shortest has a quarter of the longest length, as in the published
+    data (500 to 2000)."""
     for expression, value in generate_listops(seed, count, settings.min_length or length // 4 or 1, length):
         yield bytes([IDS[word] for word in expression.split(" ")]), value
 
 
 def _listops_read(source: Source, length: int) -> Found:
-    """The official TSV files; expressions that are longer are left out, as a part of one has no value."""
+    """The official TSV files. Longer expressions are left out, because a part of an expression has no value."""
 
     def items() -> Iterator[Item]:
         for document in source.files():
@@ -307,9 +309,9 @@ def _text_read(source: Source, length: int) -> Found:
 
 
 def _retrieval_read(source: Source, length: int) -> Found:
-    """Pairs of papers, a line each: label, two ids, two texts, between tabs and without quotes.
+    """Pairs of papers, one per line: label, two ids and two texts, separated by tabs, without quotes.
 
-    The official texts are Python's notation of bytes (b'...'), and have been used like that.
+    The official texts are in Python's notation of bytes (b'...'); they are used unchanged, as in published results.
     """
     files = {f"new_aan_pairs.{part}.tsv": _SPLIT_NAMES[part] for part in ("train", "eval", "test")}
     labels = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
@@ -334,8 +336,8 @@ def _retrieval_read(source: Source, length: int) -> Found:
                     shown = columns[0][:20].decode("utf-8", "replace")
                     found = f'{len(columns)} columns, the first "{shown}"'
                     raise UserError(
-                        f"{document.name}: its first line has {found}: not a label 0 or 1, two ids, two texts, between "
-                        f"tabs; get {RELEASE}"
+                        f"{document.name}: its first line has {found}, not a label 0 or 1, two ids and two texts, "
+                        f"separated by tabs; get {RELEASE}"
                     )
             if wrong:
                 source.skipped.append(f"{document.name}: {wrong} wrong lines")
@@ -349,7 +351,7 @@ def _lines(document: Document) -> Iterator[bytes]:
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
         if len(rest) > _LONGEST_LINE:
-            raise UserError(f"{document.name} has a line of more than {_LONGEST_LINE >> 20} MB: it is no table")
+            raise UserError(f"{document.name} has a line of more than {_LONGEST_LINE >> 20} MB: it is not a table")
     if rest:
         yield rest
 
@@ -358,7 +360,7 @@ def _lines(document: Document) -> Iterator[bytes]:
 
 
 def _image_read(source: Source, length: int) -> Found:
-    """Class folders of pictures, or the batches of CIFAR-10 in the binary or in the Python version."""
+    """Folders of pictures by class, or the batches of CIFAR-10 in the binary or the Python version."""
     side = _side(length)
     names = [document.name for document in source.files()]
     if any(map(_CIFAR_BATCH.search, names)):
@@ -385,7 +387,7 @@ def _cifar_items(source: Source, side: int) -> Iterator[Item]:
             labels = records[:: 1 + _PLANES]
             pictures = load_cifar(records, Shape(side, 1))
             if labels and max(labels) >= len(CIFAR10):
-                raise Unusable(f"a label is {max(labels)}, there are {len(CIFAR10)} classes")
+                raise Unusable(f"a label is {max(labels)}, but there are {len(CIFAR10)} classes")
         except Unusable as error:
             source.skipped.append(f"{document.name}: {error}")
             continue
@@ -395,10 +397,10 @@ def _cifar_items(source: Source, side: int) -> Iterator[Item]:
 
 
 def cifar_records(content: bytes) -> bytes:
-    """A batch of CIFAR-10's Python version as that of the binary version: per picture a label and 3 planes.
+    """Converts a batch of CIFAR-10 from the Python to the binary version: per picture a label and 3 planes.
 
-    The pickle is not executed: its opcodes are only listed, the numbers after "labels" are the labels and the longest
-    string the planes. Raises Unusable.
+    The pickle is not executed. Its opcodes are only listed: the numbers after "labels" are the labels, and the longest
+    string holds the planes. Raises Unusable for anything else.
     """
     labels = bytearray()
     planes: bytes = b""
@@ -412,9 +414,10 @@ def cifar_records(content: bytes) -> bytes:
             elif counting and opcode.name in _NUMBERS and isinstance(argument, int):
                 labels.append(argument)
     except (ValueError, TypeError, IndexError, OverflowError) as error:
-        raise Unusable(f"no batch of CIFAR-10's Python version ({error})") from None
+        raise Unusable(f"not a batch of CIFAR-10's Python version ({error})") from None
     if not labels or len(planes) != len(labels) * _PLANES:
-        raise Unusable(f"no batch of CIFAR-10's Python version: {len(labels)} labels, {len(planes):,} bytes of pixels")
+        found = f"{len(labels)} labels, {len(planes):,} bytes of pixels"
+        raise Unusable(f"not a batch of CIFAR-10's Python version: {found}")
     pictures = np.frombuffer(planes, np.uint8).reshape(len(labels), _PLANES)
     return np.column_stack([np.frombuffer(labels, np.uint8), pictures]).tobytes()
 
@@ -441,7 +444,7 @@ def _pathfinder_read(source: Source, length: int) -> Found:
             if label is not None:
                 yield from _picture(document, source, side, label, None)
         if labels:
-            source.skipped.append(f"{len(labels)} pictures of the metadata are not there, such as {next(iter(labels))}")
+            source.skipped.append(f"{len(labels)} pictures of the metadata are missing, such as {next(iter(labels))}")
 
     return Found(("apart", "joined"), items())
 
@@ -452,17 +455,17 @@ def _metadata(document: Document, folder: str, source: Source) -> dict[str, int]
     for number, line in enumerate(_content(document, source).splitlines(), 1):
         fields = line.decode("utf-8", "replace").split()
         if len(fields) < 4 or fields[3] not in ("0", "1"):
-            raise UserError(f"{document.name} line {number} is no metadata: it needs folder, file, number, 0 or 1")
+            raise UserError(f"{document.name} line {number} is not metadata: it needs folder, file, number, 0 or 1")
         labels[f"{folder}{fields[0]}/{fields[1]}"] = int(fields[3])
     return labels
 
 
 def _picture(document: Document, source: Source, side: int, label: int, split: str | None) -> Iterator[Item]:
-    """The picture in a file, if it is one; else why it isn't goes to what is skipped."""
+    """The picture in a file. If the file is not a picture, the reason goes to `source.skipped`."""
     try:
         content = document.read(FILE_LIMIT)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on oddities inside of files; what matters raises
+            warnings.simplefilter("ignore")  # about oddities inside files; real faults raise
             pixels = load(content, Shape(side, 1))
     except (Unusable, TooLarge) as error:
         source.skipped.append(f"{document.name}: {error}")
@@ -471,7 +474,7 @@ def _picture(document: Document, source: Source, side: int, label: int, split: s
 
 
 def _side(length: int) -> int:
-    """The side of a picture of so many pixels; raises UserError if that is no square."""
+    """The side of a square picture of `length` pixels. Raises UserError if `length` is not a square number."""
     side = math.isqrt(length)
     if side * side != length:
         raise UserError(f"length is {length}: pictures are square, give {side * side} or {(side + 1) ** 2}")
@@ -510,7 +513,7 @@ def _pathfinder_task(name: str, side: int) -> Task:
         length=side * side,
         published={"train": 160_000, "validation": 20_000, "test": 20_000},
         layout=f"{folder}/imgs and {folder}/metadata of the official release",
-        # The release holds other sizes and difficulties, too; or its inner folders are given themselves.
+        # The release also holds other sizes and difficulties. Users may also give one of its inner folders.
         include=f"{_globs(f'{folder}/*')},curv_contour_length_14/*,imgs/*,metadata/*",
         read=_pathfinder_read,
         generate=_pathfinder_made,

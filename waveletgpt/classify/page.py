@@ -88,7 +88,7 @@ def _tiles(summary: ScoreSummary) -> list[tuple[str, str, str]]:
     difference = arm.get("test_difference") or {}
     if difference.get("mean") is not None:
         ci = difference["ci95"]
-        doubt = "one seed: chance unknown" if ci is None else f"95 % interval ±{100 * ci:.1f} over seeds"
+        doubt = "one seed: no interval" if ci is None else f"95 % interval ±{100 * ci:.1f} over seeds"
         found.append(("Points", percent({"mean": difference["mean"]}, sign=True).replace("-", "−"), doubt))
         step = arm["same_performance_step"]["mean"]
         if not arm["step_speedup"]:
@@ -117,7 +117,7 @@ def _lines(
 
 
 def _curves(records: Sequence[Record], summary: ScoreSummary, styles: Styles) -> str:
-    """Score and loss on held-out examples over steps, with the line of the baseline's best."""
+    """Score and loss on validation examples over steps, with a line at the baseline's best score."""
     html = ""
     measure = NAMES[summary["score"]]
     by_step = _lines(records, styles, lambda r: [(s, 100 * v) for s, v in score_curve(r)])
@@ -134,28 +134,28 @@ def _curves(records: Sequence[Record], summary: ScoreSummary, styles: Styles) ->
         for name, arm in summary["arms"].items():
             step = (arm.get("same_performance_step") or {}).get("mean")
             if step is not None:
-                # Who is there before the first step has no ratio.
+                # An arm that is there before the first step has no ratio.
                 ratio = f" ({arm['step_speedup']:.2f}x)" if arm["step_speedup"] else ""
                 drops.append(Drop(step, styles[name], f"{shorten(name, 18)}: {step:.0f}{ratio}"))
     y = Axis(f"{measure}, %", max(0.0, min(values) - pad), min(100.0, max(values) + pad))
     drawing = responsive(
         lambda width: chart(by_step, width, Axis("training step", 0, end), y, level=level, drops=drops,
-                            name=f"{measure} on held-out examples against training steps")
+                            name=f"{measure} on validation examples against training steps")
     )  # fmt: skip
     key = legend(styles) if len(styles) > 1 else ""
     seeds = " Thin lines: one seed each; bold: their mean." if any(line.kind == "seed" for line in by_step) else ""
-    vertical = " Vertical lines: where each arm has the baseline's best." if level else ""
-    words = f"{measure.capitalize()} on held-out examples by training step.{vertical}{seeds}"
+    vertical = " Vertical lines: where each arm reaches the baseline's best." if level else ""
+    words = f"{measure.capitalize()} on validation examples by training step.{vertical}{seeds}"
     html += figure(drawing, words, key)
     losses = _lines(records, styles, lambda r: r.losses)
     values = [p[1] for line in losses for p in line.points]
     pad = 0.06 * (max(values) - min(values)) or 0.1
     drawing = responsive(
         lambda width: chart(losses, width, Axis("training step", 0, end),
-                            Axis("held-out loss, nats per example", min(values) - pad, max(values) + pad),
-                            height=280, name="Held-out loss against training steps")
+                            Axis("validation loss, nats per example", min(values) - pad, max(values) + pad),
+                            height=280, name="Validation loss against training steps")
     )  # fmt: skip
-    return html + figure(drawing, "Held-out loss on the same examples.", key)
+    return html + figure(drawing, "Validation loss on the same examples.", key)
 
 
 def _arms(summary: ScoreSummary, styles: Styles) -> str:
@@ -178,7 +178,7 @@ def _arms(summary: ScoreSummary, styles: Styles) -> str:
 
 
 def _published(summary: ScoreSummary) -> str:
-    """What papers report on the benchmark at its full size, beside this page's arms."""
+    """Published results on the full benchmark beside this page's arms."""
     data = summary["data"]
     task = str(data.get("name"))
     if task not in TASKS or data.get("modality") != TASKS[task].modality:
@@ -193,14 +193,14 @@ def _published(summary: ScoreSummary) -> str:
         rows.append([escape(row.name), value, escape(f"{row.protocol}; {row.source}")])
     rows += [[f"<b>{escape(n)}</b>", percent(arm["test"]), here] for n, arm in summary["arms"].items() if arm["seeds"]]
     text = (
-        "<p>Accuracy on the test split in percent. Rows of different scale or protocol are not a contest: see the "
-        "last column.</p>"
+        "<p>Accuracy on the test split in percent. Rows of different scale or protocol (last column) cannot be ranked "
+        "against each other.</p>"
     )
     return text + table(["model", "accuracy, %", "protocol and scale"], rows, "key", "Published results")
 
 
 def _predictions(records: Sequence[Record], name: str) -> tuple[Record, dict[str, Any]] | None:
-    """predictions.json of the first seed of an arm that has a whole one."""
+    """predictions.json of the first seed of an arm that has a complete one."""
     for record in records:
         if record.arm == name and record.usable:
             try:
@@ -247,19 +247,19 @@ def _confusion(predictions: dict[str, Any]) -> str:
                 size,
                 size,
                 [],
-                title=f"{size} classes, from 0 above to {size - 1} below",
+                title=f"{size} classes, from 0 (top) to {size - 1} (bottom)",
                 name=f"Confusion of {name}",
-                across="what the model says",
+                across="the model's answer",
             )
             numbered = ", ".join(f"{i} {escape(label)}" for i, label in enumerate(classes))
             body += f'<details><summary>Classes</summary><p class="small">{numbered}</p></details>'
         panels += f"<div><h3>{escape(name)}, seed {found[0].seed}</h3>{body}</div>"
-    intro = "<p>Percent of the examples of a class (row) that the model takes for each class (column).</p>"
+    intro = "<p>Percent of the examples of each class (row) that the model assigns to each class (column).</p>"
     return panels and f'{intro}<div class="pair">{panels}</div>'
 
 
 def _examples(records: Sequence[Record], predictions: dict[str, Any], styles: Styles) -> str:
-    """The same examples with what every arm says of them."""
+    """The same examples with every arm's answers."""
     arms = {name: found for name, found in predictions.items() if found is not None}
     first = next(iter(arms.values()), None)
     if first is None:
@@ -280,16 +280,16 @@ def _examples(records: Sequence[Record], predictions: dict[str, Any], styles: St
 
 
 _TERMS = """<dl class="terms">
-<dt>Test</dt><dd>Share of right answers (or mean average precision, where examples have several classes) of the last
-model on the test split, which is looked at once, at the end. Where recordings are cut into pieces, the
-probabilities of the pieces are averaged first.</dd>
-<dt>Held out, best</dt><dd>The highest score of any evaluation on the way, on validation examples that are the same for
-all arms.</dd>
-<dt>Same-accuracy step</dt><dd>The first step at which an arm's held-out score is at or above the best that the
+<dt>Test</dt><dd>Share of right answers (or mean average precision, if examples have several classes) of the last model
+on the test split, which is used once, at the end. If recordings are cut into pieces, the probabilities of the pieces
+are averaged first.</dd>
+<dt>Validation, best</dt><dd>The highest score of any evaluation during training, on validation examples that are the
+same for all arms.</dd>
+<dt>Same-accuracy step</dt><dd>The first step at which an arm's validation score is at or above the best score that the
 baseline with the same seed had at any evaluation, linearly interpolated between evaluations. The mean over seeds exists
-only if every seed got there.</dd>
-<dt>Speed-ups</dt><dd>The baseline's steps divided by that step; the same in training seconds, each arm charged its own
+only if every seed reaches it.</dd>
+<dt>Speed-ups</dt><dd>The baseline's steps divided by that step; the same in training seconds, at each run's mean
 seconds per step.</dd>
-<dt>±</dt><dd>Sample standard deviation over seeds; with one seed there is none. The 95 % interval is Student's t over
-the differences seed by seed.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds; there is none with one seed. The 95 % interval is Student's t over
+the differences to the baseline with the same seed.</dd>
 </dl>"""

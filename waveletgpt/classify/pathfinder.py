@@ -1,17 +1,17 @@
-"""Pathfinder pictures from a seed: are two dots the two ends of one dashed contour, or do they lie on two?
+"""Pathfinder pictures from a seed: are two dots the ends of the same dashed contour, or of two different ones?
 
 The figures are those of Linsley et al. 2018 (https://arxiv.org/abs/1805.08315, generator at
 https://github.com/drewlinsley/pathfinder) with the parameters of the Long Range Arena (Tay et al. 2020,
 https://arxiv.org/abs/2011.04006): 32 x 32 is its Pathfinder, 128 x 128 its Path-X. Two contours of 14 dashes start near
-each other and grow in turn, a dash at a time, as random walks of bounded curvature that keep away from all that is
-there; short contours are put between them; a dot stands at the start of one of the two, and another at the end of the
-same one (joined) or of the other.
+each other. They grow in turn, one dash at a time, as random walks of bounded curvature that keep away from everything
+drawn before. Short contours are put between them. One dot is at the start of one of the two contours, the other at the
+end of the same contour (joined) or of the other one.
 
-Two things are stricter than in the published generator. Contours never touch or cross, so that every picture has one
-right answer. And in each picture both ends where the second dot could stand are about as far from the first, and from
-the middle, give or take a tenth of the side, so that where the dots are says next to nothing about the answer.
+Two rules are stricter than in the published generator. Contours never touch or cross, so that every picture has one
+right answer. The two possible places of the second dot are about equally far from the first dot and from the middle
+(within a tenth of the side), so that the places of the dots tell almost nothing about the answer.
 
-Many figures are drawn at once: N figures, R rows (pairs of contours that may become a figure), P points.
+Many figures are made at once: N figures, R rows (pairs of contours that may become a figure), P points.
 """
 
 from __future__ import annotations
@@ -29,59 +29,60 @@ STEPS = 14
 SHORT = 4
 """Dashes of a distractor."""
 TOLERANCE = 1 / 10
-"""How much the distances of the two possible second dots may differ, in sides of the picture."""
+"""How much the distances to the two possible second dots may differ, as a share of the picture's side."""
 
 _BLOCK = 512
-"""Figures made at a time."""
+"""Number of figures made at a time."""
 _TOGETHER = 192
-"""Attempts at figures made at a time."""
+"""Number of attempts at figures made at a time."""
 _PAIRS = 24
-"""Pairs of contours that grow in an attempt; where one gets stuck, a copy of another takes its place."""
+"""Number of pairs of contours that grow in an attempt. A copy of another pair replaces one that gets stuck."""
 _TURNS = 6
-"""Directions tried for a dash."""
+"""Number of directions tried for a dash."""
 _TRIES = 8
-"""How often a distractor is begun."""
+"""Number of times that a distractor is begun."""
 _PLACES = 16
-"""Places tried for its start, each time."""
+"""Number of places tried for its start each time."""
 _FAR = np.float32(1e4)
-"""Where points are that are not there yet."""
+"""Coordinate of points that do not exist yet."""
 
 
 @dataclass(frozen=True)
 class FigureSizes:
-    """What the figures of one size are made of; lengths in pixels."""
+    """Measures of the figures of one size; lengths in pixels."""
 
     margins: tuple[int, ...]
-    """Half the gap between two dashes of a contour; each figure has one of these."""
+    """Possible values of half the gap between two dashes of a contour; each figure has one of them."""
     dash: int
     """Length of a dash."""
     thickness: float
     dot: float
     """Radius of a dot."""
     seed_distance: int
-    """From the start of the first contour, which is about the middle of the picture, to that of the second."""
+    """Distance between the starts of the two contours; the first starts near the middle of the picture."""
     continuity: float
-    """A turn by an angle a is drawn in proportion to cos(continuity a)^2, up to the first zero or 90 degrees."""
+    """The probability of a turn by an angle a is proportional to cos(continuity a)^2, up to the first zero or 90
+    degrees."""
     distractors: int
-    """How many there are if all find room."""
+    """Number of distractors if all find room."""
     contrasts: tuple[float, float]
-    """Brightness of contours and distractors where they cover a pixel; dots have 1, and nothing has more."""
+    """Brightness of contours and distractors where they cover a pixel. Dots have 1, which is also the maximum."""
     padding: int = 1
-    """Pixels at the borders that contours keep off."""
+    """Distance in pixels that contours keep from the borders."""
 
     def step(self, margins: np.ndarray) -> np.ndarray:
-        """Lengths of a dash with its gap, float32."""
+        """Length of a dash with its gap, float32."""
         return (self.dash + 2 * margins).astype(np.float32)
 
     def clearance(self, margins: np.ndarray) -> np.ndarray:
-        """Distances that the middle lines of two contours keep.
+        """Least distance between the middle lines of two contours.
 
-        With it dashes of two contours are further apart than those of one, and a dot has `margin` of black around it.
+        It puts dashes of different contours further apart than those of one, and leaves `margin` of black around a dot.
         """
         return np.maximum(2 * margins + self.thickness, self.dot + margins + self.thickness / 2)
 
 
-# Numbers of the Long Range Arena's own data set builder. Thin lines are brightened, those of distractors more so.
+# Numbers of the Long Range Arena's own data set builder. Thin lines are brightened, most of all distractors.
 LAYOUTS = {
     32: FigureSizes((1,), 2, 0.5, 1.5, 7, 1.0, 5, (1.5, 2.0)),
     64: FigureSizes((1,), 5, 1.0, 2.5, 12, 1.8, 5, (0.8, 0.8)),
@@ -93,25 +94,25 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """N figures before they are painted; places are (x, y) in pixels, the middle of the first pixel at (0, 0)."""
+    """N figures before they are painted. Places are (x, y) in pixels; (0, 0) is the middle of the first pixel."""
 
     size: int
     margins: np.ndarray
-    """(N,) half the gap between two dashes."""
+    """(N,): half the gap between two dashes."""
     contours: np.ndarray
-    """(N, 2, STEPS + 1, 2) corners of the two contours; a dash is in the middle of the way from one to the next."""
+    """(N, 2, STEPS + 1, 2): corners of the two contours. A dash is in the middle between one corner and the next."""
     distractors: np.ndarray
-    """(N, distractors, SHORT + 1, 2) corners of the distractors; NaN where one found no room."""
+    """(N, distractors, SHORT + 1, 2): corners of the distractors; NaN for those without room."""
     dots: np.ndarray
-    """(N, 2, 2) the places of the dots."""
+    """(N, 2, 2): places of the dots."""
     labels: np.ndarray
-    """(N,) 1 where they are the two ends of the first contour; 0 where the second is the end of the other one."""
+    """(N,): 1 if the dots are the ends of the first contour, 0 if the second dot is the end of the other contour."""
 
 
 def generate_pathfinder(seed: int, count: int, size: int = 32) -> Iterator[tuple[np.ndarray, int]]:
     """`count` pictures, (size, size) uint8, and their labels: 1 if the dots are joined, else 0, equally likely.
 
-    Picture i depends on `seed`, `size` and i only. Raises UserError for a size that is not in `LAYOUTS`.
+    Picture i depends only on `seed`, `size` and i. Raises UserError for a size that is not in `LAYOUTS`.
     """
     for start in range(0, count, _BLOCK):
         figures = draw(seed, np.arange(start, min(count, start + _BLOCK)), size)
@@ -119,7 +120,7 @@ def generate_pathfinder(seed: int, count: int, size: int = 32) -> Iterator[tuple
 
 
 def draw(seed: int, indices: np.ndarray, size: int = 32) -> Figures:
-    """The figures with these indices (N,), each the same whatever others are asked for.
+    """The figures with these indices (N,). A figure does not depend on the other indices.
 
     Raises UserError for a size that is not in `LAYOUTS`.
     """
@@ -132,7 +133,7 @@ def draw(seed: int, indices: np.ndarray, size: int = 32) -> Figures:
     contours = np.full((count, 2, STEPS + 1, 2), np.nan, np.float32)
     attempts = np.zeros(count, np.uint64)
     while len(missing := np.flatnonzero(np.isnan(contours[:, 0, 0, 0]))):
-        # A figure is its first attempt that succeeds, however many are made at a time.
+        # The first successful attempt is the figure, however many attempts are made at a time.
         now = missing[:_TOGETHER]
         times = _TOGETHER // len(now)
         rows = np.repeat(now, times)
@@ -158,19 +159,19 @@ def _mix(keys: np.ndarray) -> np.ndarray:
 
 
 def _number(keys: np.ndarray, draw: int, limit: int) -> np.ndarray:
-    """The random number `draw` of each key: an integer in 0 .. limit - 1, for limits up to 2^31."""
+    """Random number `draw` of each key: an integer in 0 .. limit - 1, for limits up to 2^31."""
     with np.errstate(over="ignore"):
         mixed = _mix(keys + np.uint64((draw + 1) * 0xD1342543DE82EF95 % (1 << 64)))
     return (mixed >> np.uint64(33)).astype(np.int64) * limit >> 31
 
 
-# Directions are whole degrees and cosines are rounded, so that sums of them are exact, and the same on every machine.
+# Directions are whole degrees and cosines are rounded, so that their sums are exact and the same on every machine.
 _ANGLES = np.deg2rad(np.arange(360))
 _UNIT = (np.round(np.stack([np.cos(_ANGLES), np.sin(_ANGLES)]) * 1024) / 1024).astype(np.float32)
 
 
 def _turns(continuity: float) -> np.ndarray:
-    """4096 turns in degrees, each as often as it is probable."""
+    """4096 turns in degrees, each as often as its probability says."""
     degrees = np.arange(-90, 91)
     weights = np.cos(np.minimum(np.abs(np.deg2rad(degrees)) * continuity, math.pi / 2)) ** 2
     share = np.cumsum(weights) / weights.sum()
@@ -178,10 +179,10 @@ def _turns(continuity: float) -> np.ndarray:
 
 
 class _Crowd:
-    """What stands in R rows: starts of contours, and the middle and the end of every step; x and y are (P, R).
+    """The points in R rows: starts of contours, and the middle and end of every step; x and y are (P, R).
 
-    The distance that points keep makes up for what lies between them: steps of length s are nowhere nearer than D if
-    their middles and ends keep sqrt(D^2 + (s/4)^2).
+    Only these points are compared, not the lines between them. Two steps of length s are at least D apart everywhere
+    if their middles and ends are sqrt(D^2 + (s/4)^2) apart.
     """
 
     def __init__(self, margins: np.ndarray, layout: FigureSizes, size: int, points: int) -> None:
@@ -193,7 +194,7 @@ class _Crowd:
         self.turns = _turns(layout.continuity)
 
     def free(self, rows: np.ndarray, points: list[tuple[np.ndarray, np.ndarray]], others: list[slice]) -> np.ndarray:
-        """For each of these rows, whether all its points (x, y) are inside and keep away from these others."""
+        """For each of these rows, whether all of `points` are inside the picture and far enough from `others`."""
         low, high = self.low[rows], self.high[rows]
         good = np.ones(len(rows), bool)
         for x, y in points:
@@ -217,9 +218,10 @@ class _Crowd:
         self, rows: np.ndarray, keys: np.ndarray, draw: int, heading: np.ndarray, first: bool,
         last: int, here: int, others: list[slice],
     ) -> np.ndarray:  # fmt: skip
-        """Go a step from point `last`, to be points `here` and `here + 1`; the rows, of these, in which that could be.
+        """Go a step from point `last`, which adds points `here` and `here + 1`. Returns those rows that had room.
 
-        Random numbers from `draw` on say where to: a turn from the heading (R,), which changes; at `first`, anywhere.
+        Random numbers from `draw` on give the direction: a turn from the heading (R,), which is updated; at `first`,
+        any direction.
         """
         went = []
         for trial in range(_TURNS):
@@ -242,7 +244,8 @@ class _Crowd:
 def _pair(keys: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int) -> np.ndarray:
     """For each of N keys, the corners (N, 2, STEPS + 1, 2) of two contours, or NaN.
 
-    Few walks find room to the end. So several grow for each key, and those that get stuck go on as copies of others.
+    Few walks find room until their end. So several grow for each key, and copies of others replace those that get
+    stuck.
     """
     count = len(keys)
     keys = _mix(np.repeat(keys, _PAIRS) + np.tile(np.arange(_PAIRS, dtype=np.uint64), count))
@@ -257,7 +260,7 @@ def _pair(keys: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int)
     rows = np.arange(len(keys))
     for turn in range(2 * STEPS):
         contour, here = turn % 2, 2 + 2 * turn
-        # The contour's own last step is where this one starts; all else is to be kept away from.
+        # This step starts at the contour's own last step and keeps away from all other points.
         last, others = here - 3, [slice(0, here - 4), slice(here - 2, here)]
         if turn < 2:
             last, others = contour, [slice(1 - contour, 2 - contour), slice(2, here)]
@@ -279,7 +282,7 @@ def _pair(keys: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int)
 def _replace(
     going: np.ndarray, keys: np.ndarray, draw: int, crowd: _Crowd, headings: np.ndarray, points: int
 ) -> np.ndarray:
-    """Replace rows that have stopped by copies of rows of the same key that have not.
+    """Replace rows that got stuck by copies of other rows of the same key.
 
     Returns the indices of all rows that continue."""
     alive = going.reshape(-1, _PAIRS)
@@ -294,7 +297,7 @@ def _replace(
 
 
 def _tips(corners: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """(N, 2, 2, 2): where the first dash of each contour begins, and where its last one ends."""
+    """(N, 2, 2, 2): the start of the first dash and the end of the last dash of each contour."""
     first, last = corners[:, :, 1] - corners[:, :, 0], corners[:, :, -1] - corners[:, :, -2]
     gap = margins[:, None, None].astype(np.float32)
     first_length, last_length = (np.sqrt((way**2).sum(axis=2, keepdims=True)) for way in (first, last))
@@ -302,7 +305,7 @@ def _tips(corners: np.ndarray, margins: np.ndarray) -> np.ndarray:
 
 
 def _alike(corners: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int) -> np.ndarray:
-    """(R,) whether the ends of both contours are about as far from the start of the first, and from the middle."""
+    """(R,): whether the ends of both contours are about equally far from the first one's start and from the middle."""
     tips = _tips(corners, margins)
     ends, start, middle = tips[:, :, 1], tips[:, :1, 0], np.float32((size - 1) / 2)
     away, out = (np.sqrt(((ends - place) ** 2).sum(axis=2)) for place in (start, middle))
@@ -313,7 +316,7 @@ def _alike(corners: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: 
 def _distractors(
     keys: np.ndarray, contours: np.ndarray, margins: np.ndarray, layout: FigureSizes, size: int
 ) -> np.ndarray:
-    """Corners (N, distractors, SHORT + 1, 2) of short contours that keep away from all others; NaN: no room."""
+    """Corners (N, distractors, SHORT + 1, 2) of short contours that keep away from all others; NaN without room."""
     count, fixed, each = len(keys), 2 * (1 + 2 * STEPS), 1 + 2 * SHORT
     crowd = _Crowd(margins, layout, size, fixed + each * layout.distractors)
     middles = (contours[:, :, 1:] + contours[:, :, :-1]) / 2
@@ -334,7 +337,7 @@ def _distractors(
                 searching = searching[~good]
             rows = np.concatenate(found)
             for here in range(start + 1, start + each, 2):
-                # Its own last step is where this one starts; all else is to be kept away from.
+                # This step starts at the distractor's own last step and keeps away from all other points.
                 others = [slice(0, max(start, here - 2))]
                 rows = crowd.walk(rows, keys, draw, heading, here == start + 1, here - 1, here, others)
                 draw += _TURNS
@@ -362,7 +365,7 @@ def paint(figures: Figures) -> np.ndarray:
 
 
 class _Canvas:
-    """N pictures with a border around them, so that what reaches over the edge needs no care."""
+    """N pictures with a border around them, so that shapes may cross the edge."""
 
     def __init__(self, count: int, size: int, border: int) -> None:
         self.border = border
@@ -372,9 +375,9 @@ class _Canvas:
         return self.light[:, self.border : -self.border, self.border : -self.border]
 
     def line(self, rows: np.ndarray, middle: np.ndarray, half: np.ndarray, thickness: float, contrast: float) -> None:
-        """A line from `middle - half` to `middle + half` (R, 2) in each of these pictures; what is brighter stays.
+        """Draw a line from `middle - half` to `middle + half` (R, 2) in each of these pictures; brighter pixels stay.
 
-        A pixel has light from as much of the line as lies within half a pixel of its middle, across the line.
+        A pixel's brightness is the part of the line's width that lies within half a pixel of its middle.
         """
         if not len(rows):
             return

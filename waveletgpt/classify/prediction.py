@@ -1,4 +1,4 @@
-"""What the commands `predict` and `evaluate` do with a classifier's run folder."""
+"""The commands `predict` and `evaluate` for a classifier's run folder."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ def open_classifier(folder: str | Path, device: str = "auto") -> tuple[RunFolder
     """A classifier's run and its newest model, on the device.
 
     Raises:
-        UserError: no run, a language model's run, no checkpoint yet, broken weights, a device that is not there.
+        UserError: there is no run or no checkpoint, the run is a language model's, the weights are broken, or the
+            device does not exist.
     """
     run = RunFolder.open(folder)
     if run.info.get("task") != CLASSIFICATION:
-        raise UserError(f"{run.path} is no classifier; `waveletgpt evaluate` and `generate` are for language models")
+        raise UserError(f"{run.path} is not a classifier: use `waveletgpt evaluate` or `generate` for language models")
     return run, load_model(run, device, WaveletGPTForSequenceClassification)
 
 
 def evaluate_classifier(
     folder: str | Path, split: str = "validation", batch_size: int = 16, device: str = "auto"
 ) -> dict[str, Any]:
-    """Scores of a run's model on a whole split: accuracy and top5, or map and top5; recordings; split.
+    """Scores of a run's model on a whole split: accuracy and top5, or map and top5; with the number of recordings and
+    the split's name.
 
     Raises:
-        UserError: see `open_classifier`; unknown or empty split; examples that are gone or have changed.
+        UserError: see `open_classifier`; the split is unknown or empty, or the examples are gone or have changed.
     """
     if split not in ("train", "validation", "test"):
         raise UserError(f'`split`: no "{split}"; use validation, test or train{suggest(split, ["validation", "test"])}')
@@ -55,7 +57,7 @@ def evaluate_classifier(
         raise UserError(f"{data['name']} has changed since {run.path} was trained on it; train again")
     examples = store.split(split)
     if not len(examples):
-        raise UserError(f"the {split} split of {data['name']} has no examples")
+        raise UserError(f"the {split} split of {data['name']} has no examples: choose another split")
     scores, labels = predict(model, examples, batch_size, store.multi_label)
     return {"split": split, **measure(scores, labels), "recordings": len(scores)}
 
@@ -66,11 +68,12 @@ def predict_files(
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """(file, [(class, probability), ...]) with the `top` likeliest classes of each file, the likeliest first.
 
-    A recording is cut into pieces as in training and their probabilities are averaged. A run that compares texts takes
-    its files two by two, and the name of a pair is both names.
+    A recording is cut into pieces as in training, and their probabilities are averaged. A run that compares texts takes
+    its files in pairs; the name of a pair is both names.
 
     Raises:
-        UserError: see `open_classifier`; no file, half a pair, or one that is not what the run was trained on.
+        UserError: see `open_classifier`; there is no file, a pair is incomplete, or a file is of another kind than the
+            run was trained on.
     """
     if not files:
         raise UserError("predict: name at least one file after the run folder")
@@ -80,7 +83,8 @@ def predict_files(
     multi_label = model.config.problem_type == "multi_label_classification"
     together = model.config.n_inputs
     if len(files) % together:
-        raise UserError(f"predict: {run.path} compares {together} files at a time, and {len(files)} are named")
+        found = f"compares {together} files at a time, but {len(files)} are named"
+        raise UserError(f"predict: {run.path} {found}: name both files of each pair")
     kind = "waveform" if run.info["data"]["modality"] == "audio" else "tokens"
     rows = []
     for i in range(0, len(files), together):
@@ -95,14 +99,14 @@ def predict_files(
 
 
 def read_inputs(path: Path, info: RunRecord) -> list[np.ndarray]:
-    """A file as a run's model reads it: ids 1 .. 256 of a text, expression or picture, or int16 pieces of a recording.
+    """A file as input for a run's model: ids 1 .. 256 of a text, expression or picture, or int16 pieces of a recording.
 
     Raises:
-        UserError: a file that is missing, empty, or not of the run's kind.
+        UserError: the file is missing, empty, or not of the run's kind.
     """
     modality, longest = info["data"]["modality"], int(info["data"]["max_length"])
     if not path.is_file():
-        raise UserError(f"{path} is no file; name a file to predict")
+        raise UserError(f"{path} is not a file: name a file to predict")
     if modality == "audio":
         from waveletgpt.classify.clips import read_clips
 
@@ -122,21 +126,25 @@ def read_inputs(path: Path, info: RunRecord) -> list[np.ndarray]:
         content = _read(path, 64 * longest)  # a word of an expression has four letters
         ids = LISTOPS.encode_prompt(content.decode("utf-8", "replace"), None)
         if len(ids) > longest or max(ids) >= IDS[EQUALS]:
-            told = f"it has {len(ids)} words, 1 to {longest} go" if len(ids) > longest else f"{EQUALS} or nothing in it"
-            raise UserError(f"{path} is no expression to predict: {told}; write one such as [MAX 2 9 ]")
+            told = (
+                f"it has {len(ids)} words, at most {longest} go"
+                if len(ids) > longest
+                else f"it has {EQUALS} or is empty"
+            )
+            raise UserError(f"{path} is not an expression to predict: {told}; write one such as [MAX 2 9 ]")
         try:
             evaluate([WORDS[i] for i in ids])
         except ValueError as error:
-            raise UserError(f"{path} is no expression to predict: {error}; write one such as [MAX 2 9 ]") from None
+            raise UserError(f"{path} is not an expression to predict: {error}; write one such as [MAX 2 9 ]") from None
         return [np.array(ids) + 1]
     content = _read(path, longest)
     if not content:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty: name another file")
     return [np.frombuffer(content, np.uint8).astype(np.int64) + 1]
 
 
 def _read(path: Path, most: int) -> bytes:
-    """The first `most` bytes: a file can be larger than memory."""
+    """The first `most` bytes, because a file can be larger than memory."""
     try:
         with path.open("rb") as file:
             return file.read(most)

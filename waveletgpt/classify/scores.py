@@ -1,9 +1,9 @@
-"""Runs of classifiers -> how well and how much sooner each arm learned: summary.json, curves.csv, words. No torch.
+"""Runs of classifiers -> summary.json, curves.csv and sentences: how well and how soon each arm learned. No torch.
 
-score                 accuracy, or mean average precision where examples have several classes; shares, 1 is best
-test                  the score of the last model on the test split, which nothing else looks at
-same-accuracy step    the first step at which an arm's score on the held-out examples is at or above the best that
-                      the baseline with the same seed ever had there, linearly interpolated between evaluations
+score                 accuracy, or mean average precision if examples have several classes; from 0 to 1 (best)
+test                  the score of the last model on the test split, which is used for nothing else
+same-accuracy step    the first step at which an arm's score on the validation examples is at or above the best that
+                      the baseline with the same seed had at any evaluation, linearly interpolated between evaluations
 speed-ups             as in `report/summary.py`, from that step
 """
 
@@ -30,7 +30,7 @@ def score_of(record: Record) -> str:
 
 
 def score_curve(record: Record, name: str | None = None) -> list[tuple[float, float]]:
-    """(step, score on the held-out examples) for every evaluation."""
+    """(step, score on the validation examples) for every evaluation."""
     name = name or score_of(record)
     return [(row["step"], float(row[name])) for row in record.metrics if name in row]
 
@@ -40,13 +40,13 @@ def best_score(record: Record) -> float:
 
 
 def final_score(record: Record, split: Literal["test", "validation"] = "test", name: str | None = None) -> float:
-    """The last model's score on a whole split; NaN where there is none."""
+    """The last model's score on a whole split; NaN if there is none."""
     found: Mapping[str, Any] = (record.info.get("result") or {}).get(split) or {}
     value = found.get(name or score_of(record))
     return float(value) if value is not None else math.nan
 
 
-# Lower is better there, so scores count negative.
+# In `Measure` lower is better, so scores get a minus sign.
 SCORE = Measure(
     lambda r: [(step, -score) for step, score in score_curve(r)],
     lambda r: -best_score(r),
@@ -55,7 +55,7 @@ SCORE = Measure(
 
 
 def _reported(record: Record) -> float:
-    """The test score; where there is no test split, that of the validation split."""
+    """The test score, or the validation score if there is no test split."""
     test = final_score(record)
     return test if math.isfinite(test) else final_score(record, "validation")
 
@@ -76,14 +76,15 @@ def summarize_scores(records: Sequence[Record], baseline: str | None) -> ScoreSu
     if base and not any(_beats_guessing(r) for r in base):
         score = percent(baseline_arm(summary)["test"])
         summary["notes"].append(
-            f"The baseline's accuracy, {score} %, cannot be told from that of always naming the most common class: "
-            "how soon another arm has it says nothing."
+            f"The baseline's accuracy, {score} %, is not clearly better than that of always naming the most common "
+            "class: how soon another arm reaches it means nothing."
         )
     return summary
 
 
 def _beats_guessing(record: Record) -> bool:
-    """More accurate than always naming the most common class, by two standard errors; true where that is not known."""
+    """Whether a run is more accurate than always naming the most common class by two standard errors; true if the
+    record does not say."""
     result = record.info.get("result") or {}
     found = result.get("test") or result.get("validation") or {}
     share, count = found.get("majority_class"), found.get("recordings")
@@ -118,7 +119,7 @@ def _against(counted: Sequence[Record], base: dict[int, Record]) -> ScoreArm:
 
 
 def percent(value: SeedNumbers, *, sign: bool = False) -> str:
-    """{"mean", "std"} of shares as "43.1 ± 0.6" percent."""
+    """{"mean", "std"} of numbers from 0 to 1 as percent: "43.1 ± 0.6"."""
     if value.get("mean") is None:
         return "–"
     middle = round(100 * value["mean"], 1) + 0.0  # no "-0.0"
@@ -127,7 +128,7 @@ def percent(value: SeedNumbers, *, sign: bool = False) -> str:
 
 
 TABLE_HEADER = [
-    "arm", "test, %", "vs baseline", "held out, best, %", "same-accuracy step", "step speed-up", "time speed-up",
+    "arm", "test, %", "vs baseline", "validation, best, %", "same-accuracy step", "step speed-up", "time speed-up",
     "top 5, %", "parameters", "tokens/s", "training",
 ]  # fmt: skip
 
@@ -168,11 +169,11 @@ def _times(value: float | None) -> str:
 
 
 def score_sentence(summary: ScoreSummary, name: str) -> str:
-    """One sentence on how an arm did, in plain words."""
+    """One sentence on the result of an arm."""
     arm, base = summary["arms"][name], baseline_arm(summary)
     measure, seeds = NAMES[summary["score"]], len(arm["seeds"])
     if not seeds or arm["test"]["mean"] is None:
-        return f"`{name}` has no finished run to count."
+        return f"`{name}` has no finished run."
     text = f"`{name}`: {measure} {percent(arm['test'])} % after {arm['steps']} steps"
     if not base or name == summary["baseline"] or not base["seeds"]:
         return f"{text}; {plural(seeds, 'seed')}."
@@ -184,14 +185,14 @@ def score_sentence(summary: ScoreSummary, name: str) -> str:
     elif same["reached"]:
         text += f"; the baseline's best, {best} %, with {same['reached']} of {plural(seeds, 'seed')} only"
     else:
-        text += f"; it never had the baseline's best, {best} %"
+        text += f"; it never reached the baseline's best, {best} %"
     ci = arm["test_difference"]["ci95"]
     chance = ci is not None and abs(arm["test_difference"]["mean"]) <= ci
-    return f"{text}; {plural(seeds, 'seed')}{', a difference within what chance does' if chance else ''}."
+    return f"{text}; {plural(seeds, 'seed')}{', and the difference may be chance' if chance else ''}."
 
 
 def best_arm(summary: ScoreSummary) -> str:
-    """The arm with the best test score beside the baseline; the first one, where there is none."""
+    """The arm with the best test score, without the baseline; the first arm if there is no other."""
     others = {n: a for n, a in summary["arms"].items() if n != summary["baseline"] and a["test"]["mean"] is not None}
     return max(others, key=lambda n: others[n]["test"]["mean"]) if others else next(iter(summary["arms"]))
 

@@ -1,7 +1,7 @@
-"""Classification as a task of the one trainer: labelled examples in; accuracy, confusion and shown examples out.
+"""Classification as a task of the trainer: from labelled examples to accuracy, confusion and sample predictions.
 
-Shapes: B batch, T tokens, N samples, K classes, n examples, r recordings. An example is one input; where a recording
-was cut into several, their probabilities are averaged and the recording is what counts.
+Shapes: B batch, T tokens, N samples, K classes, n examples, r recordings. An example is one input. If a recording was
+cut into several examples, their probabilities are averaged, and the recording counts once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HELD_OUT: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
 class Classification:
-    """Tell the class of an example: text, expression, picture, pair of texts, or recording."""
+    """Predict the class of an example: text, expression, picture, pair of texts, or recording."""
 
     name = "classification"
 
@@ -43,20 +43,22 @@ class Classification:
 
     def build_model(self, recipe: Recipe) -> PreTrainedModel:
         if not isinstance(recipe, ClassifierRecipe):
-            raise TypeError("labelled examples are trained on with a ClassifierRecipe")
+            raise TypeError("labelled examples need a ClassifierRecipe: give one instead of a Recipe")
         store, preset = self.store, recipe.model_settings()
         for split in ("train", "validation"):
             if not len(store.split(split)):
                 raise UserError(f"the {split} split has no examples; give more data")
         frame = preset.get("frame_size")
         if frame is not None and frame < 1:
-            raise UserError(f"model.frame_size must be at least 1, got {frame}")
+            raise UserError(f"model.frame_size={frame} must be at least 1")
         if (store.kind == "waveform") != bool(frame):
-            wants = "recordings need one with frames, such as clips" if not frame else "its frames are for recordings"
+            wants = (
+                "recordings need a preset with frames, such as clips" if not frame else "its frames are for recordings"
+            )
             raise UserError(f"`preset={recipe.preset}` does not fit this data: {wants}")
         training = recipe.training
         if not frame and any((training.gain, training.crop, training.mixup)):
-            raise UserError("training.gain, crop and mixup change recordings, and this data has none; leave them out")
+            raise UserError("training.gain, crop and mixup are for recordings, and this data has none: leave them out")
         labels = dict(enumerate(store.classes))
         model = initialised(
             WaveletGPTForSequenceClassification,
@@ -97,7 +99,7 @@ class Classification:
         return [int(t) for t in self.store.split("validation").raw(0)[0][: model.config.n_positions]]
 
     def sequence_tokens(self, model: Any) -> int:
-        """The mean over the training examples, padding not counted."""
+        """Mean number of tokens of the training examples, without padding."""
         lengths = self.store.split("train").lengths()
         return max(1, round(lengths.sum() / len(lengths) / (model.config.frame_size or 1)))
 
@@ -107,10 +109,10 @@ class Classification:
         return ShuffledExamples(self.store, count, recipe.seed, augment if any(vars(augment).values()) else None)
 
     def eval_data(self, recipe: Recipe, model: Any) -> Dataset:
-        """Whole recordings, drawn from the validation split, always the same ones; `measure` is told which."""
+        """Whole recordings from the validation split, always the same ones; `measure` knows which."""
         held_out = self.store.split("validation")
         recordings = np.unique(held_out.clips)
-        # Not evenly spread: examples may stand class after class in turn, and a stride would pick some classes only.
+        # Drawn at random: if classes alternate in the data, a fixed stride could miss some.
         chosen = np.random.default_rng(0).permutation(recordings)[: recipe.eval_windows]
         indices = np.flatnonzero(np.isin(held_out.clips, chosen))
         self._clips = held_out.clips[indices]
@@ -130,7 +132,7 @@ class Classification:
         return None
 
     def finish(self, run: RunFolder, recipe: Recipe, device: Any) -> ResultRecord:
-        """Measures on all of validation and test; predictions.json with the confusion matrix and examples.
+        """Scores on all of validation and test. Writes predictions.json, with the confusion matrix and examples.
 
         majority_class: the accuracy of always naming the most common class.
         """
@@ -144,7 +146,7 @@ class Classification:
             found[split] = {**measure(scores, labels), "recordings": len(scores)}
             if not store.multi_label:
                 found[split]["majority_class"] = float(np.bincount(labels).max() / len(labels))
-        # Examples are shown of the test split, if there is one.
+        # Show examples of the test split if there is one.
         shown = list(found)[-1]
         value: dict[str, Any] = {"classes": list(store.classes), "split": shown, **found}
         if not store.multi_label:
@@ -154,7 +156,7 @@ class Classification:
         return found
 
     def _examples(self, examples: Examples, scores: np.ndarray, count: int, folder: Path) -> list[dict[str, Any]]:
-        """The first piece of `count` recordings in its own form, its classes and what the model says."""
+        """The first piece of `count` recordings, with its classes and the model's answer."""
         first = np.unique(examples.clips, return_index=True)[1]
         count = min(count, len(first))
         rows = []
@@ -172,7 +174,7 @@ class Classification:
 
 
 def measures(multi_label: bool) -> tuple[str, ...]:
-    """Names of what is measured; the first is the one arms are compared by."""
+    """Names of the scores; arms are compared by the first."""
     return ("map", "top5") if multi_label else ("accuracy", "top5")
 
 
@@ -185,7 +187,7 @@ class Augmentation:
     mixup: float
 
     def change(self, wave: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-        """Loudness and position of one recording (N,)."""
+        """Change loudness and position of one recording (N,)."""
         if self.gain:
             wave = wave * 10 ** (random.uniform(-self.gain, self.gain) / 20)
         if self.crop:
@@ -197,9 +199,9 @@ class Augmentation:
 
 
 class ShuffledExamples(Dataset):
-    """`length` training examples, epoch after epoch in a new order; item i depends on (seed, i) alone.
+    """`length` training examples, in a new order in every epoch. Item i depends only on (seed, i).
 
-    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices.
+    So every arm of a comparison sees the same batches, and a resumed run continues by skipping indices.
     """
 
     def __init__(self, store: ExampleStore, length: int, seed: int, augmentation: Augmentation | None = None):
@@ -239,10 +241,10 @@ class ShuffledExamples(Dataset):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch, filled up on the right to the longest; with a mask where that is needed.
+    """A batch, padded on the right to the longest example.
 
-    input_ids (B, T), or (B, 2, T) for pairs, or input_values (B, N); attention_mask of the same shape; labels (B,) or
-    (B, K).
+    It has input_ids (B, T), or (B, 2, T) for pairs, or input_values (B, N); labels (B,) or (B, K); and attention_mask,
+    of the shape of the inputs, if anything is padded.
     """
     key = "input_ids" if "input_ids" in rows[0] else "input_values"
     inputs = [list(row[key]) if isinstance(row[key], list | tuple) else [row[key]] for row in rows]
@@ -261,7 +263,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def predict(model: Any, examples: Examples, batch_size: int, multi_label: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (r, K) of every recording, in order of `examples.clips`, and their labels."""
+    """Probabilities (r, K) of all recordings, in the order of `examples.clips`, and their labels."""
     model.eval()
     scores, labels = [], []
     for batch in DataLoader(examples, batch_size=batch_size, collate_fn=collate):
@@ -279,7 +281,7 @@ def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def by_recording(scores: np.ndarray, labels: np.ndarray, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of `scores` (n, K) over the pieces of each recording, and its label, ascending in `clips` (n,)."""
+    """Mean of `scores` (n, K) over the pieces of each recording, and its label, sorted by `clips` (n,)."""
     _, first, which = np.unique(clips, return_index=True, return_inverse=True)
     total = np.zeros((len(first), scores.shape[1]))
     np.add.at(total, which, scores)
@@ -287,9 +289,10 @@ def by_recording(scores: np.ndarray, labels: np.ndarray, clips: np.ndarray) -> t
 
 
 def measure(scores: np.ndarray, labels: np.ndarray) -> SplitScores:
-    """accuracy and top5 of labels (r,), or map and top5 of labels (r, K); shares, 1 is best.
+    """accuracy and top5 for labels (r,), or map and top5 for labels (r, K); from 0 to 1 (best).
 
-    top5: a right class is among the five likeliest. map: mean over the classes that occur of their average precision.
+    top5: share of recordings with a right class among the five likeliest. map: average precision of each class that
+    occurs, averaged over these classes.
     """
     five = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     if labels.ndim == 1:
@@ -301,7 +304,7 @@ def measure(scores: np.ndarray, labels: np.ndarray) -> SplitScores:
 
     truth = labels > 0.5
     present = truth.any(0)
-    finite = np.nan_to_num(scores[:, present])  # a run that diverges is stopped by its loss, not here
+    finite = np.nan_to_num(scores[:, present])  # diverged runs are stopped by their loss, not here
     return {
         "map": float(average_precision_score(truth[:, present], finite)) if present.any() else 0.0,
         "top5": float((np.take_along_axis(labels, five, 1) > 0.5).any(1).mean()),
@@ -316,7 +319,7 @@ def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def write_example(store: ExampleStore, raw: list[np.ndarray], stem: Path) -> dict[str, Any]:
-    """An example as a human reads, sees or hears it: {"kind", "text" | "file"}, the file relative to the run folder."""
+    """An example for a human: {"kind", "text" | "file"}; the file's path is relative to the run folder."""
     if store.modality == "image":
         from PIL import Image
 

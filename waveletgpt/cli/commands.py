@@ -69,7 +69,7 @@ class Train:
             return
         result = run.info["result"]
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
-        say(f"held-out loss {result['final_nll']:.4f} nats per token{bits}{by_source(result['breakdown'])}")
+        say(f"validation loss {result['final_nll']:.4f} nats per token{bits}{by_source(result['breakdown'])}")
         share = f", {result['mfu']:.1%} of this GPU's peak" if result["mfu"] else ""
         say(
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['flops_per_second'] / 1e9:,.3g} GFLOP/s of the model"

@@ -1,1 +1,1 @@
-"""Mixing in models that are not this package's: a module for one's own, and `add_mixing` for those of transformers."""
+"""Mixing in models of other libraries: a module for your own models, and `add_mixing` for those of transformers."""

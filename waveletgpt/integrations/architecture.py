@@ -1,7 +1,7 @@
-"""Models of transformers as the architecture of a run: what a recipe's `base_model` names, and what else asks of them.
+"""Models of transformers as the architecture of a run: a recipe names one as its `base_model`.
 
-A configuration alone makes a model with new weights; `from_pretrained` also takes its weights. No code of a hub's model
-is ever run.
+By default only its configuration is used, with new weights; `from_pretrained` also loads its weights. Code that comes
+with a model of the hub is never run.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _BROKEN = (
     *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, ImportError),
     *(SafetensorError, StrictDataclassError),
 )
-"""What transformers raises at configurations and weights that do not go."""
+"""What transformers raises for configurations and weights that do not work."""
 
 
 def context_of(config: Any) -> int:
-    """Tokens of a window that a model with this configuration is trained on.
+    """Context length in tokens that a model with this configuration is trained on.
 
-    Of models of transformers a run notes it in their configuration: how many positions they have means less.
+    For models of transformers a run writes it into the configuration, as they may have more positions than that.
     """
     noted = getattr(config, "trained_context", None)
     return int(config.n_positions if noted is None else noted)
 
 
 def longest_context(config: Any) -> int | None:
-    """Tokens of the longest sequence that a model with this configuration takes; None where nothing limits it."""
+    """Longest sequence, in tokens, that a model with this configuration takes; None if there is no limit."""
     if config.model_type == OURS:
         return int(config.n_positions) if config.position_embedding == "learned" else None
     return getattr(config, "max_position_embeddings", None)
@@ -60,13 +60,13 @@ def mixing_of(config: Any) -> str:
 
 
 def end_tokens(config: Any) -> list[int]:
-    """Tokens that end a text; some models have several."""
+    """The tokens that end a text; some models have several."""
     end = config.eos_token_id
     return list(end) if isinstance(end, list) else [] if end is None else [end]
 
 
 def identity(config: Any) -> str:
-    """A hash of what makes the architecture: the same for all arms, whatever mixing they add to it."""
+    """A hash of the architecture without mixing, so that it is the same for all arms."""
     skip = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")  # the trainer sets these to the tokenizer's
     values = {name: value for name, value in config.to_dict().items() if name not in (*skip, *tokens, "wavelet_mixing")}
@@ -77,7 +77,7 @@ def read_config(name: str) -> PreTrainedConfig:
     """The configuration of a causal language model, by hub name or folder.
 
     Raises:
-        UserError: there is none, it needs code of its own, or it is of another kind of model.
+        UserError: there is no such model, it needs its own code, or it is another kind of model.
     """
     from waveletgpt.data.sources.hub import fail_soon
 
@@ -91,18 +91,18 @@ def read_config(name: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except _BROKEN as error:
         if "trust_remote_code" in str(error):
-            reason = "it needs code of its own, which is not run here; choose an architecture of transformers"
+            reason = "it needs its own code, which is not run here; choose an architecture of transformers"
         elif folder.exists():
             reason = f"its config.json cannot be read ({_first_line(error)})"
         else:
-            reason = f"there is no such folder, nor can a model of that name be had from the hub ({_first_line(error)})"
+            reason = f"it is neither a folder nor a model that the hub gives ({_first_line(error)}); check the name"
         raise UserError(f"base_model {name}: {reason}") from None
     kind = config.model_type
     if config.is_encoder_decoder or config.get_text_config() is not config:
         what = "an encoder-decoder" if config.is_encoder_decoder else "a composite model"
-        raise UserError(f"base_model {name} ({kind}) is {what}: name a model that is nothing but a decoder of tokens")
+        raise UserError(f"base_model {name} ({kind}) is {what}: name a decoder-only language model")
     if kind != OURS and not _is_causal_kind(config):
-        raise UserError(f"base_model {name} ({kind}) is no causal language model of transformers; name one")
+        raise UserError(f"base_model {name} ({kind}) is not a causal language model of transformers: name one that is")
     result: PreTrainedConfig = config
     return result
 
@@ -112,10 +112,10 @@ def _is_causal_kind(config: PreTrainedConfig) -> bool:
 
 
 def check(recipe: Recipe) -> None:
-    """Tell before there is data, and without memory for weights, what `build` would.
+    """Find the errors that `build` would raise, before there is data and without memory for weights.
 
     Raises:
-        UserError: see `build`; but for weights that are not there, and losses.
+        UserError: see `build`. Missing weights, a wrong loss and a model that is not causal are found by `build` only.
     """
     config, context = _read(recipe)
     with torch.device("meta"):
@@ -123,16 +123,16 @@ def check(recipe: Recipe) -> None:
 
 
 def build(recipe: Recipe, vocab_size: int, end: int | None) -> PreTrainedModel:
-    """The model of a recipe with a `base_model`: weights of the seed, the same for all arms, or trained ones; then
-    mixing.
+    """The model of a recipe with a `base_model`, with mixing added. New weights depend on the seed and are the same for
+    all arms; with `from_pretrained` they are loaded.
 
     Args:
-        vocab_size: tokens that the data has.
+        vocab_size: number of tokens in the data's vocabulary.
         end: the data's token between documents. New models begin and end texts with it.
 
     Raises:
-        UserError: see `read_config`; a model that cannot be built, or is not causal; sizes, windows or mixing that do
-            not go with it; weights that are not there.
+        UserError: see `read_config`; the model cannot be built, is not causal, or does not fit the sizes, windows or
+            mixing of the recipe; weights are missing.
     """
     config, context = _read(recipe)
     if recipe.from_pretrained:
@@ -140,7 +140,7 @@ def build(recipe: Recipe, vocab_size: int, end: int | None) -> PreTrainedModel:
     else:
         config.vocab_size = vocab_size
         config.bos_token_id = config.eos_token_id = end
-        # Not `end`: most models keep the embedding of the token that pads at zero.
+        # Not `end`: most models keep the embedding of the padding token at zero.
         config.pad_token_id = None
         set_seed(recipe.seed)
         model = _new(config, recipe)
@@ -152,19 +152,19 @@ def build(recipe: Recipe, vocab_size: int, end: int | None) -> PreTrainedModel:
 
 
 def _read(recipe: Recipe) -> tuple[Any, int]:
-    """The configuration of a recipe's `base_model`, and the tokens of a window."""
+    """The configuration of a recipe's `base_model`, and the context length in tokens."""
     name = str(recipe.base_model)
     config = read_config(name)
     if not recipe.from_pretrained and (config.model_type == OURS or mixing_of(config) != "none"):
-        mend = "leave it out, and set preset and model" if config.model_type == OURS else "name what it was made of"
-        raise UserError(f"base_model {name} mixes by itself: {mend}; or go on with its weights (from_pretrained)")
+        mend = "leave it out and set preset and model" if config.model_type == OURS else "name the model without mixing"
+        raise UserError(f"base_model {name} has mixing already: {mend}, or train its weights on (from_pretrained)")
     config._attn_implementation = recipe.training.attention
     most, wanted = getattr(config, "max_position_embeddings", None), recipe.model.n_positions
     if wanted is None:
         preset = int(recipe.model_settings()["n_positions"])
         return config, preset if most is None else min(preset, most)
     if most is not None and wanted > most:
-        raise UserError(f"model.n_positions={wanted} is beyond the {most} positions of {name}; give fewer")
+        raise UserError(f"model.n_positions={wanted} is more than the {most} positions of {name}: give fewer")
     return config, wanted
 
 
@@ -179,7 +179,7 @@ def _new(config: Any, recipe: Recipe) -> PreTrainedModel:
 
 
 def _trained(config: Any, recipe: Recipe, vocab_size: int) -> PreTrainedModel:
-    """A model with its weights."""
+    """A model with its trained weights."""
     name = recipe.base_model
     safe = {"use_safetensors": True, "trust_remote_code": False}
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -190,11 +190,11 @@ def _trained(config: Any, recipe: Recipe, vocab_size: int) -> PreTrainedModel:
         raise UserError(f"base_model {name}: its weights cannot be loaded from .safetensors ({reason})") from None
     missing = sorted(told["missing_keys"])
     if missing:
-        raise UserError(f"base_model {name}: its weights lack {len(missing)} that the model has, such as {missing[0]}")
+        raise UserError(f"base_model {name}: its weights lack {len(missing)} of the model's, such as {missing[0]}")
     if vocab_size > model.config.vocab_size:
         raise UserError(
-            f"the data has {vocab_size} tokens, {name} knows {model.config.vocab_size}: read it with the model's own "
-            "tokenizer; leave modality and tokenizer out"
+            f"the data has a vocabulary of {vocab_size} tokens, {name} of {model.config.vocab_size}: use the model's "
+            "own tokenizer (leave modality and tokenizer out)"
         )
     result: PreTrainedModel = model
     return result
@@ -202,10 +202,10 @@ def _trained(config: Any, recipe: Recipe, vocab_size: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def _check_causal(model: Any, recipe: Recipe) -> None:
-    """Refuse models whose losses would not be those of the next token, as all that follows takes for granted.
+    """Refuse models whose loss is not that of the next token.
 
     Raises:
-        UserError: later tokens change earlier predictions, or `shift_labels` means nothing to the model.
+        UserError: later tokens change earlier predictions, or the model ignores `shift_labels`.
     """
     vocab_size, attention, training = model.config.vocab_size, model.config._attn_implementation, model.training
     kind = f"base_model {recipe.base_model} ({model.config.model_type})"
@@ -213,7 +213,7 @@ def _check_causal(model: Any, recipe: Recipe) -> None:
     targets = ids.roll(-1, 1)
     model.eval()
     try:
-        model.set_attn_implementation("eager")  # the others may need a GPU
+        model.set_attn_implementation("eager")  # other implementations may need a GPU
         out = model(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False)
     except _BROKEN as error:
         raise UserError(f"{kind} does not run: {_first_line(error)}") from None
@@ -222,21 +222,21 @@ def _check_causal(model: Any, recipe: Recipe) -> None:
         model.train(training)
     logits = out.logits.float()
     if (logits[0, :-1] - logits[1, :-1]).abs().max() > 1e-4 * logits.std():
-        raise UserError(f"{kind} sees tokens that are still to come: name a causal language model")
+        raise UserError(f"{kind} sees later tokens: name a causal language model")
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     if not torch.isclose(out.loss.float(), expected, rtol=1e-3, equal_nan=True):
-        raise UserError(f"{kind} has a loss of its own, not that of the next token: name another")
+        raise UserError(f"{kind} has another loss than that of the next token: name another model")
 
 
 def _mix(model: Any, recipe: Recipe, context: int) -> None:
-    """Add the recipe's mixing, or see that the model has it already."""
+    """Add the recipe's mixing, or check that the model has it already."""
     there, name = mixing_of(model.config), recipe.base_model
     if there != "none":
         if recipe.mixing != there:
-            raise UserError(f'{name} has mixing "{there}" already: give mixing={there} to go on with it')
+            raise UserError(f'{name} has mixing "{there}" already: give mixing={there} to train it on')
         given = [key for key in sorted(OF_ADDED_MIXING) if getattr(recipe.model, key) is not None]
         if given:
-            raise UserError(f"{name} has mixing already, and model.{given[0]} of its own: leave that out")
+            raise UserError(f"{name} has mixing already, with its own model.{given[0]}: leave that setting out")
         return
     if recipe.mixing == "none":
         return
@@ -260,10 +260,10 @@ def _mix(model: Any, recipe: Recipe, context: int) -> None:
 
 
 def check_identity(model: Any, begun: Mapping[str, Any], name: str | None) -> None:
-    """Raises UserError where the `model` that run.json has of a run that has `begun` is of another architecture."""
+    """Raises UserError if the `model` entry of the run.json of a `begun` run is of another architecture."""
     then = begun.get("identity")
     if then is not None and then != identity(model.config):
-        raise UserError(f"the config of base_model {name} has changed since the run began: use the one of then")
+        raise UserError(f"the config of base_model {name} has changed since the run began: use the earlier one")
 
 
 def _first_line(error: BaseException) -> str:

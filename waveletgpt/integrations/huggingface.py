@@ -1,17 +1,18 @@
-"""`add_mixing`: the mixer after the decoder blocks of a causal language model of transformers.
+"""`add_mixing`: mixing after the decoder blocks of a causal language model of transformers.
 
-Classes are made at run time, subclasses of the model's own, and assigned to `__class__`, so that parameters keep their
-names and the library finds what it expects:
+`add_mixing` makes subclasses of the model's classes at run time and assigns them to `__class__`. So parameters keep
+their names, and the library finds the classes that it expects:
 
-- a decoder layer does as before and then mixes, inside gradient checkpointing;
-- the model decodes with states in its cache, and saves and loads;
-- its configuration has another `model_type` on disk, so that nothing loads the model without mixing, unnoticed.
+- A decoder layer runs as before and then mixes, inside gradient checkpointing.
+- The model keeps the mixers' states in its cache when it decodes, and can be saved and loaded.
+- Its configuration has another `model_type` on disk, so that no program loads the model without mixing by mistake.
 
-One hook, before the forward pass of the module that owns the layers, computes from padding and documents how far back
-each token may look (`reach`). The layers get it as a keyword argument, so that gradient checkpointing uses it, too.
+A hook before the forward pass of the module that owns the layers computes from padding and documents how far back each
+token may look (`reach`). The layers get it as a keyword argument, so that gradient checkpointing uses it, too.
 
-What decoding remembers, and what a forward pass is told, is as in the models of this package (model/decoding.py). This
-file, `module.py` and that one travel in checkpoints, with the operator's definition, and import nothing else.
+States for decoding and arguments of a forward pass are handled as in this package's models (model/decoding.py).
+Checkpoints carry this file, `module.py`, `decoding.py` and the files these import; they import nothing else of the
+package.
 
 Shapes: B batch, T tokens.
 """
@@ -42,7 +43,7 @@ try:
     from waveletgpt.errors import UserError
     from waveletgpt.model.decoding import MixingGeneration, check_attention, has_states, reach_told, upgrade_cache
 except ImportError:
-    # A checkpoint brings the files that are named with a dot.
+    # In a checkpoint the files lie beside this one.
     from .decoding import (  # type: ignore[import-not-found, no-redef]
         MixingGeneration,
         check_attention,
@@ -55,7 +56,7 @@ except ImportError:
 
 MIXINGS: dict[str, str | None] = {"fixed": None, "learnable": "learnable", "delta": "delta", "gate": "gate"}
 ON_DISK = "wavelet_mixed"
-REACH = "wavelet_reach"  # the layers' keyword argument: a tuple of one, so that None can be told from nothing
+REACH = "wavelet_reach"  # the layers' keyword argument: a tuple of one, so that None differs from no argument
 CACHES = ("past_key_values", "layer_past", "past_key_value")  # a layer's names for the cache
 
 
@@ -72,39 +73,39 @@ def add_mixing(
     """Mix after the decoder blocks of a causal language model of transformers, in place.
 
     Args:
-        model: one whose blocks get keyword arguments, such as Llama, Qwen or GPT-2; not inside PEFT or DDP yet.
+        model: one whose blocks get keyword arguments, such as Llama, Qwen or GPT-2, before PEFT or DDP wraps it.
         mixing: "fixed" (means) or "learnable" (weights that start as means) for models trained from scratch; "delta"
             or "gate", which at first leave the model as it is, for trained ones. See `WaveletMixing`.
-        max_window, min_window: powers of two, in tokens; the windows are all of those between.
-        mix_fraction: the part of the channels that is mixed.
+        max_window, min_window: powers of two, in tokens; the windows are all powers of two from one to the other.
+        mix_fraction: the share of the channels that is mixed.
         layers: "all", or the numbers of the blocks, from 0.
-        pretrained: "replace" to put "fixed" or "learnable" into a model whose weights were loaded, which do not know
-            it: the model must be trained again.
-        mix_edge: "zero" or "partial", what a window is divided by where a document begins; see `WaveletMixing`.
+        pretrained: "replace" allows "fixed" or "learnable" for a model with loaded weights. These were trained without
+            mixing, so the model must be trained again.
+        mix_edge: "zero" or "partial": how windows that begin before a document are averaged; see `WaveletMixing`.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: a model, or settings, that this can't do; nothing was changed then.
+        UserError: this model or these settings are not possible. The model is then unchanged.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model is a {name}: add mixing to the transformers model itself, before PEFT or DDP wraps it")
     if any(_is_from("unsloth", module.forward) for module in model.modules()):
-        raise UserError(f"{name} is patched by unsloth, which runs decoder layers by itself: load it with transformers")
+        raise UserError(f"{name} is patched by unsloth, which calls decoder layers itself: load it with transformers")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} has a PEFT adapter already: add mixing first, then the adapter")
     config = model.config
-    if getattr(config, "wavelet_mixing", None) is not None:  # also of the class that a checkpoint's code made
-        raise UserError(f"{name} has mixing already: make the model anew for other settings")
+    if getattr(config, "wavelet_mixing", None) is not None:  # also if a checkpoint's own code made the class
+        raise UserError(f"{name} has mixing already: for other settings, make a new model")
     if config.model_type == "waveletgpt":
-        raise UserError(f"{name} mixes by itself: give WaveletGPTConfig(mixing=...) instead")
+        raise UserError(f"{name} has mixing of its own: give WaveletGPTConfig(mixing=...) instead")
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise UserError(f"{name} is an encoder-decoder or composite model: mixing can be added to decoder-only ones")
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal is not type(model):
-        raise UserError(f"{name} is not what AutoModelForCausalLM makes of its config: give a causal language model")
+        raise UserError(f"{name} is not the class that AutoModelForCausalLM loads: give a causal language model")
     if mixing not in MIXINGS:
         raise UserError(f"mixing={mixing!r} is unknown; use one of {tuple(MIXINGS)}")
     if pretrained not in (None, "replace"):
@@ -123,9 +124,9 @@ def add_mixing(
         chosen = sorted(set(whole))
     for key, window in (("min_window", min_window), ("max_window", max_window)):
         if not isinstance(window, int) or window < 1 or window & (window - 1):
-            raise UserError(f"{key}={window} is not a power of two (1, 2, 4, ...)")
+            raise UserError(f"{key}={window} is not a power of two: give 1, 2, 4, ...")
     if max_window < min_window:
-        raise UserError(f"max_window={max_window} is smaller than min_window={min_window}")
+        raise UserError(f"max_window={max_window} is smaller than min_window={min_window}: give a larger max_window")
     scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
     settings: dict[str, Any] = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
     settings["edge"] = mix_edge
@@ -133,19 +134,19 @@ def add_mixing(
     kind, config_kind = cast(Any, type(model)), cast(Any, type(config))
     config.__class__ = _known_to_auto_classes(mixed_config(config_kind))
     config.wavelet_mixing = settings
-    # What these name is the model without mixing: others would take it for this one (an adapter's base, a reference).
+    # These name the model without mixing, which programs that load by name (an adapter's base, a reference) would get.
     config._name_or_path = model.name_or_path = ""
     model.__class__ = mixed_root(kind)
     return model
 
 
 def _is_from(package: str, function: Any) -> bool:
-    """Whether a package put this function where another was; what it compiled itself begins with its name too."""
+    """Whether a package replaced this function by its own. Names of its compiled modules begin with its name too."""
     return (getattr(function, "__module__", None) or "").startswith(package)
 
 
 def _is_loaded(model: nn.Module) -> bool:
-    """Whether from_pretrained filled in the weights: it marks them. A config's name stays when weights are random."""
+    """Whether from_pretrained loaded weights: it marks them. (A config keeps its name when weights are random.)"""
     return any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
@@ -154,11 +155,11 @@ def _install(model: Any, settings: dict[str, Any]) -> None:
     owner, name = _find_layers(model)
     if not _hands_on_keywords(owner, name):
         raise UserError(
-            f"{type(model).__name__} gives its decoder layers no keyword arguments, so that they cannot be told of "
-            "padding and documents: mixing can't be added to it"
+            f"{type(model).__name__} gives its decoder layers no keyword arguments, which padding and documents need: "
+            "mixing can't be added to it"
         )
     layers, width, kernels = getattr(owner, name), model.config.hidden_size, MIXINGS[settings["mixing"]]
-    edge = settings.get("edge", "zero")  # models saved by earlier versions have none
+    edge = settings.get("edge", "zero")  # models saved by earlier versions lack it
     try:
         mixers = [
             WaveletMixing(width, settings["windows"], kernels, settings["mix_fraction"], edge)
@@ -183,7 +184,7 @@ def _install(model: Any, settings: dict[str, Any]) -> None:
 
 
 def _find_layers(model: Any) -> tuple[Any, str]:
-    """The module whose forward pass runs the decoder layers, and its name for the list of them."""
+    """The module whose forward pass runs the decoder layers, and the attribute that holds them."""
     found = [
         (module, name)
         for module in model.modules()
@@ -195,15 +196,15 @@ def _find_layers(model: Any) -> tuple[Any, str]:
     ]
     if len(found) != 1:
         names = ", ".join(f"{type(module).__name__}.{name}" for module, name in found) or "none"
-        raise UserError(f"{type(model).__name__}: which modules are its decoder layers can't be told (found: {names})")
+        raise UserError(f"{type(model).__name__}: its decoder layers are not found (candidates: {names})")
     return found[0]
 
 
 def _hands_on_keywords(owner: Any, name: str) -> bool:
-    """Whether the owner's forward pass calls its layers, in a loop over them, with the **kwargs that it got."""
+    """Whether the owner's forward pass loops over its layers and passes its **kwargs to each."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(owner).forward)))
-    except (OSError, TypeError):  # replaced by something that has none
+    except (OSError, TypeError):  # replaced by a function without source
         return False
     for loop in ast.walk(ast.parse(source)):
         if isinstance(loop, ast.For) and f"self.{name}" in ast.unparse(loop.iter):
@@ -218,7 +219,7 @@ def _hands_on_keywords(owner: Any, name: str) -> bool:
 
 
 def _tell_layers(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: how far back each token may look, from masks, positions and packing arguments."""
+    """Forward pre-hook: computes from masks, positions and packing how far back each token may look."""
     given = {**dict(zip(owner._wavelet_arguments, args, strict=False)), **kwargs}
     inputs = given.get("input_ids")
     if inputs is None:
@@ -238,7 +239,7 @@ def _tell_layers(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 class MixedLayer:
-    """What is added to a decoder layer; a base class that comes before its own."""
+    """Adds mixing to a decoder layer; it comes before the layer's own class among the base classes."""
 
     wavelet_mixing: WaveletMixing | None
     wavelet_layer_idx: int
@@ -247,8 +248,8 @@ class MixedLayer:
         told = kwargs.pop(REACH, None)
         if told is None:
             raise RuntimeError(
-                f"{type(self).__name__} was called without its model's forward pass: what is padding, and where "
-                "documents end, is unknown to its mixer (pipelines and engines that call layers themselves)"
+                f"{type(self).__name__} was called outside its model's forward pass, so its mixer does not know padding"
+                " and documents: don't use pipelines and engines that call layers themselves"
             )
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         mixer = self.wavelet_mixing
@@ -261,8 +262,8 @@ class MixedLayer:
         if cache is not None and mixer.past:
             if self.wavelet_layer_idx >= len(cache.layers):
                 raise UserError(
-                    f"the cache, a {type(cache).__name__}, keeps nothing for block {self.wavelet_layer_idx}, so that "
-                    "mixing states have no place in it: use this model with use_cache=False"
+                    f"the cache, a {type(cache).__name__}, has no entry for block {self.wavelet_layer_idx} and cannot "
+                    "hold mixing states: use this model with use_cache=False"
                 )
             if not has_states(cache.layers[self.wavelet_layer_idx]):  # the cache was made in this forward pass
                 upgrade_cache(cache, empty=True)
@@ -281,7 +282,7 @@ def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @lru_cache(None)
 def mixed_layer(base: type) -> type:
-    # The same name: FSDP's wrapping, device maps and `_no_split_modules` go by it.
+    # Keep the name: FSDP's wrapping, device maps and `_no_split_modules` look for it.
     fields = {"__module__": __name__, "__qualname__": base.__qualname__, "_wavelet_base": base}
     return type(base.__name__, (MixedLayer, base), fields)
 
@@ -290,17 +291,17 @@ def mixed_layer(base: type) -> type:
 
 
 class MixedCausalLM(MixingGeneration):
-    """What is added to a causal language model; a base class that comes before its own."""
+    """Adds mixing to a causal language model; it comes before the model's own class among the base classes."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "wavelet_mixing", None) is None:
-            raise UserError(f"{type(self).__name__} needs a config that says how to mix: use add_mixing on the model")
+            raise UserError(f"{type(self).__name__} needs a config with wavelet_mixing: call add_mixing on the model")
         _install(self, config.wavelet_mixing)
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]
-        # The stock model's _init_weights knows no mixers, which would keep whatever was in memory.
+        # The model's _init_weights does not know mixers; they would keep whatever was in memory.
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, WaveletMixing):
                 values = (*module.parameters(), *module.buffers())
@@ -314,7 +315,7 @@ class MixedCausalLM(MixingGeneration):
 
 @lru_cache(None)
 def mixed_root(base: Any) -> Any:
-    # It keeps the library's `__module__`: conversions of checkpoints (experts) are for models of the library.
+    # Keep the library's `__module__`: it converts checkpoints (of experts) only for its own models.
     fields = {
         "config_class": mixed_config(base.config_class),
         "__module__": base.__module__,
@@ -324,7 +325,7 @@ def mixed_root(base: Any) -> Any:
 
 
 def _rebuild(kind: str, base: type) -> Any:
-    """An empty instance, for pickle and copy, which cannot find a class that was made at run time."""
+    """An empty instance, for pickle and copy: they cannot find a class that was made at run time."""
     make = {"layer": mixed_layer, "root": mixed_root, "config": mixed_config}[kind]
     made = make(base)
     return made.__new__(made)
@@ -334,7 +335,8 @@ def _rebuild(kind: str, base: type) -> Any:
 
 
 class MixedConfig:
-    """What is added to a configuration: `model_type` is the base model's in memory (PEFT goes by it), not on disk."""
+    """Adds mixing to a configuration. `model_type` is the base model's in memory, where PEFT reads it, but not on
+    disk."""
 
     def to_diff_dict(self) -> dict[str, Any]:
         out = super().to_diff_dict()  # type: ignore[misc]
@@ -343,7 +345,7 @@ class MixedConfig:
         return result
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers; the code goes along, so that `trust_remote_code=True` loads it without this package."""
+        """As in transformers, with the code, so that `trust_remote_code=True` loads the model without this package."""
         self.auto_map = {
             "AutoConfig": "huggingface.WaveletMixedConfig",
             "AutoModelForCausalLM": "huggingface.WaveletMixedForCausalLM",
@@ -360,7 +362,7 @@ class MixedConfig:
 
 
 def _checkpoint_files() -> list[Path]:
-    """What a checkpoint carries: this file and those that it needs, in the package or in a checkpoint."""
+    """The files that a checkpoint carries, this one included, from the package or from another checkpoint."""
     here = Path(__file__).resolve().parent
     ours = [here / "huggingface.py", here / "module.py"]
     names = ("model/decoding.py", "model/state.py", "ops/reference.py")
@@ -375,7 +377,7 @@ def mixed_config(base: Any) -> Any:
 
 
 class WaveletMixedConfig(PreTrainedConfig):
-    """Makes, of a configuration on disk, one of a run-time class."""
+    """Reads a configuration from disk as an instance of a class made at run time."""
 
     model_type = ON_DISK
 
@@ -385,7 +387,7 @@ class WaveletMixedConfig(PreTrainedConfig):
         base = config_dict.pop("base_model_type", None)
         config_dict.pop("model_type", None)
         if base not in CONFIG_MAPPING:
-            raise UserError(f"base_model_type is {base!r}: this version of transformers has no such model")
+            raise UserError(f"base_model_type is {base!r}: this version of transformers has no such model; upgrade it")
         kind: Any = CONFIG_MAPPING[base]
         return _known_to_auto_classes(mixed_config(kind)).from_dict(config_dict, **kwargs)
 
@@ -397,7 +399,7 @@ class WaveletMixedConfig(PreTrainedConfig):
 
 
 class WaveletMixedForCausalLM:
-    """Makes the model of such a configuration: what `trust_remote_code` asks for."""
+    """Makes the model of a `WaveletMixedConfig`, for loading with `trust_remote_code`."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

@@ -19,7 +19,7 @@ try:
     from waveletgpt.model.state import State
     from waveletgpt.ops import wavelet_mix
 except ImportError:
-    # A checkpoint brings this, and of the operator the definition.
+    # In a checkpoint the operator's definition and the state lie beside this file.
     from .reference import wavelet_mix  # type: ignore[import-not-found, no-redef]
     from .state import State  # type: ignore[import-not-found, no-redef]
 
@@ -34,18 +34,17 @@ class WaveletMixing(nn.Module):
         n_embd: E.
         windows: powers of two, in tokens. They are spread evenly over the mixed channels, shortest first.
         kernels: what a channel becomes. None: the mean over its window, no parameters. "learnable": a weighted sum
-            that starts at the mean. For models that are trained already (at first these change nothing):
-            "delta": a weighted sum that starts at the value itself; "gate": x + g (mean - x) with a trained g, at
-            first 0.
+            that starts as the mean. Two change nothing at first, for models that are already trained: "delta", a
+            weighted sum that starts as the value itself; "gate", x + g (mean - x) with a trained g that starts at 0.
         mix_fraction: C / E.
-        edge: "zero" takes what came before a document's first token as 0; "partial" divides by the number of tokens in
-            the window that the document has, min(w, reach + 1), instead of w. Not for "delta", which is not an average.
+        edge: "zero" counts values before a document's first token as 0. "partial" divides by the number of the
+            document's tokens in the window, min(w, reach + 1), instead of w; not for "delta", which is not an average.
 
-    Trained weights are kept as what they differ from their start, in one vector: optimizers that treat matrices in a
-    way of their own leave it alone, and weight decay pulls to the start instead of to 0.
+    Parameters are differences from the starting weights, in one vector. So optimizers with a special update for
+    matrices treat them as usual, and weight decay pulls them to the start instead of to 0.
 
     Raises:
-        ValueError: windows, fraction or edge that cannot be.
+        ValueError: windows, fraction or edge are not possible.
     """
 
     window: Tensor
@@ -67,24 +66,24 @@ class WaveletMixing(nn.Module):
         if edge not in EDGES:
             raise ValueError(f"edge={edge!r} is unknown; use one of {EDGES}")
         if edge == "partial" and kernels == "delta":
-            raise ValueError('edge="partial" is for averages, which kernels="delta" does not start as: use edge="zero"')
+            raise ValueError('edge="partial" is for averages, and kernels="delta" is none: use edge="zero"')
         if not 0 < mix_fraction <= 1:
             raise ValueError(f"mix_fraction={mix_fraction} must be more than 0 and at most 1")
         self.n_mixed = round(mix_fraction * n_embd)
         if self.n_mixed < len(scales):
-            what = f"{len(scales)} windows for {self.n_mixed} mixed coordinates"
+            what = f"{len(scales)} windows for {self.n_mixed} mixed channels"
             raise ValueError(f"{what} (mix_fraction={mix_fraction} of n_embd={n_embd}): give fewer, or a wider model")
         self.n_embd, self.kernels, self.edge = n_embd, kernels, edge
         self.windows = tuple(scales[j * len(scales) // self.n_mixed] for j in range(self.n_mixed))
         self.groups = tuple((window, len(list(members))) for window, members in groupby(self.windows))
         self.past = scales[-1] - 1
-        """S, how many inputs back it looks."""
+        """S: how many inputs before the current one the filter uses."""
         if kernels in ("learnable", "delta"):
             self.deviation = nn.Parameter(torch.zeros(sum(self.windows)))
         elif kernels == "gate":
             self.gate = nn.Parameter(torch.zeros(self.n_mixed))
-        # Means have no parameters, so that a checkpoint would show nothing of them: this makes a program that doesn't
-        # know mixing say so.
+        # Means have no parameters, so a checkpoint would not show that the model mixes. With this buffer a program that
+        # does not know mixing reports an unexpected weight.
         self.register_buffer("window", torch.tensor(scales, dtype=torch.int32))
 
     def reset_parameters(self, init: Any = nn.init) -> None:
@@ -97,7 +96,7 @@ class WaveletMixing(nn.Module):
                 self.window.copy_(scales)
 
     def taps(self) -> list[Tensor] | None:
-        """(n, w) for each distinct window, ascending; tap j weighs the value j tokens ago. None: means."""
+        """(n, w) for each distinct window, ascending; tap j is the weight of the value j tokens ago. None: means."""
         if self.kernels not in ("learnable", "delta"):
             return None
         taps = []
@@ -111,9 +110,9 @@ class WaveletMixing(nn.Module):
         return taps
 
     def state(self, recording: bool = False) -> State:
-        """An empty memory of the inputs before, for decoding and for chunks; `forward` reads it and takes x in.
+        """An empty state for decoding or for chunks: `forward` reads earlier inputs from it and appends x.
 
-        With `recording` it keeps all inputs, so that `State.crop` can take tokens back.
+        With `recording` it keeps all inputs, so that `State.crop` can remove tokens.
         """
         return State(self.past, self.edge == "partial", recording)
 
@@ -122,8 +121,10 @@ class WaveletMixing(nn.Module):
 
         Args:
             x: (B, T, E).
-            state: of the tokens before; these are appended to it. Or their hidden states (B, any, E); None at first.
-            reach: (B or 1, T) how many tokens before each one belong to its document, of `waveletgpt.ops.reach_of`.
+            state: the state after the tokens before, to which x is appended; or their hidden states (B, any, E). None
+                at the start.
+            reach: (B or 1, T): how many tokens before each token belong to its document; see
+                `waveletgpt.ops.reach_of`.
 
         Returns:
             (B, T, E); the channels from C on are those of `x`.
@@ -145,15 +146,15 @@ class WaveletMixing(nn.Module):
         return torch.cat([y, rest], dim=2)
 
     def flops(self) -> int:
-        """Operations for one token of a training step, forward and backward."""
+        """Floating-point operations per token of a training step, forward and backward."""
         if self.kernels in ("learnable", "delta"):
             # Multiply-adds forward, for the gradient of the input, and for that of the taps.
             return 3 * sum(2 * window for window in self.windows)
-        # log2(w) additions and one scaling; the gradient is the same filter. A gate has three more each.
+        # log2(w) additions and one scaling; the gradient is the same filter. A gate adds 9 in all.
         return sum(2 * window.bit_length() + 9 * (self.kernels == "gate") for window in self.windows)
 
     def state_bytes(self, itemsize: int) -> int:
-        """Bytes that decoding remembers for a sequence, at `itemsize` bytes a value."""
+        """Bytes of state that decoding keeps for each sequence, at `itemsize` bytes per value."""
         return self.past * (self.n_mixed + (self.edge == "partial")) * itemsize
 
     def extra_repr(self) -> str:

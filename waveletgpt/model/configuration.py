@@ -254,7 +254,7 @@ class WaveletGPTConfig(PreTrainedConfig):
             )
         if not 0 < self.mix_fraction <= 1 or self.mix_fraction * self.n_embd < 1:
             raise ValueError(
-                f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a coordinate; "
+                f"mix_fraction={self.mix_fraction} must be in (0, 1] and select a channel; "
                 'mixing="none" turns mixing off'
             )
         if isinstance(self.mix_layers, str):

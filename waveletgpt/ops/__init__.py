@@ -1,8 +1,8 @@
 """The mixing operators and the backends that compute them.
 
-`reference` is the definition. `cpp` (CPUs, compiled at installation) and `triton` (GPUs) go over their input once,
-where they are available; `torch` is the fast path anywhere else. A named backend that cannot be used is an error that
-says what is missing; "auto" takes the fastest that can.
+`reference` is the definition. `cpp` (CPUs, compiled at installation) and `triton` (GPUs) read their input once;
+`torch` is the fast path where neither is available. "auto" takes the fastest backend available here. Naming a backend
+that is not available raises an error that says what is missing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,13 +27,13 @@ _FASTEST = {"cuda": "triton", "cpu": "cpp"}
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The backends that cannot be used here, with what is missing."""
+    """Maps each backend that cannot be used here to what is missing."""
     reasons = {name: kernels.unavailable() for name, kernels in autograd.KERNELS.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `backend` takes here besides "auto"."""
+    """The values of `backend` that work here, besides "auto"."""
     missing = unavailable_backends()
     return (*(name for name in autograd.KERNELS if name not in missing), "reference")
 
@@ -49,7 +49,7 @@ def wavelet_mix(
     backend: str = "auto",
 ) -> Tensor:
     if state is not None and reach is None and edge == "zero" and backend == "auto":
-        # One more token, as in decoding: by the shortest way, before anything else is looked at.
+        # Decoding adds one token at a time: try the fastest path first.
         kernels = None if kernels is None else list(kernels)
         one = cpp.newest(x, tuple(windows), kernels, state)
         if one is not None:
@@ -70,8 +70,8 @@ def ema_mix(
 
 
 def _choose(backend: str, x: Tensor) -> str:
-    """The backend to use for `x`. Raises ValueError, with what is missing, for a named one that cannot be used."""
-    device = x.device.type if isinstance(x, Tensor) else "cpu"  # anything but a tensor is refused later
+    """The backend to use for `x`. Raises ValueError, saying what is missing, if the named one cannot be used."""
+    device = x.device.type if isinstance(x, Tensor) else "cpu"  # the backend refuses anything but a tensor
     if backend == "auto":
         fastest = _FASTEST.get(device, "torch")
         return "torch" if autograd.KERNELS[fastest].unavailable(device) else fastest

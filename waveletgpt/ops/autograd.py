@@ -1,8 +1,8 @@
 """What all fast backends share: state and edges, gradients, and operators that `torch.compile` leaves whole.
 
-A backend is a module of four functions (see `Kernels`). Each is reached through an operator of torch
-(`torch.ops.waveletgpt.*`) that takes the backend's name, so that a compiler calls it as it is and autocast, CUDA
-graphs and checkpointing treat it as any other.
+A backend is a module with the functions of `Kernels`. torch operators (`torch.ops.waveletgpt.*`) call them by the
+backend's name. So `torch.compile` does not look inside, and autocast, CUDA graphs and checkpointing work as with any
+operator.
 
 Shapes: B batch, T tokens, C mixed channels, S tokens of state, n channels that share the window w.
 """
@@ -26,15 +26,15 @@ Groups = dict[int, list[int]]  # window: its channels
 class Kernels(Protocol):
     """What a backend computes. `reverse` runs time backwards; the first `past` tokens are read and get no result.
 
-    `reach` (B or 1, T) is that of `reference.wavelet_mix`, of all tokens that are read; in reverse, too, it tells where
-    documents begin (see `ahead`). None: one document.
+    `reach` (B or 1, T) is as in `reference.wavelet_mix`, for all tokens that are read. With `reverse`, too, it counts
+    tokens before each token (see `ahead`). None: one document.
 
-    `taps` holds the kernels of all channels one after the other, in the order of `group_windows` (windows
-    ascending, each with its channels ascending), in the type that sums are in.
+    `taps` holds the kernels of all channels one after the other, in the order of `group_windows` (by window, then by
+    channel), in the dtype of the sums.
     """
 
     def unavailable(self, device: str | None = None) -> str | None:
-        """Why it cannot be used here (for tensors on `device`); None if it can."""
+        """Why this backend cannot be used here (for tensors on `device`); None if it can."""
 
     def mean(self, x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
         """(B, T, C) to (B, T - past, C): the mean over each channel's window, zeros before the first token."""
@@ -45,10 +45,10 @@ class Kernels(Protocol):
     def filter_backward(
         self, grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Of `filter` with past=0, the gradients of x (in its type) and of taps."""
+        """The gradients of `filter` with past=0, for x (in its dtype) and for taps."""
 
     def decayed_sum(self, u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None) -> Tensor:
-        """y_t = u_t + a y_{t-1}; u (B, T, C) and a (C,) are of the type that sums are in.
+        """y_t = u_t + a y_{t-1}; u (B, T, C) and a (C,) have the dtype of the sums.
 
         The last term counts where `keep` (B or 1, T), in the order of the tokens, is true; None: everywhere.
         """
@@ -66,7 +66,7 @@ def wavelet_mix(
     backend: str,
     reach: Tensor | None = None,
 ) -> Tensor:
-    """`reference.wavelet_mix` by the kernels of one of `KERNELS`."""
+    """`reference.wavelet_mix`, computed by the backend of `KERNELS` with this name."""
     check_mix(x, edge, state, reach)
     windows, groups = _grouped(windows, x.shape[2], kernels is None)
     signal, past = x, 0
@@ -97,10 +97,10 @@ def wavelet_mix(
 
 
 def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str, reach: Tensor | None = None) -> Tensor:
-    """`reference.ema_mix` by the kernels of one of `KERNELS`."""
+    """`reference.ema_mix`, computed by the backend of `KERNELS` with this name."""
     check_ema(x, decay, state, reach)
     a = decay.to(torch.promote_types(x.dtype, torch.float32))
-    if state is not None and x.shape[1] == 1 and reach is None:  # decoding, where every call is felt
+    if state is not None and x.shape[1] == 1 and reach is None:  # decoding, where each call costs time
         return torch.lerp(x.to(a.dtype), state.to(a.dtype).unsqueeze(1), a).to(x.dtype)
     u = (1 - a) * x
     keep = None if reach is None else reach >= 1
@@ -113,21 +113,21 @@ def ema_mix(x: Tensor, decay: Tensor, state: Tensor | None, backend: str, reach:
     return result
 
 
-def _grouped(windows: Sequence[int], coordinates: int, dyadic: bool) -> tuple[Windows, Groups]:
-    """`group_windows`, remembered: for 64 channels it takes longer than mixing one token."""
+def _grouped(windows: Sequence[int], channels: int, dyadic: bool) -> tuple[Windows, Groups]:
+    """`group_windows`, cached: for 64 channels it takes longer than mixing one token."""
     try:
         windows = tuple(map(operator.index, windows))
     except TypeError:
         windows = tuple(windows)
-        return windows, group_windows(windows, coordinates, dyadic=dyadic)  # raises, naming the culprit
+        return windows, group_windows(windows, channels, dyadic=dyadic)  # raises, naming the bad window
     if torch.compiler.is_compiling():
-        return windows, group_windows(windows, coordinates, dyadic=dyadic)
-    return windows, _remembered_groups(windows, coordinates, dyadic)
+        return windows, group_windows(windows, channels, dyadic=dyadic)
+    return windows, _remembered_groups(windows, channels, dyadic)
 
 
 @lru_cache(maxsize=256)
-def _remembered_groups(windows: Windows, coordinates: int, dyadic: bool) -> Groups:
-    return group_windows(windows, coordinates, dyadic=dyadic)
+def _remembered_groups(windows: Windows, channels: int, dyadic: bool) -> Groups:
+    return group_windows(windows, channels, dyadic=dyadic)
 
 
 def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -148,7 +148,7 @@ _LIBRARY = torch.library.Library("waveletgpt", "DEF")
 
 
 def empty_result(x: Tensor, past: int = 0) -> Tensor:
-    """Dense, for the tokens of x from `past` on."""
+    """An empty, dense tensor for the results of x from token `past` on."""
     return torch.empty((x.shape[0], x.shape[1] - past, *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
@@ -191,7 +191,7 @@ class _Filter(torch.autograd.Function):
         ctx: Any, x: Tensor, windows: Windows, taps: Tensor, past: int, backend: str, reach: Tensor | None
     ) -> Tensor:
         learning = ctx.needs_input_grad[2]
-        if learning:  # a view would keep the whole tensor in memory, with the channels that are not mixed
+        if learning:  # a view would keep the whole tensor in memory, unmixed channels included
             x = x.contiguous()
         ctx.save_for_backward(x if learning else None, taps, reach)
         ctx.windows, ctx.past, ctx.backend = windows, past, backend
@@ -267,7 +267,7 @@ def _decayed_sum_op(u: Tensor, a: Tensor, reverse: bool, backend: str, keep: Ten
 
 
 class Sorted:
-    """Coordinates in ascending order of their windows: `groups` holds (window, first, end), all of them slices."""
+    """Channels sorted by window. `groups` holds (window, first, end): channels first ... end - 1 have this window."""
 
     def __init__(self, windows: Windows) -> None:
         order = sorted(range(len(windows)), key=windows.__getitem__)
@@ -289,7 +289,7 @@ class Sorted:
 
 
 def tap_offsets(windows: Windows) -> list[int]:
-    """Where the taps of each channel begin in the tensor of all."""
+    """Where the taps of each channel begin in the tensor of all taps."""
     offsets, offset = [0] * len(windows), 0
     for c in sorted(range(len(windows)), key=windows.__getitem__):
         offsets[c] = offset

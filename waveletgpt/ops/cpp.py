@@ -1,8 +1,8 @@
 """Backend "cpp": the kernels of kernels.cpp, on CPUs.
 
-Installing the package compiles them if it finds GCC or Clang with OpenMP, and goes on without them if not; then this
-backend is unavailable, and "auto" takes "torch" instead. Results do not depend on the number of threads
-(`torch.set_num_threads`), and means are those of "torch", bit for bit in float32 and float64.
+Installing the package compiles them if it finds GCC or Clang with OpenMP. Otherwise this backend is unavailable, and
+"auto" takes "torch". Results do not depend on the number of threads (`torch.set_num_threads`). In float32 and float64,
+means equal those of "torch" bit for bit.
 
 Shapes: B batch, T tokens, C mixed channels.
 """
@@ -24,7 +24,7 @@ from waveletgpt.ops.reference import UNLIMITED
 
 # Kernels with more taps go through the FFT of "torch". Measured on one core with AVX-512.
 DIRECT_TAPS = 1024
-# That of the entries of kernels.cpp called below.
+# The version of kernels.cpp that the calls below expect.
 VERSION = 4
 
 
@@ -33,12 +33,12 @@ class _Input(ctypes.Structure):
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = (("batch", c_int64), ("tokens", c_int64), ("coordinates", c_int64))
+    _fields_ = (("batch", c_int64), ("tokens", c_int64), ("channels", c_int64))
 
 
 class _Newest(ctypes.Structure):
     _fields_ = (
-        *(("x", c_void_p), ("y", c_void_p), ("batch", c_int64), ("coordinates", c_int64), ("width", c_int64)),
+        *(("x", c_void_p), ("y", c_void_p), ("batch", c_int64), ("channels", c_int64), ("width", c_int64)),
         *(("past", c_void_p), ("tokens", c_int64), ("row", c_int64), ("step", c_int64)),
     )
 
@@ -64,7 +64,7 @@ _SIGNATURES = {
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
+    """The compiled library and None, or None and why it cannot be used."""
     for path in (Path(__file__).with_name("_kernels" + suffix) for suffix in EXTENSION_SUFFIXES):
         if not path.exists():
             continue
@@ -139,11 +139,11 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None)
 
 
 def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state: Tensor) -> Tensor | None:
-    """`wavelet_mix` of one token x (B, 1, C) after those in `state` (B, S, C), as decoding needs it: in one call.
+    """`wavelet_mix` for decoding, in one call: one token x (B, 1, C) after the tokens in `state` (B, S, C).
 
-    None where these kernels cannot do it, or an argument is wrong: then `wavelet_mix` does it, or raises.
+    None if these kernels do not support the arguments or one is wrong: `wavelet_mix` then computes it, or raises.
     """
-    # Every token calls it at every site: what takes microseconds is felt.
+    # Called for every token at every site, so microseconds count.
     if _LIBRARY is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if not isinstance(x, Tensor) or not isinstance(state, Tensor):
@@ -173,15 +173,15 @@ def newest(x: Tensor, windows: Windows, kernels: Sequence[Tensor] | None, state:
 
 
 def _float32(x: Tensor) -> bool:
-    """Whether it has that dtype, is on the CPU, and its last dimension is contiguous."""
+    """Whether x is float32, on the CPU, and contiguous in its last dimension."""
     return x.is_cpu and x.dtype is torch.float32 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
 def _groups(windows: Windows, dyadic: bool) -> tuple[tuple[int, int], ...] | None:
-    """(window, number of channels) of each group; None where the channels of a group are not
-    neighbours, or a window is not a power of two though it must be.
+    """(window, number of channels) of each group. None if the windows do not ascend, one is no integer from 1 on, or
+    `dyadic` and one is not a power of two.
 
-    Remembers the tuple itself and not its value, which takes longer to look up and takes 2.0 for 2.
+    What it found is kept for the tuple itself, not for its value: that takes longer to look up, and 2.0 would be 2.
     """
     known = _GROUPS.get((id(windows), dyadic))
     if known is not None and known[0] is windows:
@@ -217,25 +217,25 @@ def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int,
 
 
 def _prepare(x: Tensor) -> Tensor:
-    """In the layout that the kernels take: the last dimension contiguous, and not float16."""
+    """x as the kernels take it: contiguous in its last dimension, float16 as float32."""
     x = x.float() if x.dtype == torch.float16 else x
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def _numbers(reach: Tensor | None) -> Tensor | None:
-    """In the layout that the kernels take; the result must be kept alive while they run."""
+    """`reach` as the kernels take it. Keep the result alive while they run."""
     if reach is None:
         return None
     return (reach if reach.dtype == torch.int32 else reach.clamp(max=UNLIMITED).int()).contiguous()
 
 
 def _reach(reach: Tensor | None) -> _Reach:
-    """A row for each sequence, or one for all."""
+    """`reach` as a C structure, with a row for each sequence or one row for all."""
     return _Reach(None, 0) if reach is None else _Reach(reach.data_ptr(), reach.shape[1] if len(reach) > 1 else 0)
 
 
 def _threads(x: Tensor) -> int:
-    """Waking other threads takes as long as mixing a few thousand elements."""
+    """One thread for small x: waking the others takes as long as mixing a few thousand elements."""
     return torch.get_num_threads() if x.numel() > 1 << 14 else 1
 
 
@@ -250,6 +250,6 @@ def _sizes(windows: Windows, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _layout(windows: Windows) -> tuple[_Windows, Tensor]:
-    """Windows and where each one's taps begin, and the tensor that holds both."""
+    """The windows and where the taps of each begin, as a C structure, and the tensor that holds both."""
     both = torch.tensor([windows, tap_offsets(windows)], dtype=torch.int64, device="cpu")
     return _Windows(both[0].data_ptr(), both[1].data_ptr()), both

@@ -1,9 +1,11 @@
 """Backend "torch", in plain torch: tuned for CPU caches, and correct on any device.
 
-It differs from the reference by rounding, and for inputs that are not finite or huge. Mean: an infinite input gives
-NaN, not infinity, while it is in the window. Kernels of more than 16 taps (more than 4 in float64, without oneDNN and
-on other devices than a CPU) go through an FFT: the rounding of a huge input reaches tokens before it, and, except on a
-CPU, a NaN all tokens of its channel and sequence.
+It differs from the reference by rounding, and for inputs that are huge or not finite:
+
+- Mean: an infinite input gives NaN, not infinity, while it is in the window.
+- Kernels of more than 16 taps (more than 4 in float64, without oneDNN, or on other devices than a CPU) go through an
+  FFT. There the rounding error of a huge input reaches tokens before it. Except on a CPU, a NaN reaches all tokens of
+  its channel and sequence.
 
 Shapes: B batch, T tokens, C mixed channels, n channels that share the window w.
 """
@@ -21,12 +23,12 @@ from torch import Tensor
 from waveletgpt.ops.autograd import Sorted, Windows, empty_result, sorted_windows
 from waveletgpt.ops.reference import ahead
 
-Span = tuple[int, int, int]  # window, its first channel, the one after its last
+Span = tuple[int, int, int]  # window, its first channel, its last channel + 1
 
-# Elements worked on at a time on a CPU (1 MB of float32): more leaves the cache, less is call overhead.
+# Elements worked on at a time on a CPU (1 MB of float32): more would leave the cache, fewer would cost calls.
 BLOCK = 1 << 18
-# The longest kernels, in taps, for which other ways beat an FFT, measured on one core: torch's convolution where it is
-# a fast one, shifted multiply-adds where it is not.
+# The longest kernels, in taps, that are faster without an FFT, measured on one core: by torch's convolution where that
+# is fast, else by shifted multiply-adds.
 CONVOLUTION_TAPS, SHIFT_TAPS = 16, 4
 
 
@@ -42,15 +44,15 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | 
         return layout.restore(_mean_within(x, layout, reverse, reach)[:, past:]).contiguous()
     if 0 < past == x.shape[1] - 1 and not reverse:
         return layout.restore(_newest(x, layout, None))
-    batch, tokens, coordinates = x.shape
+    batch, tokens, channels = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     on_cpu = x.device.type == "cpu"
-    columns = _even_parts(coordinates, max(64, BLOCK // tokens)) if on_cpu else coordinates
+    columns = _even_parts(channels, max(64, BLOCK // tokens)) if on_cpu else channels
     rows = _even_parts(batch, max(1, BLOCK // (tokens * columns))) if on_cpu else batch
-    # Only small scratch is kept, and only on a CPU, where one operation follows the other.
+    # Keep scratch buffers only if they are small, and only on a CPU, where operations run one after the other.
     cascade = _cascade if on_cpu and rows * columns * tokens <= 2 * BLOCK else _cascade.__wrapped__
     y = empty_result(x)
-    for c in range(0, coordinates, columns):
+    for c in range(0, channels, columns):
         kind = (wide, x.device, threading.get_ident(), tokens, layout.windows[c : c + columns], reverse)
         run = cascade(*kind, rows)
         for b in range(0, batch, rows):
@@ -62,7 +64,7 @@ def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | 
 
 
 def _mean_within(x: Tensor, layout: Sorted, reverse: bool, reach: Tensor) -> Tensor:
-    """The cascade below with one mask a step: where reach(t) >= 2^(k-1)."""
+    """The cascade of `_Cascade` with a mask for step k: reach(t) >= 2^(k-1)."""
     reach = ahead(reach) if reverse else reach
     like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     s = x * like.new_tensor([1 / window for window in layout.windows])
@@ -73,14 +75,14 @@ def _mean_within(x: Tensor, layout: Sorted, reverse: bool, reach: Tensor) -> Ten
             if reverse:
                 now, then = then, now
             inside = (reach[:, now] >= shift).unsqueeze(2)
-            # `where`, not a product: a NaN of another document stays there. It is a copy, so in place is safe.
+            # `where` and not a product, so that a NaN stays in its document. It copies, so adding in place is safe.
             s[:, now, start:] += torch.where(inside, s[:, then, start:], 0)
             shift *= 2
     return s.to(x.dtype)
 
 
 def _newest(signal: Tensor, layout: Sorted, taps: Tensor | None) -> Tensor:
-    """The result at the last token only, for decoding: one weighted sum for each window."""
+    """The result of the last token only, for decoding: one weighted sum for each window."""
     wide = torch.promote_types(signal.dtype, torch.float32)
     parts, offset = [], 0
     for window, start, end in layout.groups:
@@ -95,28 +97,28 @@ def _newest(signal: Tensor, layout: Sorted, taps: Tensor | None) -> Tensor:
 
 
 def _even_parts(total: int, most: int) -> int:
-    """The size of the parts when `total` is cut into the fewest, about equal parts of at most `most`."""
+    """Size of each part if `total` is cut into as few parts of at most `most` as possible, all about equal."""
     return -(-total // -(-total // most)) if total else 1
 
 
 class _Cascade:
     """Means of one block by repeated doubling (a trous): s_0 = x / w, s_k(t) = s_{k-1}(t) + s_{k-1}(t - 2^(k-1)).
 
-    The steps go from one scratch buffer to the other and leave out the channels that are done, so that results with
-    an odd number of steps end up in one buffer and the others in the other. Zeros before (after, in reverse) the
-    tokens stand for what is outside the sequence. Buffers and their views are made once, because on a CPU page faults
-    and slicing would cost more than the sums.
+    Each step reads one scratch buffer, writes the other, and leaves out channels that are done. A channel's result is
+    therefore in one buffer after an even number of steps and in the other after an odd number. Zeros before the
+    tokens (after them, in reverse) stand for inputs outside the sequence. Buffers and their views are made once,
+    because on a CPU page faults and slicing would cost more than the sums.
     """
 
     def __init__(self, like: Tensor, batch: int, tokens: int, groups: list[Span], reverse: bool) -> None:
         reach = 1 << (tokens - 1).bit_length()  # a longer window sees nothing more
         outside = min(groups[-1][0], reach) // 2
         first = 0 if reverse else outside
-        coordinates = groups[-1][2]
-        buffers = [like.new_zeros(batch, outside + tokens, coordinates) for _ in range(2)]
+        channels = groups[-1][2]
+        buffers = [like.new_zeros(batch, outside + tokens, channels) for _ in range(2)]
         self.even, self.odd = (buffer[:, first : first + tokens] for buffer in buffers)
         self.scale = like.new_tensor([1 / window for window, start, end in groups for _ in range(start, end)])
-        self.is_odd = like.new_zeros(coordinates)
+        self.is_odd = like.new_zeros(channels)
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
         shift = 1
         for window, start, end in groups:
@@ -132,7 +134,7 @@ class _Cascade:
         torch.mul(x, self.scale, out=self.even)
         for now, then, target in self.steps:
             torch.add(now, then, out=target)
-        # The buffer that a channel did not end in holds a part of the same sum, so a NaN there is in the result too.
+        # A channel's other buffer holds a part of the same sum. A NaN there is in the result anyway: `lerp` adds none.
         if out.dtype == self.even.dtype:
             torch.lerp(self.even, self.odd, self.is_odd, out=out)
         else:
@@ -143,7 +145,7 @@ class _Cascade:
 def _cascade(
     dtype: torch.dtype, device: torch.device, thread: int, tokens: int, windows: Windows, reverse: bool, batch: int
 ) -> _Cascade:
-    """The cascade for a block of this kind, remembered; `thread` keeps the scratch of one thread from another."""
+    """The cascade for a block of this kind, cached. `thread` gives each thread its own scratch buffers."""
     with torch.inference_mode(False):  # else a later call outside inference mode could not write to it
         like = torch.empty(0, dtype=dtype, device=device)
         return _Cascade(like, batch, tokens, sorted_windows(windows).groups, reverse)
@@ -168,7 +170,7 @@ def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor |
         product = _spectrum(signal[..., short:], length) * torch.fft.rfft(taps[short:], length)
         y[..., short:] = torch.fft.irfft(product, length)[..., : x.shape[1]].transpose(1, 2)
     if x.device.type == "cpu" and not y.sum().isfinite():
-        # A tap of 0 beyond a window times NaN is NaN, and an FFT spreads it: do each window by itself.
+        # 0 times NaN is NaN, so taps of 0 beyond a window spread it, and so does an FFT: filter each window alone.
         for window, start, end in layout.groups:
             y[..., start:end] = _directly(signal[..., start:end], taps[start:end, :window], False)
     return layout.restore(y[:, past:]).to(x.dtype).contiguous()
@@ -177,7 +179,7 @@ def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor |
 def filter_backward(
     grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """By x: the same filter backwards in time. By tap j: the sum of grad[t] x[t - j] over B and t."""
+    """Gradient of x: the same filter backwards in time. Of tap j: the sum of grad[t] x[t - j] over B and t."""
     layout = sorted_windows(windows)
     if reach is not None:
         apart = _Apart.of(x, windows, reach)
@@ -195,7 +197,7 @@ def filter_backward(
     if short:
         grad_x[..., :short] = _directly(grad[..., :short], square[:short, :few], True)
         for j in range(few):
-            first = bisect_right(layout.windows, j)  # the others have no tap j
+            first = bisect_right(layout.windows, j)  # channels before it have no tap j
             late, early = grad[:, j:, first:short], signal[:, : tokens - j, first:short]
             grad_taps[first:short, j] = (late * early).sum((0, 1))
     if short < len(windows):
@@ -212,12 +214,12 @@ def filter_backward(
 
 
 class _Apart:
-    """Documents moved so far apart, with zeros between them, that no window reaches from one to the next. One pass
-    of the filter then does all of them."""
+    """Moves documents apart, with zeros between them, so that no window reaches from one to the next. One pass of the
+    filter is then enough for all."""
 
     @staticmethod
     def of(x: Tensor, windows: Windows, reach: Tensor) -> "_Apart | None":
-        """None where going over the tokens once for each tap costs less: few taps, or many short documents."""
+        """None if one pass over the tokens for each tap costs less: few taps, or many short documents."""
         gap = max(windows) - 1
         if min(gap, x.shape[1]) < CONVOLUTION_TAPS:
             return None
@@ -226,7 +228,7 @@ class _Apart:
         return _Apart(F.pad(before, (1, 0)), gap, length) if length <= 8 * x.shape[1] else None
 
     def __init__(self, before: Tensor, gap: int, length: int) -> None:
-        """`before` (B or 1, T) the documents before each token's."""
+        """`before` (B or 1, T): the number of documents before that of each token."""
         self.places = (torch.arange(before.shape[1], device=before.device) + gap * before).unsqueeze(2)
         self.length = length
 
@@ -261,7 +263,7 @@ def _filter_within_backward(
 
 
 def _taps_within(layout: Sorted, tokens: int) -> Iterator[tuple[int, int, int, slice]]:
-    """Each tap of each group, (j, first channel, the one after the last, where it lies in the tensor of all)."""
+    """Each tap of each group: (j, first channel, last channel + 1, its slice of the tensor of all taps)."""
     offset = 0
     for window, start, end in layout.groups:
         for j in range(min(window, tokens)):
@@ -270,12 +272,12 @@ def _taps_within(layout: Sorted, tokens: int) -> Iterator[tuple[int, int, int, s
 
 
 def _wide_signal(x: Tensor, layout: Sorted) -> Tensor:
-    """Coordinates by ascending window, dense and in the type of the sums."""
+    """x with its channels sorted by window, dense, in the dtype of the sums."""
     return layout.sort(x).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _square(taps: Tensor, layout: Sorted, tokens: int) -> Tensor:
-    """(C, at most T): the taps of each of the sorted channels, filled up with 0."""
+    """(C, at most T): the taps of each of the sorted channels, padded with 0."""
     square, offset = taps.new_zeros(len(layout.windows), min(layout.windows[-1], tokens)), 0
     for window, start, end in layout.groups:
         group = taps[offset : offset + (end - start) * window].view(end - start, window)
@@ -285,7 +287,7 @@ def _square(taps: Tensor, layout: Sorted, tokens: int) -> Tensor:
 
 
 def _short(signal: Tensor, taps: Tensor, windows: Windows) -> tuple[int, int]:
-    """How many channels, the first ones, to filter directly and not by FFT, and how many taps they have."""
+    """How many of the first channels to filter without an FFT, and the most taps that one of them has."""
     limit = CONVOLUTION_TAPS if _convolves(signal) else SHIFT_TAPS
     short = len(windows) if taps.shape[1] <= limit else bisect_right(windows, limit)
     return short, min(windows[short - 1], taps.shape[1]) if short else 0
@@ -293,12 +295,12 @@ def _short(signal: Tensor, taps: Tensor, windows: Windows) -> tuple[int, int]:
 
 def _directly(signal: Tensor, taps: Tensor, reverse: bool) -> Tensor:
     """Sum of taps[j] signal[t - j] over j; of taps[j] signal[t + j] in reverse."""
-    tokens, (coordinates, count) = signal.shape[1], taps.shape
+    tokens, (channels, count) = signal.shape[1], taps.shape
     if _convolves(signal):
-        # (B, T, n) is an image of height 1 with its channels last: oneDNN takes it as it is.
+        # (B, T, n) is an image of height 1 in channels-last layout, which oneDNN takes without a copy.
         image, weight = signal.transpose(1, 2).unsqueeze(2), (taps if reverse else taps.flip(1))[:, None, None]
         with torch.autocast(signal.device.type, enabled=False):
-            y = F.conv2d(image, weight, padding=(0, count - 1), groups=coordinates)
+            y = F.conv2d(image, weight, padding=(0, count - 1), groups=channels)
         return y[:, :, 0, count - 1 :].transpose(1, 2) if reverse else y[:, :, 0, :tokens].transpose(1, 2)
     y = signal * taps[:, 0]
     for j in range(1, count):
@@ -310,7 +312,7 @@ def _directly(signal: Tensor, taps: Tensor, reverse: bool) -> Tensor:
 
 
 def _convolves(signal: Tensor) -> bool:
-    """Whether torch's convolution is fast and exact here: oneDNN's is; on GPUs it may round to TF32."""
+    """Whether torch's convolution is fast and exact here. That of oneDNN is; on GPUs it may round to TF32."""
     return signal.device.type == "cpu" and signal.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
@@ -320,22 +322,22 @@ def _spectrum(signal: Tensor, length: int) -> Tensor:
 
 
 def _fft_length(signal: Tensor, taps: Tensor) -> int:
-    """Room for the whole result, at the next of 5, 6, 7 or 8 times a power of two: small factors make it fast."""
+    """Length with room for the whole result: 5, 6, 7 or 8 times a power of two, as small factors make FFTs fast."""
     needed = signal.shape[1] + taps.shape[1] - 1
     step = 1 << max(1, (needed - 1).bit_length() - 3)
     return -(-needed // step) * step
 
 
 def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None) -> Tensor:
-    """Run the recurrence inside all blocks of about sqrt(T) tokens at once, then from block to block, then add each
-    block's start to its tokens."""
+    """Cut time into blocks of about sqrt(T) tokens. Run the recurrence inside all blocks at once, then from block to
+    block, then add the result of the block before, with its decay, to each block's tokens."""
     if keep is not None:
         return _kept_sum(u.flip(1), a, keep.flip(1)).flip(1) if reverse else _kept_sum(u, a, keep)
-    batch, tokens, coordinates = u.shape
+    batch, tokens, channels = u.shape
     size = 1 << (tokens.bit_length() // 2)
     extra = -tokens % size
     y = F.pad(u.contiguous(), (0, 0, extra, 0) if reverse else (0, 0, 0, extra))  # a copy even if extra is 0
-    inside = y.view(batch, -1, size, coordinates)
+    inside = y.view(batch, -1, size, channels)
     steps = inside.unbind(2)[:: -1 if reverse else 1]
     for before, now in pairwise(steps):
         now.addcmul_(before, a)
@@ -351,15 +353,15 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None)
 
 
 def _kept_sum(u: Tensor, a: Tensor, keep: Tensor) -> Tensor:
-    """The same with what came before dropped where `keep` is false; by `where`, so that a NaN is dropped too."""
-    batch, tokens, coordinates = u.shape
+    """The same, but y_{t-1} counts as 0 where `keep` is false. By `where`, which drops NaN too."""
+    batch, tokens, channels = u.shape
     size = 1 << (tokens.bit_length() // 2)
     extra = -tokens % size
-    inside = F.pad(u, (0, 0, 0, extra)).view(batch, -1, size, coordinates).clone()  # F.pad by 0 does not copy
+    inside = F.pad(u, (0, 0, 0, extra)).view(batch, -1, size, channels).clone()  # F.pad by 0 does not copy
     kept = F.pad(keep, (0, extra)).view(len(keep), -1, size, 1)
     for i in range(1, size):
         inside[:, :, i] += torch.where(kept[:, :, i], inside[:, :, i - 1] * a, 0)
-    # Where nothing was dropped since the block's first token, that one included.
+    # True before the first token of the block whose `keep` is false.
     alive = kept.byte().cumprod(2).bool()
     across = a**size
     for k in range(1, inside.shape[1]):

@@ -1,11 +1,11 @@
 // The kernels of backend "cpp": each reads its input once and writes its result once. cpp.py calls them through ctypes,
 // so they need GCC or Clang with OpenMP to build, and no headers of Python or torch. Installing goes on without them.
 //
-// Shapes: B batch, T tokens, C mixed coordinates. Inputs are (B, T, C) with any strides of B and T; results are dense.
+// Shapes: B batch, T tokens, C mixed channels. Inputs are (B, T, C) with any strides of B and T; results are dense.
 // Backwards: time runs from the last token to the first, as for gradients.
 //
-// kernels.h is compiled once for each width of vectors, and the widest that the processor has is used: 64 bytes of
-// AVX-512, 32 of AVX2, 16 of any other (SSE2, NEON). Vectors wider than registers would be several times slower.
+// kernels.h is compiled once for each width of vectors: 64 bytes (AVX-512), 32 (AVX2) and 16 (any other: SSE2, NEON).
+// The widest that the processor has is used. Vectors wider than its registers would be several times slower.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,12 +21,12 @@ namespace {
 using Index = std::int64_t;
 struct BFloat16 { std::uint16_t bits; };
 
-// What an `Element` is added up in, and the integer of its size.
+// The type in which `Element`s are added up (Sum), and an integer of the size of that type (Word).
 template <class Element> struct Sums { using Sum = float; using Word = std::int32_t; };
 template <> struct Sums<double> { using Sum = double; using Word = std::int64_t; };
 template <class Element> using Sum = typename Sums<Element>::Sum;
 
-// Aligned memory of this thread, kept between calls; `which` of four.
+// Aligned memory of this thread, kept between calls. Each thread has four such buffers; `which` selects one.
 template <class V> V* scratch(Index count, int which) {
     static thread_local std::vector<char> memory[4];
     if (memory[which].size() < count * sizeof(V) + 64) memory[which].resize(count * sizeof(V) + 64);
@@ -41,14 +41,14 @@ template <class Element> struct Input {
 
 struct Shape { Index B, T, C; };
 
-// How many tokens before each one are of its document; no `data`: all.
+// How many tokens before each token belong to its document. Without `data`: all.
 struct Reach {
     const std::int32_t* data;
     Index row;  // stride of B
 };
 
-// The same in the order in which time runs (so, backwards, of the tokens after each one), and the least of each 8: most
-// documents begin elsewhere, and then nothing else is looked at.
+// The same in the order in which time runs: backwards, it counts the tokens after each token. `least` is the minimum of
+// each block of 8 tokens. In most blocks no document begins; then only `least` is read.
 struct Limits {
     const std::int32_t *data, *least;
     Index row, blocks;  // strides of B
@@ -56,7 +56,7 @@ struct Limits {
     const std::int32_t* least_of(Index b) const { return least + b * blocks; }
 };
 
-// Those of a call, whose blocks of 8 begin at token `first`.
+// The limits of one call, whose blocks of 8 tokens begin at token `first`.
 class Documents {
     std::vector<std::int32_t> limits, least;
     Index row = 0, blocks = 0;
@@ -82,7 +82,7 @@ class Documents {
     Limits view() const { return {limits.empty() ? nullptr : limits.data(), least.data(), row, blocks}; }
 };
 
-// Learned kernels: that of coordinate c has windows[c] taps, from offsets[c] on in `taps`.
+// Learned kernels: channel c has windows[c] taps, which begin at taps[offsets[c]].
 struct Layout {
     const Index *windows, *offsets;
     Index longest(Index c, Index n, Index most) const {
@@ -90,13 +90,14 @@ struct Layout {
     }
 };
 
-constexpr Index PART = 64;  // taps whose gradients one call of `correlate` finds
+constexpr Index PART = 64;  // number of taps whose gradients one call of `correlate` computes
 
-// Decoding, one token of float32, x with E from row to row, after S that are `past`, oldest first. y is dense.
+// Decoding in float32: one token x for each sequence (rows are E apart) after the S tokens of `past`, oldest first.
+// y is dense.
 struct Newest { const float* x; float* y; Index B, C, E; const float* past; Index S, row, step; };
 
-// Neighbours with the same window are a group: their number, the window, where their taps are (none: the mean), and how
-// far apart.
+// Neighbouring channels with the same window are a group: their number, the window, their taps (none: the mean), and
+// the distance from one channel's taps to the next one's.
 struct Group { Index size, window; const float* taps; Index stride; };
 
 }  // namespace
@@ -171,8 +172,8 @@ DECAYED_SUM(float32, float)
 DECAYED_SUM(float64, double)
 ENTRY(newest, (Newest t, const Group* groups, Index count), (t, groups, count))
 
-// Use vectors of at most so many bytes; gives how many they have then.
+// Use vectors of at most `most` bytes; returns the size used.
 extern "C" int waveletgpt_vectors(int most) { return bytes = widest(most); }
 
-// To be raised with every change of an entry: cpp.py calls no others than its own.
+// Raise it with every change of an entry: cpp.py refuses a library of another version.
 extern "C" int waveletgpt_version() { return 4; }

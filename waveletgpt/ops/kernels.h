@@ -1,10 +1,10 @@
-// The kernels for vectors of BYTES bytes, in the namespace WIDTH_NAME; KERNEL is what makes a function use them. Included
-// by kernels.cpp only, which has what all widths share.
+// The kernels for vectors of BYTES bytes, in the namespace WIDTH_NAME. KERNEL makes a function use such vectors. Only
+// kernels.cpp includes this file; it defines what all widths share.
 
 namespace {
 namespace WIDTH_NAME {
 
-// Neighbouring coordinates, in the type that they are added up in.
+// A vector of neighbouring channels, in the type of their sums.
 template <class Element> struct Types {
     typedef Sum<Element> Vector __attribute__((vector_size(BYTES)));
     typedef typename Sums<Element>::Word Mask __attribute__((vector_size(BYTES)));
@@ -15,7 +15,7 @@ template <class Element> constexpr Index WIDTH = BYTES / sizeof(Sum<Element>);
 typedef std::uint16_t Halves __attribute__((vector_size(BYTES / 2)));
 typedef std::uint32_t Words __attribute__((vector_size(BYTES)));
 
-// The first n coordinates at `from`, and 0 in the others.
+// A vector of the n channels at `from`; its other elements are 0.
 template <class Element> INLINE Vector<Element> load(const Element* from, Index n) {
     Vector<Element> v{};
     if (n == WIDTH<Element>) std::memcpy(&v, from, BYTES);
@@ -42,7 +42,7 @@ INLINE void store(BFloat16* to, Index n, Vector<BFloat16> v) {
     else for (Index i = 0; i < n; i++) to[i].bits = rounded[i];
 }
 
-// Those of the 8 tokens from t on, where not all are `enough`, and the least and the most of them.
+// The limits of the 8 tokens from t on, with their minimum and maximum. If the minimum is `enough`, only that is read.
 template <bool LIMITED> struct Near {
     const std::int32_t* limit;
     Index least, most;
@@ -66,9 +66,9 @@ INLINE void add_shifted(V (&s)[8], V* ring, Index distance, const Near<LIMITED>&
     }
 }
 
-// Means over windows of powers of two, from token `past` on, of the n coordinates from c of sequence b:
-// s_0 = x / w, s_{k+1}(t) = s_k(t) + s_k(t - 2^k), the latter where it is of the same document. The last 2^k values of
-// s_k are in a ring at 2^k - 1.
+// Means over windows of powers of two, from token `past` on, of the n channels from c of sequence b:
+// s_0 = x / w, s_{k+1}(t) = s_k(t) + s_k(t - 2^k); the last term counts within the same document only. A ring that
+// begins at rings[2^k - 1] holds the last 2^k values of s_k.
 template <class E, bool LIMITED>
 INLINE void mean(
     Input<E> x, E* y, Shape shape, const Sum<E>* windows, Limits limits, bool backwards, Index past, Index b, Index c,
@@ -77,7 +77,7 @@ INLINE void mean(
     Index reach = 1;
     while (reach < shape.T) reach *= 2;  // a longer window sees nothing more
     const Vector<E> window = load(windows + c, n), scale = 1 / window;
-    Mask<E> done[64];  // which coordinates are done after as many steps
+    Mask<E> done[64];  // done[k]: the channels that are done after k steps
     Index steps = 0;
     for (Index k = 0; Index(1) << k <= reach; k++) {
         const Sum<E> size = Index(1) << k;
@@ -121,7 +121,7 @@ INLINE void mean(
     }
 }
 
-// The n coordinates from c of sequence b as vectors, with `margin` zeros before the tokens and after them.
+// The n channels from c of sequence b as vectors, with `margin` zeros before the tokens and after them.
 template <class E>
 INLINE Vector<E>* unpack(Input<E> x, Index T, bool backwards, Index b, Index c, Index n, int which) {
     constexpr Index margin = 8;
@@ -132,7 +132,7 @@ INLINE Vector<E>* unpack(Input<E> x, Index T, bool backwards, Index b, Index c, 
     return rows;
 }
 
-// y(t) = sum of taps[j] x(t - j) over j, those of the same document, for t >= past, of the n coordinates from c of
+// y(t) = sum of taps[j] x(t - j) over the j with t - j in the same document, for t >= past and the n channels from c of
 // sequence b.
 template <class E, bool LIMITED>
 INLINE void filter(
@@ -159,7 +159,8 @@ INLINE void filter(
             UNROLL for (Index i = 0; i < 8; i++) if (near.limit[i] >= j) sums[i] += h[j] * rows[t + i - j];
         for (Index i = 0; i < std::min(Index(8), shape.T - t); i++) store(place(t + i), n, sums[i]);
     }
-    // A tap of 0 beyond a shorter window times infinity is NaN: where inputs are not finite, each window by itself.
+    // Shorter windows have taps of 0 at their end, and 0 times infinity is NaN. So a channel with inputs that are not
+    // finite is filtered again with its own taps only.
     for (Index t = 0; t < shape.T; t++) finite += rows[t] * 0;
     for (Index i = 0; i < n; i++) {
         if (finite[i] == 0) continue;
@@ -173,8 +174,8 @@ INLINE void filter(
     }
 }
 
-// Gradients of taps j ... j + PART - 1 of the n coordinates from c: the sums of grad(t) x(t - j) over B and T, where
-// both are of one document.
+// Gradients of taps j ... j + PART - 1 of the n channels from c: the sums of grad(t) x(t - j) over B and T, with both
+// factors in the same document.
 template <class E, bool LIMITED>
 INLINE void correlate(
     Input<E> grad, Input<E> x, Shape shape, Layout layout, Limits limits, Sum<E>* result, Index j, Index c, Index n
@@ -206,7 +207,7 @@ INLINE void correlate(
             result[layout.offsets[c + lane] + lag] = total[(lag - j) * n + lane];
 }
 
-// y(t) = u(t) + decay y(t - 1), of the n coordinates from c of sequence b.
+// y(t) = u(t) + decay y(t - 1) for the n channels from c of sequence b.
 template <class E>
 INLINE void decayed_sum(Input<E> u, E* y, Shape shape, const E* decay, bool backwards, Index b, Index c, Index n) {
     Vector<E> sum{}, a = load(decay + c, n);
@@ -217,15 +218,15 @@ INLINE void decayed_sum(Input<E> u, E* y, Shape shape, const E* decay, bool back
     }
 }
 
-// Runs `work` for each of `outer` with each vector of coordinates. The last vector may overlap the one before it: both
-// write the same values there. No result depends on the number of threads.
+// Runs `work` for each index below `outer` and each vector of channels. The last vector may overlap the one before it;
+// both write the same values there. No result depends on the number of threads.
 template <class E, class Work> void for_each(Index outer, Index C, int threads, Work work) {
     const Index n = std::min(C, WIDTH<E>), vectors = (C + n - 1) / n;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && outer * vectors > 1)
     for (Index i = 0; i < outer * vectors; i++) work(i / vectors, std::min(i % vectors * n, C - n), n);
 }
 
-// 16 coordinates at a time, so that the sums stay in registers.
+// 16 channels at a time, so that the sums stay in registers.
 KERNEL void newest(Newest t, const Group* groups, Index count) {
     for (Index b = 0; b < t.B; b++) {
         const float *x = t.x + b * t.E, *past = t.past + b * t.row;
@@ -249,7 +250,7 @@ KERNEL void newest(Newest t, const Group* groups, Index count) {
     }
 }
 
-// Templates take no target: each type of elements has functions of its own.
+// Templates cannot have a target attribute, so each type of elements has its own functions.
 #define MIXING(TYPE, E)                                                                                               \
     KERNEL void mean_part_##TYPE(Input<E> x, E* y, Shape s, const Sum<E>* w, Limits d, bool r, Index p, Index b,      \
                                  Index c, Index n) {                                                                  \

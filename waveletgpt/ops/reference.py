@@ -33,14 +33,16 @@ def wavelet_mix(
 
     - `windows`: C integers >= 1, in tokens; they may exceed T.
     - `kernels`: None for the mean, h = 1/w (windows must be powers of two: the approximations of a causal undecimated
-      Haar transform). Else one tensor (w,) per channel; or one per distinct window, ascending: (w,), shared by the
-      n channels that have it, or (n, w), in their order. h[j] multiplies x[t-j].
-    - `edge`: "zero" takes what came before the first input as 0. "partial" multiplies the result by w / min(w, seen),
-      where `seen` counts the inputs up to this one, the state included: for the mean, the mean of existing inputs.
-    - `state` (B, S, C): the inputs that came before `x`, oldest first, any S >= 0; the result is that of the whole.
-    - `reach` (B or 1, T), integers: how many tokens before each one it may look at, those of its own document (see
-      `reach_of`); they may lie in the state. Tap j counts where reach >= j, and `seen` is at most reach + 1. Within a
-      document it must grow by 1 a token. More than the tokens that exist means all of them; less than 0 is taken as 0.
+      Haar transform). Else one tensor (w,) per channel; or one tensor per distinct window, in ascending order, of
+      shape (w,), shared by the n channels with this window, or (n, w), one row for each. h[j] multiplies x[t-j].
+    - `edge`: "zero" counts inputs before the first one as 0. "partial" multiplies the result by w / min(w, seen),
+      where `seen` is the number of inputs up to this one, with the state: a mean is then over existing inputs only.
+    - `state` (B, S, C): the inputs before `x`, oldest first, any S >= 0. The result equals the last T tokens of one
+      call with all inputs.
+    - `reach` (B or 1, T), integers: how many tokens before each token belong to its document, so that the filter may
+      use them (see `reach_of`); some may be in the state. Tap j counts where reach >= j, and `seen` is at most
+      reach + 1. Within a document the reach must grow by 1 per token. It may exceed the number of tokens, which means
+      all of them; a negative reach counts as 0.
 
     Raises ValueError for anything else. Source: Verma, "WaveletGPT", arXiv 2409.12924.
     """
@@ -53,15 +55,15 @@ def wavelet_mix(
         signal = torch.cat((state.to(signal.dtype), signal), dim=1)
     tokens, seen = x.shape[1], signal.shape[1]
     mixed, order = [], []
-    for (window, coordinates), kernel in zip(groups.items(), grouped, strict=True):
+    for (window, channels), kernel in zip(groups.items(), grouped, strict=True):
         if kernel is None:
-            kernel = signal.new_full((len(coordinates), window), 1 / window)
+            kernel = signal.new_full((len(channels), window), 1 / window)
         taps = kernel.to(signal.dtype).flip(1).unsqueeze(1)
         needed = tokens + window - 1
-        inputs = F.pad(signal, (0, 0, max(needed - seen, 0), 0))[:, -needed:, coordinates]
+        inputs = F.pad(signal, (0, 0, max(needed - seen, 0), 0))[:, -needed:, channels]
         if reach is None:
             with torch.autocast(x.device.type, enabled=False):
-                y = F.conv1d(inputs.transpose(1, 2), taps, groups=len(coordinates)).transpose(1, 2)
+                y = F.conv1d(inputs.transpose(1, 2), taps, groups=len(channels)).transpose(1, 2)
         else:
             y = inputs[:, window - 1 :] * taps[:, 0, window - 1]
             for j in range(1, window):
@@ -73,7 +75,7 @@ def wavelet_mix(
                 count = torch.minimum(count, reach.clamp(min=0) + 1)
             y = y * (window / count.to(y.dtype)).unsqueeze(-1)
         mixed.append(y)
-        order += coordinates
+        order += channels
     places = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat(mixed, dim=2)[..., places].to(x.dtype)
 
@@ -86,11 +88,11 @@ def ema_mix(
     Shapes: `x` (B, T, C), any floating dtype and T >= 1, to (B, T, C) of the same dtype; sums in float32 or wider.
 
     - `decay` a (C,): 0 <= a < 1, per token.
-    - `state` (B, C): the y before the first token; None for 0.
+    - `state` (B, C): y before the first token; None for 0.
     - `reach` (B or 1, T), as for `wavelet_mix`: where it is 0 (or less) a document begins, and y_{t-1} counts as 0.
 
-    Raises ValueError for anything else; the values of `decay` are looked at on a CPU only and not while compiling,
-    where it would wait for the device. Source: the EMA ablation of Verma, "WaveletGPT", arXiv 2409.12924.
+    Raises ValueError for anything else. The values of `decay` are checked on a CPU only (elsewhere the check would wait
+    for the device), and not while compiling. Source: the EMA ablation of Verma, "WaveletGPT", arXiv 2409.12924.
     """
     check_backend(backend, ("reference",))
     check_ema(x, decay, state, reach)
@@ -116,17 +118,18 @@ def reach_of(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor | None:
-    """How many tokens before each one belong to its document, (B or 1, T), from any of the ways to say where they end.
+    """How many tokens before each token belong to the same document: (B or 1, T).
+
+    The documents may be given in any of these forms; with several, a document begins where any of them says so.
 
     - `positions` (B, T): a document begins where they are 0 or do not grow by 1.
     - `seq_idx` (B, T): a document begins where the number changes.
-    - `cu_seqlens` (documents + 1,): where each begins, and the length of all; for a batch of one row.
-    - `mask` (B, T or more, the last T of it): 0 is padding, which looks at nothing and gets -1, so that a state made of
-      it is empty; other values may number documents.
+    - `cu_seqlens` (documents + 1,): the first token of each document, then the total length; for a batch of one row.
+    - `mask` (B, at least T; the last T columns count): 0 marks padding. A padding token uses no other token, and its
+      reach is -1, so that a state made of padding is empty. Other values may number the documents.
 
-    Several are taken together. A document that began before the first token gets about `UNLIMITED`, so that it goes
-    on with what is in the state; without a state all tokens before count. None if nothing was given. No
-    value is looked at on the host.
+    A document that began before the first token gets a reach of about `UNLIMITED`: it continues into the state, or
+    takes all earlier tokens if there is no state. None if no form is given. Nothing is copied to the host.
 
     Raises:
         ValueError: a shape that doesn't fit `tokens`.
@@ -154,7 +157,7 @@ def reach_of(
     start = begins[0]
     for other in begins[1:]:
         start = start | other
-    t = torch.arange(tokens, device=start.device, dtype=torch.int32)  # as kernels take it: every filter uses it anew
+    t = torch.arange(tokens, device=start.device, dtype=torch.int32)  # int32, so that no filter has to convert it
     reach = t - torch.where(start, t, -UNLIMITED).cummax(1).values
     return reach if mask is None else torch.where(mask == 0, -1, reach)
 
@@ -164,7 +167,7 @@ def _changes(ids: Tensor) -> Tensor:
 
 
 def reach_with_past(reach: Tensor, past: int) -> Tensor:
-    """The reach of the `past` tokens before, too: they belong to the first one's document as far as it reaches."""
+    """Adds the reach of the `past` tokens before: they belong to the first token's document as far as it reaches."""
     if not past:
         return reach
     ago = torch.arange(past, 0, -1, device=reach.device, dtype=reach.dtype)
@@ -172,49 +175,49 @@ def reach_with_past(reach: Tensor, past: int) -> Tensor:
 
 
 def ahead(reach: Tensor) -> Tensor:
-    """(B, T) how many tokens after each one belong to its document: `reach`, for time that runs backwards."""
+    """(B, T): how many tokens after each token belong to its document. This is the reach when time runs backwards."""
     tokens = reach.shape[1]
     t = torch.arange(tokens, device=reach.device)
     ends = torch.cat([reach[:, 1:] <= 0, torch.ones_like(reach[:, :1], dtype=torch.bool)], 1)
     return torch.where(ends, t, tokens).flip(1).cummin(1).values.flip(1) - t
 
 
-def group_windows(windows: Sequence[int], coordinates: int, *, dyadic: bool) -> dict[int, list[int]]:
+def group_windows(windows: Sequence[int], channels: int, *, dyadic: bool) -> dict[int, list[int]]:
     """Each distinct window, ascending, with the channels that have it."""
-    if len(windows) != coordinates:
-        raise ValueError(f"windows has {len(windows)} entries: x has {coordinates} coordinates, give one for each")
+    if len(windows) != channels:
+        raise ValueError(f"windows has {len(windows)} entries: x has {channels} channels, give one for each")
     groups: dict[int, list[int]] = {}
-    for coordinate, window in enumerate(windows):
+    for channel, window in enumerate(windows):
         try:
             window = operator.index(window)
         except TypeError:
-            raise ValueError(f"windows[{coordinate}] is {window!r}: give an integer >= 1") from None
+            raise ValueError(f"windows[{channel}] is {window!r}: give an integer >= 1") from None
         if window < 1:
-            raise ValueError(f"windows[{coordinate}] is {window}: give an integer >= 1")
+            raise ValueError(f"windows[{channel}] is {window}: give an integer >= 1")
         if dyadic and window & (window - 1):
-            raise ValueError(f"windows[{coordinate}] is {window}: the mean needs a power of two (others need kernels)")
-        groups.setdefault(window, []).append(coordinate)
+            raise ValueError(f"windows[{channel}] is {window}: the mean needs a power of two (others need kernels)")
+        groups.setdefault(window, []).append(channel)
     return {window: groups[window] for window in sorted(groups)}
 
 
 def group_kernels(kernels: Iterable[Tensor], groups: dict[int, list[int]], device: torch.device) -> list[Tensor]:
-    """One tensor (n, w) for each group, from any of the forms that `wavelet_mix` takes; all on `device`, that of x."""
+    """One tensor (n, w) for each group, from any form that `wavelet_mix` takes. `device` is that of x."""
     given = list(kernels)
     for i, kernel in enumerate(given):
         if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
             raise ValueError(f"kernels[{i}] is {describe(kernel)}: give floating-point tensors")
         if kernel.device != device:
-            # Offloading leaves parameters on `meta` if their module is never called: wrong numbers, not an error.
+            # Offloading leaves parameters on `meta` if their module is never called; torch would give wrong numbers.
             raise ValueError(f"kernels[{i}] is on {kernel.device}: give it on {device}, as x")
-    coordinates = sum(map(len, groups.values()))
-    if len(given) == coordinates and all(kernel.dim() == 1 for kernel in given):
+    channels = sum(map(len, groups.values()))
+    if len(given) == channels and all(kernel.dim() == 1 for kernel in given):
         for window, members in groups.items():
             for c in members:
                 if given[c].shape[0] != window:
                     raise ValueError(f"kernels[{c}] has {given[c].shape[0]} taps: windows[{c}] needs {window}")
         return [torch.stack([given[c] for c in members]) for members in groups.values()]
     if len(given) != len(groups):
-        each = f"for each of the {coordinates} coordinates, or one for each of the {len(groups)} distinct windows"
+        each = f"for each of the {channels} channels, or one for each of the {len(groups)} distinct windows"
         raise ValueError(f"kernels has {len(given)} tensors: give one {each}")
     for i, (kernel, (window, members)) in enumerate(zip(given, groups.items(), strict=True)):
         fitting = ((window,), (len(members), window))
@@ -249,7 +252,7 @@ def check_ema(x: Tensor, decay: Tensor, state: Tensor | None, reach: Tensor | No
     check_reach(x, reach)
     check_floating("decay", decay)
     if decay.shape != x.shape[2:]:
-        raise ValueError(f"decay has shape {tuple(decay.shape)}: give ({x.shape[2]},), one for each coordinate of x")
+        raise ValueError(f"decay has shape {tuple(decay.shape)}: give ({x.shape[2]},), one for each channel of x")
     if decay.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = torch.aminmax(decay)
         if not (least >= 0 and most < 1):
@@ -264,7 +267,7 @@ def check_ema(x: Tensor, decay: Tensor, state: Tensor | None, reach: Tensor | No
 def check_x(x: Tensor) -> None:
     check_floating("x", x)
     if x.dim() != 3 or 0 in x.shape[1:]:
-        raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, tokens >= 1, coordinates >= 1)")
+        raise ValueError(f"x has shape {tuple(x.shape)}: give (batch, tokens >= 1, channels >= 1)")
 
 
 def check_floating(name: str, value: Tensor) -> None:

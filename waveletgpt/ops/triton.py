@@ -1,10 +1,10 @@
 """Backend "triton", for GPUs: the kernels of triton_kernels.py, in float16, bfloat16 and float32.
 
-Float64, EMA, windows of more than 16,384 tokens, and GPUs older than Ampere go through "torch". It differs from the
-reference by rounding; with kernels also for inputs that are not finite, which make NaN of up to 48 tokens before them
-and after their window. It gives the same bits every time.
+Backend "torch" does its work for float64, EMA, windows of more than 16,384 tokens, and GPUs older than Ampere. Results
+differ from the reference by rounding. With kernels, an input that is not finite also makes up to 48 tokens before it
+and after its window NaN. Repeating a call gives the same bits.
 
-With TRITON_INTERPRET=1 in the environment before Triton is imported it runs on a CPU, slowly, for tests.
+Set TRITON_INTERPRET=1 in the environment before Triton is imported to run it on a CPU, slowly, for tests.
 
 Shapes: B batch, T tokens, C mixed channels.
 """
@@ -31,14 +31,14 @@ try:
 except ImportError as error:
     _MISSING, _INTERPRETED = f"Triton is not installed here ({error})", False
 
-# Means over at most 2^LEVELS tokens read them one by one.
+# Means over at most 2^LEVELS tokens read their tokens one by one.
 SHORT_MEAN = {"LEVELS": 3, "TT": 64, "CB": 64}
 LONG_MEAN = {"L": 64, "CB": 32, "num_stages": 3}
-# Tiles that one program for long means works through, at least, and how many tiles' sums one can remember.
+# The fewest tiles that a program for long means gets, and the sizes of its ring, in tiles.
 TILES, RINGS = 8, (1, 64, 256)
 FILTER = {"M": 32, "N": 16, "K": 32, "num_stages": 2}
 CORRELATE = {"M": 16, "N": 16, "K": 32, "SEGMENT": 1024, "num_stages": 2}
-# Programs that keep a large GPU busy: the sums for the gradients of taps are made in as many parts as that takes.
+# Enough programs to keep a large GPU busy: the sums for the gradients of taps are split among about so many.
 BUSY = 1024
 
 
@@ -52,14 +52,14 @@ def unavailable(device: str | None = None) -> str | None:
 
 
 def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None = None) -> Tensor:
-    batch, tokens, coordinates = x.shape
+    batch, tokens, channels = x.shape
     ring = _ring(max(windows), tokens, past)
     if _left_to_torch(x, reach) or ring is None or max(windows) >= 1 << 31:
         return fast.mean(x, windows, reverse, past, reach)
     x, y = _prepare(x), empty_result(x, past)
     widths, _ = _table(windows, x.device)
     short = _short_blocks(windows, x.device)
-    shape = (widths, x.stride(0), x.stride(1), tokens, coordinates, past)
+    shape = (widths, x.stride(0), x.stride(1), tokens, channels, past)
     with _on(x.device):
         if len(short):
             grid = (len(short), triton.cdiv(tokens - past, SHORT_MEAN["TT"]), batch)
@@ -84,15 +84,15 @@ def filter_backward(
     if _left_to_torch(x, reach):
         return fast.filter_backward(grad, x, windows, taps, reach)
     grad, x = _prepare(grad), _prepare(x)
-    batch, tokens, coordinates = x.shape
+    batch, tokens, channels = x.shape
     width = _width(x)
-    blocks = triton.cdiv(coordinates, width)
+    blocks = triton.cdiv(channels, width)
     parts = triton.cdiv(min(max(windows), tokens), CORRELATE["M"] * CORRELATE["N"])
     splits = triton.cdiv(min(BUSY, blocks * batch * triton.cdiv(tokens, CORRELATE["SEGMENT"])), blocks * parts)
     # Zeros: taps that reach back beyond the first token are not visited.
     partial = taps.new_zeros(splits, len(taps))
     strides = (grad.stride(0), grad.stride(1), x.stride(0), x.stride(1))
-    shape = (*_table(windows, x.device), *strides, batch, tokens, coordinates, len(taps), splits)
+    shape = (*_table(windows, x.device), *strides, batch, tokens, channels, len(taps), splits)
     with _on(x.device):
         kernels.correlate[blocks, splits, parts](grad, x, partial, *shape, CB=width, **CORRELATE)
     return _filter(grad, windows, taps, True, 0), partial.sum(0)
@@ -104,22 +104,22 @@ def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None)
 
 def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:
     x, y, taps = _prepare(x), empty_result(x, past), taps.contiguous()
-    batch, tokens, coordinates = x.shape
+    batch, tokens, channels = x.shape
     width = _width(x)
-    shape = (*_table(windows, x.device), taps, x.stride(0), x.stride(1), tokens, coordinates, past)
-    grid = (triton.cdiv(coordinates, width), triton.cdiv(tokens - past, FILTER["M"] * FILTER["N"]), batch)
+    shape = (*_table(windows, x.device), taps, x.stride(0), x.stride(1), tokens, channels, past)
+    grid = (triton.cdiv(channels, width), triton.cdiv(tokens - past, FILTER["M"] * FILTER["N"]), batch)
     with _on(x.device):
         kernels.filter[grid](x, y, *shape, reverse=reverse, CB=width, **FILTER)
     return y
 
 
 def _width(x: Tensor) -> int:
-    """Coordinates in 32 bytes, the least that memory moves."""
+    """Number of channels in 32 bytes, the smallest unit that memory moves."""
     return 32 // x.element_size()
 
 
 def _left_to_torch(x: Tensor, reach: Tensor | None) -> bool:
-    # The kernels count places within a sequence in 32 bits, and a grid has at most so many rows.
+    # The kernels address a sequence with 32 bits, and a grid has at most 65,535 rows.
     huge = x.shape[0] > 65_535 or x.shape[1] * max(x.stride(1), x.shape[2]) >= 1 << 31
     return reach is not None or huge or x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
 
@@ -130,16 +130,17 @@ def _is_old(device: torch.device) -> bool:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Makes `device` the current one: Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _prepare(x: Tensor) -> Tensor:
-    """Neighbouring channels side by side."""
+    """x with neighbouring channels side by side in memory."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-# Tables outlive the call that makes them: they may not lie in the memory of a CUDA graph, which is its thread's.
+# Tables outlive the call that makes them, so they must not be in the memory of a CUDA graph. A graph takes the
+# allocations of its own thread only; this thread makes the tables.
 _MAKER = ThreadPoolExecutor(1)
 
 
@@ -149,13 +150,13 @@ def _resident(values: Sequence[Any], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _table(windows: Windows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(C,) windows, and where each one's taps begin."""
+    """Two (C,) tensors: the windows, and where the taps of each begin."""
     both = _resident([windows, tap_offsets(windows)], device)
     return both[0], both[1]
 
 
 def _ring(window: int, tokens: int, past: int) -> int | None:
-    """How many tiles' sums to remember: as many as the window spans, or the sequence has; None if too many."""
+    """How many tiles' sums the ring holds: the tiles of the window or, if fewer, of the sequence; None if too many."""
     size = LONG_MEAN["L"]
     there_are = -(-past // size) + -(-(tokens - past) // size)
     return next((ring for ring in RINGS if ring >= min(window // size, there_are)), None)
@@ -174,7 +175,7 @@ def _short_blocks(windows: Windows, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _items(windows: Windows, tokens: int, masked: bool, two: bool, device: torch.device) -> Tensor:
-    """(n, 5) work of the programs for long means, most first: of blocks with one window, two, or (masked) more."""
+    """(n, 5): the work items for long means, largest first, of blocks with one window, two, or (`masked`) more."""
     items = []
     size, tiles = LONG_MEAN["CB"], -(-tokens // LONG_MEAN["L"])
     for first in range(0, len(windows), size):
@@ -184,7 +185,7 @@ def _items(windows: Windows, tokens: int, masked: bool, two: bool, device: torch
         if (len(here) > 2, len(here) > 1) != (masked, two):
             continue
         for low, high in zip(here[::2], [*here[1::2], here[-1]], strict=False):
-            # A program first adds up the tiles that its windows reach back to, so it gets as many of its own.
+            # A program first adds up the tiles that its longest window reaches back to: give it as many of its own.
             count = max(TILES, high // LONG_MEAN["L"])
             items += [(first // size, i, min(i + count, tiles), low, high) for i in range(0, tiles, count)]
     items.sort(key=lambda item: item[1] - item[2])

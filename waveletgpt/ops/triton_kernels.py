@@ -1,8 +1,8 @@
 """The kernels of backend "triton"; triton.py launches them.
 
-In all of them x is (B, T, C) with any strides of B and T and neighbouring channels side by side, y is dense and
-holds the tokens from `past` on. `reverse` runs time backwards. Sums are in float32. A program works on the CB
-channels from a multiple of CB on; their windows may differ.
+In all of them x is (B, T, C), with any strides of B and T and neighbouring channels side by side; y is dense and holds
+the tokens from `past` on. `reverse` runs time backwards. Sums are in float32. A program works on a block of CB
+neighbouring channels, whose windows may differ.
 """
 
 import triton
@@ -13,20 +13,20 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _load(x, step, t, c, tokens, coordinates, reverse: tl.constexpr):
-    """x at tokens `t` and channels `c`, which broadcast; 0 outside the sequence."""
+def _load(x, step, t, c, tokens, channels, reverse: tl.constexpr):
+    """x at tokens `t` and channels `c`, broadcast together; 0 outside the sequence."""
     at = tokens - 1 - t if reverse else t
-    return tl.load(x + at * step + c, mask=(t >= 0) & (t < tokens) & (c < coordinates), other=0.0)
+    return tl.load(x + at * step + c, mask=(t >= 0) & (t < tokens) & (c < channels), other=0.0)
 
 
 @triton.jit
-def _place(y, t, c, past, tokens, coordinates, reverse: tl.constexpr):
-    return y + (tokens - 1 - t if reverse else t - past) * coordinates + c
+def _place(y, t, c, past, tokens, channels, reverse: tl.constexpr):
+    return y + (tokens - 1 - t if reverse else t - past) * channels + c
 
 
 @triton.jit
 def _dot(a, b, sums):
-    """sums + a b; float32 in products of three TF32 parts, which keeps 22 bits of each factor."""
+    """sums + a b. For float32, three products of TF32 numbers, which keep 22 bits of each factor."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     return tl.dot(a, b, sums, input_precision="tf32x3")
@@ -41,32 +41,34 @@ def short_mean(
     row,
     step,
     tokens,
-    coordinates,
+    channels,
     past,
     reverse: tl.constexpr,
     LEVELS: tl.constexpr,
     TT: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Means over windows of 2^LEVELS tokens at most, by as many shifted reads of x (all but the first from cache)."""
+    """Means over windows of at most 2^LEVELS tokens: x is read once for each token of the window, shifted. All reads
+    but the first come from cache."""
     c = (tl.load(blocks + tl.program_id(0)) * CB + tl.arange(0, CB))[None, :]
     t = (past + tl.program_id(1) * TT + tl.arange(0, TT))[:, None]
     x += tl.program_id(2).to(tl.int64) * row
-    y += tl.program_id(2).to(tl.int64) * (tokens - past) * coordinates
-    w = tl.load(windows + c, mask=c < coordinates, other=1)
-    sums = _load(x, step, t, c, tokens, coordinates, reverse).to(tl.float32)
+    y += tl.program_id(2).to(tl.int64) * (tokens - past) * channels
+    w = tl.load(windows + c, mask=c < channels, other=1)
+    sums = _load(x, step, t, c, tokens, channels, reverse).to(tl.float32)
     result = sums
     for level in tl.static_range(LEVELS):
         for j in tl.static_range(1 << level, 2 << level):
-            sums += _load(x, step, t - j, c, tokens, coordinates, reverse).to(tl.float32)
+            sums += _load(x, step, t - j, c, tokens, channels, reverse).to(tl.float32)
         result = tl.where(w == 2 << level, sums, result)
     result *= 1.0 / w.to(tl.float32)
-    tl.store(_place(y, t, c, past, tokens, coordinates, reverse), result, mask=(t < tokens) & (c < coordinates))
+    tl.store(_place(y, t, c, past, tokens, channels, reverse), result, mask=(t < tokens) & (c < channels))
 
 
 @triton.jit
 def _add_where(inside, tile, sums):
-    """sums + inside tile, for a matrix of zeros and ones; float32 in three parts of bfloat16, which lose nothing."""
+    """sums + inside tile, where `inside` holds zeros and ones. A float32 tile is split into three bfloat16 parts, which
+    loses nothing."""
     if tile.dtype == tl.float32:
         high = tile.to(tl.bfloat16)
         rest = tile - high.to(tl.float32)
@@ -87,7 +89,7 @@ def long_mean(
     row,
     step,
     tokens,
-    coordinates,
+    channels,
     past,
     reverse: tl.constexpr,
     masked: tl.constexpr,
@@ -98,11 +100,11 @@ def long_mean(
 ):
     """Means over windows of one or two lengths, powers of two. Tile i holds the L tokens from past + i L on.
 
-    A window of w >= L tokens that ends in tile i is the rest of tile i - w / L, whole tiles, and the start of tile i;
-    a shorter one has parts of tiles i - 1 and i. Sums over parts are products of a matrix of zeros and ones with a
-    tile. Nothing is ever taken away from a sum, so rounding does not add up. The ring holds the sums of the last RING
-    tiles. An item is (block, first tile, last tile + 1, shorter window, longer window); `TWO` if these
-    differ, `masked` if the block has more windows than these.
+    A window of w >= L tokens that ends in tile i consists of the end of tile i - w / L, the whole tiles between, and
+    the start of tile i. A shorter window consists of parts of tiles i - 1 and i. Sums over parts of tiles are products
+    of a matrix of zeros and ones with a tile. Nothing is subtracted from a sum, so rounding errors do not add up. The
+    ring holds the sums of the last RING tiles. An item is (block, first tile, last tile + 1, shorter window, longer
+    window). `TWO`: these two differ; `masked`: the block has other windows too.
     """
     item = items + 5 * (tl.program_id(0) // batch)
     b = (tl.program_id(0) % batch).to(tl.int64)
@@ -112,8 +114,8 @@ def long_mean(
     low = tl.load(item + 3)
     high = tl.load(item + 4)
     x += b * row
-    y += b * (tokens - past) * coordinates
-    w = tl.load(windows + c, mask=c < coordinates, other=1)
+    y += b * (tokens - past) * channels
+    w = tl.load(windows + c, mask=c < channels, other=1)
     r = tl.arange(0, L)
     t = past + first * L + r[:, None]
     apart = r[:, None] - r[None, :]  # tokens from column to row
@@ -129,17 +131,17 @@ def long_mean(
     ring = tl.zeros((RING, CB), tl.float32)
     if high > L:
         for i in range(tl.maximum(first - high // L + 1, -((past + L - 1) // L)), first):
-            before = _load(x, step, past + i * L + r[:, None], c, tokens, coordinates, reverse).to(tl.float32)
+            before = _load(x, step, past + i * L + r[:, None], c, tokens, channels, reverse).to(tl.float32)
             ring = tl.where(slots == (i & (RING - 1)), tl.sum(before, axis=0)[None, :], ring)
     for i in range(first, end):
-        now = _load(x, step, t, c, tokens, coordinates, reverse)
-        then = _load(x, step, t - low_back, c, tokens, coordinates, reverse)
+        now = _load(x, step, t, c, tokens, channels, reverse)
+        then = _load(x, step, t - low_back, c, tokens, channels, reverse)
         sums = _add_where(low_oldest, then, _add_where(low_newest, now, tl.zeros(now.shape, tl.float32)))
         if TWO:
-            far = _load(x, step, t - high_back, c, tokens, coordinates, reverse)
+            far = _load(x, step, t - high_back, c, tokens, channels, reverse)
             others = _add_where(high_oldest, far, _add_where(high_newest, now, tl.zeros(now.shape, tl.float32)))
             sums = tl.where(w == low, sums, others)
-        # Zero times what is not finite is NaN, wherever the window is.
+        # Zero times NaN or infinity is NaN, also outside the window: then add up the window's tokens one by one.
         if tl.sum(tl.sum(sums * 0.0, axis=1), axis=0) == 0:
             if high > L:
                 age = ((i - 1 - slots) & (RING - 1)) + 1
@@ -147,13 +149,13 @@ def long_mean(
         else:
             sums = tl.zeros(now.shape, tl.float32)
             for j in range(tl.minimum(high, past + (i + 1) * L)):
-                value = _load(x, step, t - j, c, tokens, coordinates, reverse).to(tl.float32)
+                value = _load(x, step, t - j, c, tokens, channels, reverse).to(tl.float32)
                 sums += tl.where(j < w, value, 0.0)
         sums *= 1.0 / w.to(tl.float32)
-        mask = (t < tokens) & (c < coordinates)
+        mask = (t < tokens) & (c < channels)
         if masked:
             mask = mask & ((w == low) | (w == high))
-        tl.store(_place(y, t, c, past, tokens, coordinates, reverse), sums, mask=mask)
+        tl.store(_place(y, t, c, past, tokens, channels, reverse), sums, mask=mask)
         if high > L:
             ring = tl.where(slots == (i & (RING - 1)), tl.sum(now.to(tl.float32), axis=0)[None, :], ring)
         t += L
@@ -169,7 +171,7 @@ def filter(
     row,
     step,
     tokens,
-    coordinates,
+    channels,
     past,
     reverse: tl.constexpr,
     M: tl.constexpr,
@@ -177,29 +179,29 @@ def filter(
     K: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Learned kernels, a matrix product for each channel: with q = j - n,
-    y[t + m N + n] = sum over q of x[t + m N - q] taps[q + n]."""
+    """Learned kernels, by a matrix product for each channel: y[t + m N + n] = sum over q of
+    x[t + m N - q] taps[q + n], with q = j - n for tap j."""
     c = (tl.program_id(0) * CB + tl.arange(0, CB))[:, None, None]
     start = past + tl.program_id(1) * (M * N)
     x += tl.program_id(2).to(tl.int64) * row
-    y += tl.program_id(2).to(tl.int64) * (tokens - past) * coordinates
-    w = tl.load(windows + c, mask=c < coordinates, other=0)
-    offset = tl.load(offsets + c, mask=c < coordinates, other=0)
+    y += tl.program_id(2).to(tl.int64) * (tokens - past) * channels
+    w = tl.load(windows + c, mask=c < channels, other=0)
+    offset = tl.load(offsets + c, mask=c < channels, other=0)
     m = tl.arange(0, M)[None, :, None] * N
     n = tl.arange(0, N)[None, None, :]
     sums = tl.zeros((CB, M, N), tl.float32)
     longest = tl.max(tl.max(tl.max(w, axis=0), axis=0), axis=0)
     for first in range(-N, tl.minimum(longest, start + M * N), K):
         t = start + m - (first + tl.arange(0, K))[None, None, :]
-        signal = _load(x, step, t, c, tokens, coordinates, reverse)
+        signal = _load(x, step, t, c, tokens, channels, reverse)
         j = (first + tl.arange(0, K))[None, :, None] + n
         kernel = tl.load(taps + offset + j, mask=(j >= 0) & (j < w), other=0.0)
         high = kernel.to(signal.dtype)
         sums = _dot(signal, high, sums)
-        if signal.dtype != tl.float32:  # two numbers of that type hold 16 bits of a tap or more
+        if signal.dtype != tl.float32:  # the rest of the tap: two numbers of this dtype hold at least 16 bits
             sums = _dot(signal, (kernel - high.to(tl.float32)).to(signal.dtype), sums)
     t = start + m + n
-    tl.store(_place(y, t, c, past, tokens, coordinates, reverse), sums, mask=(t < tokens) & (c < coordinates))
+    tl.store(_place(y, t, c, past, tokens, channels, reverse), sums, mask=(t < tokens) & (c < channels))
 
 
 @triton.jit
@@ -215,7 +217,7 @@ def correlate(
     step,
     batch,
     tokens,
-    coordinates,
+    channels,
     taps,
     splits,
     M: tl.constexpr,
@@ -224,13 +226,13 @@ def correlate(
     CB: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """Gradients of the M N taps from a multiple of M N on, a matrix product for each channel: that of tap
-    j = m N + n is the sum over t of grad[t + m N] x[t - n]. Each program takes every `splits`-th segment."""
+    """Gradients of a block of M N taps, by a matrix product for each channel. For tap j = m N + n the gradient is the
+    sum over t of grad[t + m N] x[t - n]. Each program takes every `splits`-th segment."""
     c = (tl.program_id(0) * CB + tl.arange(0, CB))[:, None, None]
     split = tl.program_id(1)
     lag = tl.program_id(2) * (M * N)
-    w = tl.load(windows + c, mask=c < coordinates, other=0)
-    offset = tl.load(offsets + c, mask=c < coordinates, other=0)
+    w = tl.load(windows + c, mask=c < channels, other=0)
+    offset = tl.load(offsets + c, mask=c < channels, other=0)
     m = tl.arange(0, M)[None, :, None] * N
     n = tl.arange(0, N)[None, None, :]
     k = tl.arange(0, K)
@@ -242,8 +244,8 @@ def correlate(
             begin = i % segments * SEGMENT
             for t in range(begin, tl.minimum(begin + SEGMENT, tokens - lag), K):
                 ahead = t + lag + m + k[None, None, :]
-                late = _load(grad + b * grad_row, grad_step, ahead, c, tokens, coordinates, False)
-                early = _load(x + b * row, step, t + k[None, :, None] - n, c, tokens, coordinates, False)
+                late = _load(grad + b * grad_row, grad_step, ahead, c, tokens, channels, False)
+                early = _load(x + b * row, step, t + k[None, :, None] - n, c, tokens, channels, False)
                 sums = _dot(late, early, sums)
     j = lag + m + n
     tl.store(partial + split * taps + offset + j, sums, mask=j < w)

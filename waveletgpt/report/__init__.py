@@ -1,6 +1,6 @@
-"""Run folders -> summary.json, curves.csv and report.html, and what they say in a terminal.
+"""Run folders -> summary.json, curves.csv and report.html, and the same results as text for a terminal.
 
-What is summarised and shown depends on what the runs learned. Each kind of learning is one line of `KINDS`.
+Summary and report depend on the task of the runs. Each task is one line of `KINDS`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Kind:
     """How runs of one task are reported."""
 
     write_summary: Callable[[Path, Runs, str | None], Any]
-    """Writes summary.json and curves.csv into a folder, of runs and the baseline's arm; returns the summary."""
+    """(folder, runs, the baseline's arm) -> summary; writes summary.json and curves.csv into the folder."""
     write_report: Callable[[Path, Runs, str | None], Any]
-    """Writes report.html likewise."""
+    """Writes report.html, from the same arguments."""
     table: Callable[[Any], tuple[list[str], list[list[str]]]]
     """Summary -> header and rows of the table of arms."""
     headline: Callable[[Any], str]
@@ -36,7 +36,7 @@ KINDS = {
     "language modeling": "waveletgpt.report.language_modeling",
     "classification": "waveletgpt.classify.reporting",
 }
-"""Task, as run.json names it -> the module whose `KIND` reports it; imported when there is such a run."""
+"""Task, as run.json names it -> the module whose `KIND` reports it; imported only if there is such a run."""
 
 
 def write_results(out: Path, runs: Runs, baseline: str | None) -> dict[str, Any]:
@@ -57,9 +57,10 @@ def in_words(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]], st
 
 
 def _kind(infos: Iterable[Mapping[str, Any]]) -> Kind:
-    """That of the first run that names a task of its own; runs of older versions name none and are language models.
+    """The kind of the first run with another task than language modeling, else language modeling.
 
-    Runs of several tasks have different data, which `Kind.write_summary` refuses.
+    Runs of older versions name no task and are language models. Runs of several tasks have different data, which
+    `Kind.write_summary` refuses.
     """
     names = [info.get("task") for info in infos]
     name = next((name for name in names if name in KINDS and name != "language modeling"), "language modeling")

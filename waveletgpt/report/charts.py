@@ -1,8 +1,8 @@
 """Small hand-made SVG charts for the report, and heat maps as PNG.
 
 Charts take their colours from CSS variables of the page (`--s0` ... `--s7`, `--ink`, `--muted`, `--rule`, `--card`), so
-one drawing serves light, dark and print. An arm is told apart by colour, dash pattern and marker, never by colour
-alone. All text is escaped here.
+one drawing works on light and dark screens and in print. Arms differ by colour, dash pattern and marker, never by
+colour alone. All text is escaped here.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ WIDE, NARROW, HALF = 1000, 360, 440
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; its label stands at its right end.
+    """A curve, with its label at the right end.
 
     `kind`: "mean" (bold, a marker now and then), "seed" (thin), "broken" (thin, ends in a cross: a run that stopped),
-    "plain" (bold, no markers), "fine" (lighter, with markers), "taps" (the same, a marker at each point) or "points"
-    (markers alone).
+    "plain" (bold, no markers), "fine" (lighter, with markers), "taps" (lighter, a marker at each point) or "points"
+    (only markers).
     """
 
     points: Sequence[Point]
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Drop:
-    """A vertical line from the reference level down to the axis at `x`, with a label beside its foot."""
+    """A vertical line at `x` from the reference level down to the axis, with a label at its lower end."""
 
     x: float
     style: int
@@ -69,7 +69,7 @@ class Frame:
     top: float
     width: float
     height: float
-    band: float = 0.0  # free pixels above the x axis, where the labels of drops stand
+    band: float = 0.0  # free pixels above the x axis, for the labels of drops
     parts: list[str] = field(default_factory=list)
 
     def px(self, x: float) -> float:
@@ -88,13 +88,13 @@ def style_class(style: int) -> str:
 
 
 def _dash(style: int) -> str:
-    # Past the palette's end the colours come again, with the next dash pattern.
+    # After the last colour the palette starts again, with the next dash pattern.
     dash = _DASHES[style] if style < STYLES else _DASHES[2 + (style + 1) % (STYLES - 2)]
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
 def marker(style: int, x: float, y: float, size: float = 3.6) -> str:
-    """A circle, square, triangle, diamond, ... at a pixel, by style."""
+    """The marker of a style (circle, square, triangle, diamond, ...) at a pixel."""
     shapes = ("circle", "square", "up", "diamond", "down")
     shape = shapes[style % len(shapes)]
     if shape == "circle":
@@ -119,7 +119,7 @@ def swatch(style: int) -> str:
 
 
 def round_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
-    """About `count` round numbers within [low, high] with their text."""
+    """About `count` round numbers within [low, high], each with its text."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         return [(low, f"{low:g}")] if math.isfinite(low) else []
@@ -134,7 +134,7 @@ def round_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
 
 
 def push_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move positions apart to at least `gap`, keeping their order, within [low, high] as far as that is possible."""
+    """Move positions at least `gap` apart in the same order, within [low, high] if there is room."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = list(wanted)
     for rank, i in enumerate(order):
@@ -148,7 +148,7 @@ def push_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> 
 
 
 def text_width(text: str, size: float = 12.5) -> float:
-    """Width in pixels of a bold sans-serif text, on the generous side: the reader's font is not known."""
+    """Width in pixels of a bold sans-serif text. It is a generous estimate, as the reader's font is not known."""
     return 0.68 * size * len(text)
 
 
@@ -157,7 +157,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def thin_out(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most about `most` points, first and last kept: enough for a picture."""
+    """About `most` points or fewer, evenly chosen, with the first and the last: enough for a picture."""
     if len(points) <= most:
         return list(points)
     every = math.ceil(len(points) / most)
@@ -165,7 +165,7 @@ def thin_out(points: Sequence[Point], most: int = 400) -> list[Point]:
 
 
 def responsive(draw: Callable[[int], str], css: str = "") -> str:
-    """A chart drawn twice, for wide pages and for phones; the page's style shows one of them."""
+    """A chart drawn twice, for wide pages and for phones; the page's style sheet shows one of them."""
     return f'<div class="wide {css}">{draw(WIDE)}</div><div class="narrow {css}">{draw(NARROW)}</div>'
 
 
@@ -183,8 +183,8 @@ def chart(
     """One line chart as SVG text.
 
     Args:
-        width: of the drawing, in pixels; under 500 the labels at the right ends are left to the page's legend.
-        name: what a screen reader says in place of the picture.
+        width: width of the drawing, in pixels. Below 500 the lines have no labels; the page's legend names them.
+        name: text for screen readers.
         level: a horizontal reference line and its label.
         drops: vertical lines from that level to the x axis.
     """
@@ -228,17 +228,17 @@ def chart(
 
 
 def _stops_early(line: Line, axis: Axis) -> bool:
-    """Whether a run's label belongs beside its cross: at the right edge it would lie under the others' labels."""
+    """Whether a run stopped so early that its label belongs beside its cross, not at the right edge."""
     return line.kind == "broken" and line.points[-1][0] < axis.low + 0.6 * (axis.high - axis.low)
 
 
 def _curve(frame: Frame, line: Line) -> str:
-    """One line, cut at the frame (a nested svg clips) and wherever the loss is not a number."""
+    """One line, clipped at the frame by a nested svg, with gaps where the value is not finite."""
     pieces: list[list[str]] = [[]]
     shown: list[Point] = []
     for x, y in thin_out(line.points):
         if math.isfinite(x) and math.isfinite(y):
-            # Far outside the frame numbers are only long, not visible.
+            # Limit points far outside the frame: nobody sees them, and their numbers are long.
             at = (frame.px(x), min(max(frame.py(y), -2000.0), 4000.0))
             pieces[-1].append(f"{at[0] - frame.left:.1f},{at[1] - frame.top:.1f}")
             if frame.top - 1 <= at[1] <= frame.bottom + 1:
@@ -260,7 +260,7 @@ def _curve(frame: Frame, line: Line) -> str:
     if line.kind in ("taps", "points"):
         out += [marker(line.style, *at, 3 if line.kind == "taps" else 4) for at in shown]
     if line.kind in ("mean", "fine") and shown:
-        # Markers at even distances, shifted by style so that those of close curves do not hide each other.
+        # Markers at even distances, shifted by style so that markers of close curves do not hide each other.
         gap = frame.width / 6
         due = frame.left + gap * (0.5 + 0.13 * line.style)
         for x, y in shown[:-1]:
@@ -277,7 +277,7 @@ def _curve(frame: Frame, line: Line) -> str:
 
 
 def _drops(frame: Frame, drops: Sequence[Drop], level: float) -> list[str]:
-    """Same-performance lines, then their labels in rows of their own, over the lines that cross them."""
+    """The same-performance lines, then their labels, one in a row, on top of the lines."""
     lines, labels = [], []
     for row, drop in enumerate(sorted(drops, key=lambda d: d.x)):
         x, y = frame.px(drop.x), frame.bottom - frame.band + 8 + 17 * row + 9
@@ -313,7 +313,7 @@ def _end_labels(frame: Frame, lines: Sequence[Line]) -> list[str]:
 
 
 def heat_map_png(values: np.ndarray, limit: float) -> str:
-    """Rows x columns -> data: address of a PNG, one pixel a value; blue under 0, white, red above, full at `limit`."""
+    """Rows x columns -> `data:` URL of a PNG with one pixel per value: blue below 0, red above, full at `limit`."""
     import numpy as np
     from matplotlib import colormaps
     from PIL import Image
@@ -337,7 +337,7 @@ def heat_map(
     name: str,
     across: str = "token",
 ) -> str:
-    """A heat map with its row bands named at the right edge: (first row, row after the last, label).
+    """A heat map. `bands` are named at the right edge: (first row, last row + 1, label).
 
     Columns are numbered; `across` says what they are.
     """

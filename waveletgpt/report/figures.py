@@ -1,4 +1,4 @@
-"""Figures of the report, from records and their summary. Each function returns HTML, or "" where there is nothing."""
+"""Figures of the report, from records and their summary. Each function returns HTML, or "" without anything to show."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Curve = Sequence[tuple[float, float, float]]
 
 
 def figure(drawing: str, caption: str, legend: str = "") -> str:
-    """A drawing with its caption (HTML) and, on phones, the key to its lines."""
+    """A drawing with its caption (HTML) and, on phones, the legend of its lines."""
     return f"<figure>{legend}{drawing}<figcaption>{caption}</figcaption></figure>" if drawing else ""
 
 
@@ -42,7 +42,7 @@ def legend(styles: Styles) -> str:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
-    """Mean over seeds at the steps of the first curve that all of them cover."""
+    """Mean over seeds at the steps of the first curve, as far as all curves go."""
     if len(curves) == 1:
         return list(curves[0])
     out = []
@@ -55,7 +55,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float, float]]:
 
 
 def paced(record: Record) -> list[tuple[float, float, float]]:
-    """The curve with every step charged the run's mean seconds per step: the clock of the time speed-up."""
+    """The curve with the run's mean seconds for every step, as the time speed-up counts them."""
     pace = record.seconds / record.steps if record.steps and math.isfinite(record.seconds) else 0.0
     return [(step, step * pace, loss) for step, _, loss in record.curve]
 
@@ -77,8 +77,8 @@ def _loss_lines(records: Sequence[Record], styles: Styles, pick: Callable[[tuple
 
 
 def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """Limits that show the part where arms differ: the steep fall at the very start is left above the frame."""
-    # Runs that stopped early count only where there are no others.
+    """Limits for the part where arms differ; the steep fall at the very start lies above the frame."""
+    # Runs that stopped early count only if there are no others.
     lines = [line for line in lines if line.kind != "broken"] or lines
     end = max((p[0] for line in lines for p in line.points), default=1.0)
     finite = [[p for p in line.points if math.isfinite(p[1])] for line in lines]
@@ -87,14 +87,14 @@ def loss_range(lines: Sequence[Line]) -> tuple[float, float]:
         return 0.0, 1.0
     early = [next((y for x, y in points if x >= 0.07 * end), points[-1][1]) for points in finite if points]
     low = min(lows)
-    # A run that diverged must not squeeze the others.
+    # A run that diverged must not make the other curves flat.
     high = min(max(early), low + 3 * (statistics.median(early) - low) + 1e-3)
     pad = 0.06 * (high - low) if high - low > 1e-2 else 0.1
     return low - pad, high + pad
 
 
 def loss_figures(records: Sequence[Record], summary: LossSummary, styles: Styles) -> str:
-    """Held-out loss over steps and over training seconds, with the same-performance lines."""
+    """Validation loss over steps and over training seconds, with the same-performance lines."""
     by_step = _loss_lines(records, styles, lambda p: (p[0], p[2]))
     if not by_step:
         return ""
@@ -105,7 +105,7 @@ def loss_figures(records: Sequence[Record], summary: LossSummary, styles: Styles
         level = (float(target), f"final loss of {shorten(str(summary['baseline']), 24)}: {target:.3f}")
     compared = level is not None
     low, high = loss_range(by_step)
-    y = Axis("held-out loss, nats per token", low, high)
+    y = Axis("validation loss, nats per token", low, high)
     said = ", ".join(
         f"{name} ends at {arm['final_nll']['mean']:.3f}"
         for name, arm in summary["arms"].items()
@@ -120,7 +120,7 @@ def loss_figures(records: Sequence[Record], summary: LossSummary, styles: Styles
     cut = "The first steps, above the frame, are cut off. " if any(
         p[1] > high for line in by_step for p in line.points
     ) else ""  # fmt: skip
-    vertical = "Vertical lines: where each arm has the baseline's final loss. " if compared else ""
+    vertical = "Vertical lines: where each arm reaches the baseline's final loss. " if compared else ""
 
     def drops(key: Callable[[LossArm], float | None], text: Callable[[LossArm], str]) -> list[Drop]:
         found = []
@@ -140,7 +140,7 @@ def loss_figures(records: Sequence[Record], summary: LossSummary, styles: Styles
     end = max((p[0] for line in by_step for p in line.points), default=1.0)
     steps = responsive(
         lambda width: chart(by_step, width, Axis("training step", 0, end or 1), y, level=level, drops=step_drops,
-                            name=f"Held-out loss against training steps: {said}.")
+                            name=f"Validation loss against training steps: {said}.")
     )  # fmt: skip
     longest = max((p[1] for r in records for p in paced(r)), default=1.0)
     unit, size = ("s", 1.0) if longest < 120 else ("min", 60.0) if longest < 7200 else ("h", 3600.0)
@@ -151,18 +151,18 @@ def loss_figures(records: Sequence[Record], summary: LossSummary, styles: Styles
     )
     times = responsive(
         lambda width: chart(by_time, width, Axis(f"training time, {unit}", 0, longest / size or 1), y, level=level,
-                            drops=time_drops, name=f"Held-out loss against training time in {unit}: {said}.")
+                            drops=time_drops, name=f"Validation loss against training time in {unit}: {said}.")
     )  # fmt: skip
     key = legend(styles) if len(styles) > 1 else ""
-    return figure(steps, f"Held-out loss by training step. {vertical}{seeds}{crosses}{cut}", key) + figure(
+    return figure(steps, f"Validation loss by training step. {vertical}{seeds}{crosses}{cut}", key) + figure(
         times,
-        "The same by training time, at each run's mean speed; evaluation, saving and sampling are not counted.",
+        "The same by training time, at each run's mean speed, without evaluation, saving and sampling.",
         key,
     )
 
 
 def difference_figure(records: Sequence[Record], summary: LossSummary, styles: Styles) -> str:
-    """Loss of every arm minus the baseline's at the same step, seed by seed."""
+    """Loss of every arm minus the baseline's with the same seed at the same step."""
     base = {r.seed: r for r in records if r.arm == summary["baseline"] and r.usable}
     lines = []
     for name, style in styles.items():
@@ -194,7 +194,7 @@ def difference_figure(records: Sequence[Record], summary: LossSummary, styles: S
 
 
 def breakdown_figures(summary: LossSummary, styles: Styles) -> str:
-    """For every arm: its loss by position in the context, and how much attention stays near in each block."""
+    """For every arm: its loss by position in the context, and the share of attention to near tokens in each block."""
     base = baseline_arm(summary).get("breakdown") if len(styles) > 1 else None
     charts = ""
     for name, style in styles.items():
@@ -216,13 +216,13 @@ def breakdown_figures(summary: LossSummary, styles: Styles) -> str:
     if not charts:
         return ""
     key = "".join(f"<li>{swatch(style)}{escape(name)}</li>" for name, style in styles.items())
-    left = "the loss by how many tokens of context there are" + (
-        ", of the baseline itself, of the other arms minus the baseline's (below zero is better)" if base else ""
+    left = "the loss by the number of tokens of context" + (
+        "; for the other arms, their loss minus the baseline's (below zero is better)" if base else ""
     )
     return figure(
         f'<ul class="legend">{key}</ul><div class="multiples">{charts}</div>',
-        f"Left of each pair: {left}. Right: share of the attention of each block that goes to the token itself and the "
-        "two before it, over heads and the later half of a few windows.",
+        f"Left of each pair: {left}. Right: share of each block's attention that goes to the token itself and the two "
+        "before it, mean over heads and over the later half of a few windows.",
     )
 
 
@@ -233,7 +233,7 @@ def _by_block(near: NearAttention) -> list[Point]:
 def _position_chart(
     arm: str, style: int, places: Sequence[LossAtPositions], base: Sequence[LossAtPositions] | None
 ) -> str:
-    """Loss of an arm, or its difference to the baseline's, at the middle of each bin of positions."""
+    """Loss of an arm, or its difference to the baseline's, in each bin of positions, drawn at the bin's middle."""
     points = [
         (math.log2(math.sqrt(place["first"] * place["last"])), place["nll"] - (base[i]["nll"] if base else 0.0))
         for i, place in enumerate(places)
@@ -256,7 +256,7 @@ def _position_chart(
 
 
 def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
-    """Window of every channel, one line per distinct schedule."""
+    """Window of every channel; arms with the same windows share a line."""
     found: dict[tuple[int, ...], list[str]] = {}
     width_of = 1
     for name in styles:
@@ -287,7 +287,7 @@ def schedule_figure(records: Sequence[Record], styles: Styles) -> str:
     key = legend({", ".join(names): styles[names[0]] for names in found.values()})
     return figure(
         drawing,
-        "Window of each channel, of one head where there are heads; 1 means that the channel is left alone.",
+        "Window of each channel (of one head, where heads are mixed); 1 means that the channel is not mixed.",
         key,
     )
 
@@ -302,7 +302,7 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     before, after = mixed.before[:256].T, mixed.after[:256].T
     every = max(1, math.ceil(before.shape[0] / 256))
     before, after = before[::every], after[::every]
-    # Channels differ in size by orders of magnitude: each gets the scale it has before mixing, in both pictures.
+    # Channels differ in size by orders of magnitude: scale each by its standard deviation before mixing.
     center, size = before.mean(1, keepdims=True), before.std(1, keepdims=True)
     before, after = ((values - center) / np.maximum(size, 1e-12) for values in (before, after))
     rows, columns = before.shape
@@ -316,13 +316,14 @@ def embedding_figure(arm: str, insight: Insight) -> str:
     return figure(
         f'<div class="pair">{panels}</div>',
         f"<b>{escape(arm)}</b>, {mixed.place}: every row is one channel, every column "
-        "a token of a held-out excerpt. Red is above and blue below the channel's mean before mixing, full colour "
-        f"at 2.5 of its standard deviations, in both pictures. At the right: the window of the rows.{stride}{excerpt}",
+        "a token of a validation excerpt. In both pictures red is above and blue below the channel's mean before "
+        "mixing; colours are full at 2.5 of its standard deviations. At the right: the window of the rows."
+        f"{stride}{excerpt}",
     )
 
 
 def _bands(mixed: Mixed, every: int, rows: int) -> list[tuple[int, int, str]]:
-    """Runs of rows with the same window: (first, after the last, label)."""
+    """Rows with the same window: (first, last + 1, label)."""
     if not mixed.windows:
         end = -(-mixed.n_mixed // every)
         bands = [(0, end, "mixed")]
@@ -376,7 +377,7 @@ def kernel_figures(arm: str, kernels: Sequence[Kernel]) -> str:
                   name=f"Frequency response of kernels with window {window}")
         )  # fmt: skip
     key = "".join(f"<li>{swatch(style)}{escape(label)}</li>" for style, label in enumerate(["mean (Haar)", *labels]))
-    learned = " Where every channel has its own kernel, the middle one of its window is drawn."
+    learned = " If every channel has its own kernel, that of the middle channel of its window is drawn."
     return figure(
         f'<ul class="legend">{key}</ul><div class="multiples">{"".join(charts)}</div>',
         f"<b>{escape(arm)}</b>: kernels against the plain mean of the same length. Left of each pair: weight of each "

@@ -1,17 +1,16 @@
 """A ladder's run folders -> ladder.json and ladder.csv: what an arm's lead is worth in compute, and whether it lasts.
 
 A *ladder* is a folder with a comparison for each of its *rungs*, named SIZE-TOKENS: a size of model trained on a number
-of tokens, each run with a learning-rate decay of its own. What is read are the run folders, and the records of sweeps
-beside them; the fits are those of `scaling.py`.
+of tokens, each run with its own learning-rate decay. This module reads the run folders and the records of sweeps beside
+them; `scaling.py` fits the laws.
 
     gap                 the baseline's final loss minus the arm's, in nats, over the seeds that both have
-    data multiplier     how many times as many tokens the baseline of the same size needs for the arm's final loss
-    compute multiplier  the same, times the arm's tokens per second over the baseline's, each the highest of its runs at
-    that
-                        size: other work on a machine can only lower it
+    data multiplier     factor by which the baseline of the same size needs more tokens for the arm's final loss
+    compute multiplier  data multiplier x (the arm's tokens per second / the baseline's). Of each, the fastest run at
+                        that size counts, because other work on a machine can only slow a run down
     trend               factor by which the compute multiplier changes: per tenfold tokens at the same size, per tenfold
-                        parameters at the same tokens, and per tenfold compute where both have the same share in it
-    retention           what is left of the gap when the tokens are ten times as many
+                        parameters at the same tokens, and per tenfold compute, half of it from each of the two
+    retention           share of the gap that is left with ten times as many tokens
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
 
 def count_name(value: int) -> str:
-    """300000 -> "0.3M", 20000 -> "20k": how sizes and numbers of tokens are written."""
+    """A size or number of tokens as text: 300000 -> "0.3M", 20000 -> "20k"."""
     unit = next((unit for unit, least in (("B", 10**8), ("M", 10**5), ("k", 10**3)) if value >= least), "")
     return f"{value / _UNITS[unit]:.12g}{unit}"
 
 
 def rung_name(size: int, tokens: int) -> str:
-    """The folder of a rung."""
+    """The name of a rung's folder."""
     return f"{count_name(size)}-{count_name(tokens)}"
 
 
 def parse_rung(name: str) -> tuple[int, int] | None:
-    """(size, tokens) of a rung's folder; None for the name of anything else."""
+    """(size, tokens) from the name of a rung's folder; None for any other name."""
     found = _RUNG.match(name)
     if found is None:
         return None
@@ -61,7 +60,7 @@ def parse_rung(name: str) -> tuple[int, int] | None:
 
 
 def find_rungs(folder: str | Path) -> list[Path]:
-    """The rungs in `folder` that hold a run, by size and tokens; none where it is no ladder."""
+    """The rungs in `folder` that hold a run, sorted by size and tokens; empty if it is not a ladder."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -70,7 +69,7 @@ def find_rungs(folder: str | Path) -> list[Path]:
 
 
 def find_sweeps(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rung -> record of the sweep at its size that was made there, as in `summary.with_sweep`."""
+    """Rung where a sweep was made -> record of that sweep, as in `summary.with_sweep`."""
     found = {}
     for child in sorted(folder.glob(f"*-sweep/{SWEEP_FILE}")):
         rung = child.parent.name.removesuffix("-sweep")
@@ -84,13 +83,13 @@ def find_sweeps(folder: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Rung:
-    """A rung's runs, under names of arms that are the same at all rungs, and the summary of their comparison."""
+    """The runs of a rung and the summary of their comparison. Arms have the same names at all rungs."""
 
     path: Path
     records: list[Record]
     summary: LossSummary
     settings: dict[str, str]
-    """Arm -> what was chosen for it at this size, such as "lr=4e-3"; "" where nothing was."""
+    """Arm -> the settings that a sweep chose at this size, such as "lr=4e-3"; "" without a sweep."""
 
     @property
     def name(self) -> str:
@@ -108,19 +107,20 @@ class Rung:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a whole run trains on."""
+        """Tokens that a finished run has trained on."""
         tokens = [r.info["result"]["tokens"] for r in self.records if r.usable]
         return int(max(tokens, default=(parse_rung(self.name) or (0, 0))[1]))
 
 
 def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
-    """The rungs in `folder`, by size and tokens.
+    """The rungs in `folder`, sorted by size and tokens.
 
     Args:
-        baseline: the arm to compare with; None: as the rungs were compared, else the first without mixing.
+        baseline: the arm to compare with. None: the baseline of the rungs' own comparisons, else the first arm without
+            mixing.
 
     Raises:
-        UserError: no rungs, runs that cannot be compared, an arm `baseline` that is not there.
+        UserError: there are no rungs, the runs cannot be compared, or no arm is called `baseline`.
     """
     folder = Path(folder)
     places = find_rungs(folder)
@@ -131,10 +131,10 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
     swept = {name for record in find_sweeps(folder).values() for name in record["grid"]}
     everywhere = [{record.arm for record in records} for _, records in read]
     if not swept and any(names != everywhere[0] for names in everywhere):
-        swept = {"lr"}  # the record of the sweep is gone
+        swept = {"lr"}  # no record of the sweep is left
     names = {arm: _without(arm, swept) for arms in everywhere for arm in arms}
     if any(len({names[arm] for arm in arms}) < len(arms) for arms in everywhere):
-        names = {arm: (arm, "") for arm in names}  # these were not swept but compared
+        names = {arm: (arm, "") for arm in names}  # these settings were compared, not chosen by a sweep
     order = _order(places, names)
     arms = list(dict.fromkeys(name for name, _ in names.values()))
     if baseline is None:
@@ -154,7 +154,7 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
 
 
 def _without(arm: str, swept: Iterable[str]) -> tuple[str, str]:
-    """An arm without what was chosen by a sweep, and that: ("fixed:max_window=4", "lr=4e-3")."""
+    """Splits an arm from the settings that a sweep chose: ("fixed:max_window=4", "lr=4e-3")."""
     mixing, _, rest = arm.partition(":")
     parts = [part for part in rest.split(",") if part]
     chosen = [part for part in parts if part.partition("=")[0].strip() in set(swept)]
@@ -163,7 +163,7 @@ def _without(arm: str, swept: Iterable[str]) -> tuple[str, str]:
 
 
 def _order(places: Sequence[Path], names: dict[str, tuple[str, str]]) -> list[str]:
-    """Arms in the order in which they were compared, the baseline first; empty where that is not known."""
+    """Arms in the order in which they were compared, the baseline first; empty if that is not known."""
     order: list[str] = []
     for place in places:
         try:
@@ -175,7 +175,7 @@ def _order(places: Sequence[Path], names: dict[str, tuple[str, str]]) -> list[st
 
 
 def block_parameters(info: RunRecord) -> int:
-    """Parameters of a run's model without embeddings and mixers: N of the law, whatever the vocabulary."""
+    """Parameters of a run's model without embeddings and mixers: N of the law, which ignores the vocabulary."""
     model, recipe = info.get("model") or {}, info.get("recipe") or {}
     positions = (recipe.get("model") or {}).get("position_embedding")
     learned = positions == "learned" or (positions is None and recipe.get("architecture", "gpt2") == "gpt2")
@@ -188,11 +188,11 @@ def summarize_ladder(rungs: Sequence[Rung], sweeps: dict[str, dict[str, Any]], r
 
     Args:
         sweeps: see `find_sweeps`.
-        replicates: of the bootstrap that the intervals are from.
+        replicates: number of bootstrap replicates for the intervals.
     """
     baseline = next((rung.summary["baseline"] for rung in rungs if rung.summary["baseline"]), None)
     if baseline is None:
-        raise UserError("no rung has a run of the baseline")
+        raise UserError("no rung has a run of the baseline: train it, or name another arm as `baseline`")
     arms = list(dict.fromkeys([baseline, *(arm for rung in rungs for arm in rung.summary["arms"])]))
     ratios = throughput_ratios(rungs, baseline)
     told = [(rung, point) for rung in rungs if (point := _point(rung, ratios)).losses.get(baseline)]
@@ -223,7 +223,7 @@ Ratios = dict[str, dict[str, float]]
 
 
 def throughput_ratios(rungs: Sequence[Rung], baseline: str) -> Ratios:
-    """Size -> arm -> its tokens per second / the baseline's; each the highest of its finished runs at that size."""
+    """Size -> arm -> its tokens per second / the baseline's, each of the fastest finished run at that size."""
     speeds: dict[str, dict[str, float]] = {}
     for rung in rungs:
         own = speeds.setdefault(rung.size, {})
@@ -278,7 +278,7 @@ def _rung(rung: Rung, baseline: str, ratios: Ratios) -> dict[str, Any]:
 
 
 def _finite(entry: dict[str, Any] | None) -> dict[str, Any]:
-    """An estimate as JSON takes it: what is infinite is None, and a value that is, `out_of_reach`."""
+    """An estimate for JSON: infinity becomes None, and an infinite value is marked `out_of_reach`."""
     value, interval = (entry or {}).get("value"), (entry or {}).get("ci95")
     infinite = value is not None and not math.isfinite(value)
     return {
@@ -307,7 +307,7 @@ def _arm(arm: str, baseline: str, found: Estimates, points: Sequence[Point]) -> 
 
 
 def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point]) -> list[str]:
-    """What a reader has to know before believing the numbers."""
+    """What a reader should know before trusting the numbers."""
     notes = []
     baseline = ladder["baseline"]
     sizes = sorted({point.parameters for point in points})
@@ -315,30 +315,28 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
     if not can_fit(points, baseline):
         text = (
             f"The law L(N, D) has {len(PARAMETERS)} parameters, and {plural(len(points), 'rung')} of "
-            f"{plural(len(sizes), 'size')} and {plural(len(budgets), 'number')} of tokens cannot tell them: it takes 3 "
-            "sizes and 3 numbers of tokens. "
+            f"{plural(len(sizes), 'size')} and {plural(len(budgets), 'number')} of tokens do not determine them: train "
+            "at least 3 sizes with 3 numbers of tokens. "
         )
         alone = [s for s in dict.fromkeys(p.size for p in points)
                  if can_fit_tokens([p for p in points if p.size == s], baseline)]  # fmt: skip
         if alone:
             text += (
-                f"Multipliers at {', '.join(alone)} are read off a law of tokens alone, fitted at that size; "
-                "with 3 numbers of tokens it goes through every point, so nothing tells whether it holds."
+                f"Multipliers at {', '.join(alone)} come from a law of tokens alone, fitted at that size. With 3 "
+                "numbers of tokens it goes through every point, so its error is unknown."
             )
         else:
-            text += (
-                "There are no multipliers then; gaps, speed-ups within each rung and retention are what can be told."
-            )
+            text += "So there are no multipliers, only gaps, speed-ups within each rung and retention."
         notes.append(text)
     if all(len(losses) == 1 for point in points for losses in point.losses.values()):
-        notes.append("One seed only: no interval has in it what a seed does.")
+        notes.append("One seed only: the intervals do not include the spread over seeds.")
     repeated = [entry for entry in ladder["rungs"] if (entry["epochs"] or 0) > 1.005]
     if repeated:
         names = ", ".join(entry["rung"] for entry in repeated)
         most = max(entry["epochs"] for entry in repeated)
         notes.append(
-            f"{names}: the training data is read more than once, up to {most:.1f} times, which is worth less than new "
-            f"data."
+            f"{names}: the training data is read more than once (up to {most:.1f} times), which is worth less than new "
+            "data."
         )
     for arm in ladder["arms"]:
         if arm == baseline:
@@ -349,8 +347,8 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
         if not behind and not _steady(ladder, arm):
             gaps = _gaps(ladder, arm)
             notes.append(
-                f"The gaps of `{arm}` go from {min(gaps):.4f} to {max(gaps):.4f} nats: its retention hangs on the "
-                "smallest, which a seed may change, and is not in the headline."
+                f"The gaps of `{arm}` go from {min(gaps):.4f} to {max(gaps):.4f} nats. Its retention depends on the "
+                "smallest, which another seed may change, so the headline leaves it out."
             )
         never = [
             r["rung"]
@@ -359,22 +357,22 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
         ]
         if never:
             notes.append(
-                f"At {', '.join(never)} the baseline of the same size never gets to the loss of `{arm}`, by its law, "
-                "however long it trains: those rungs have no multiplier, and there is no trend."
+                f"At {', '.join(never)} the baseline of the same size never reaches the loss of `{arm}`, by its law, "
+                "however long it trains: these rungs have no multiplier, and there is no trend."
             )
     for sweep in ladder["sweeps"]:
         for arm, entry in sweep["arms"].items():
             if entry["edges"]:
                 names = ", ".join(f"{name} {entry['best'][name]}" for name in entry["edges"])
                 notes.append(
-                    f"At size {sweep['size']} the best of `{_without(arm, sweep['grid'])[0]}`, {names}, lies where the "
-                    "grid ends; a wider sweep may be better."
+                    f"At size {sweep['size']} the best setting of `{_without(arm, sweep['grid'])[0]}`, {names}, is at "
+                    "the edge of the grid; a wider sweep may find a better one."
                 )
     for size in dict.fromkeys(rung.size for rung in rungs):
         own = [r.info.get("environment") or {} for rung in rungs if rung.size == size for r in rung.records if r.usable]
         if any(len({str(where.get(key)) for where in own}) > 1 for key in ("cpu", "gpu", "threads", "torch")):
             notes.append(
-                f"Runs of size {size} were not all made on the same machine: its compute multipliers do not count."
+                f"Runs of size {size} were made on different machines: do not use the compute multipliers of this size."
             )
     for rung in rungs:
         notes += [f"{rung.name}: {note}" for note in rung.summary["notes"] if not note.startswith("One seed only")]
@@ -386,13 +384,13 @@ def _gaps(ladder: dict[str, Any], arm: str) -> list[float]:
 
 
 def _steady(ladder: dict[str, Any], arm: str) -> bool:
-    """Whether no gap of an arm is so small beside the others that the logarithm makes it decide the retention."""
+    """Whether no gap of an arm is below a tenth of the largest: its logarithm would decide the retention alone."""
     gaps = _gaps(ladder, arm)
     return not gaps or min(gaps) >= max(gaps) / 10
 
 
 def told_retention(ladder: dict[str, Any], arm: str) -> dict[str, Any]:
-    """An arm's retention as far as a headline should say it: without a value where one small gap decides it."""
+    """An arm's retention for the headline: without a value if one small gap decides it."""
     entry: dict[str, Any] = ladder["arms"][arm]["retention"]
     return entry if _steady(ladder, arm) else _finite(None)
 
@@ -427,14 +425,14 @@ def ladder_csv(rungs: Sequence[Rung]) -> str:
 
 
 def top_rung(ladder: dict[str, Any]) -> dict[str, Any]:
-    """The rung of the most compute that has finished runs of the baseline."""
+    """The rung with the most compute among those with finished runs of the baseline."""
     done = [rung for rung in ladder["rungs"] if (rung["arms"].get(ladder["baseline"]) or {}).get("seeds")]
     top: dict[str, Any] = max(done or ladder["rungs"], key=lambda rung: rung["compute"])
     return top
 
 
 def headline(ladder: dict[str, Any]) -> str:
-    """The result in one sentence: of the arm with the largest gap at the top rung."""
+    """One sentence on the arm with the largest gap at the top rung."""
     top, baseline = top_rung(ladder), ladder["baseline"]
     arms = [arm for arm in top["arms"] if arm != baseline and _gap(top, arm) is not None]
     if not arms:
@@ -445,7 +443,7 @@ def headline(ladder: dict[str, Any]) -> str:
 
 
 def arm_sentence(ladder: dict[str, Any], arm: str) -> str:
-    """What an arm's lead is worth at the top rung, and whether it lasts; arm names stand in backticks."""
+    """What an arm's lead is worth at the top rung, and whether it lasts. Arm names are in backticks."""
     top, entry = top_rung(ladder), ladder["arms"][arm]
     gap = _gap(top, arm)
     if gap is None:
@@ -465,7 +463,7 @@ def arm_sentence(ladder: dict[str, Any], arm: str) -> str:
 
 
 def with_interval(entry: dict[str, Any], form: str) -> str:
-    """{"value", "ci95"} as "1.32x [1.21, 1.45]", without the interval where there is none; infinity as "∞"."""
+    """{"value", "ci95"} as "1.32x [1.21, 1.45]", or without an interval if there is none; infinity is "∞"."""
     if entry.get("out_of_reach"):
         return "∞"
     if entry["value"] is None:
@@ -481,7 +479,8 @@ def write_ladder(
 ) -> dict[str, Any]:
     """Write ladder.json, ladder.csv and report.html for the rungs in `folder`, into it or into `out`.
 
-    `replicates` are those of the bootstrap. Returns the content of ladder.json. Raises UserError: see `read_ladder`.
+    `replicates` is the number of bootstrap replicates. Returns the content of ladder.json. Raises UserError: see
+    `read_ladder`.
     """
     from waveletgpt.report.ladder_page import render
 
@@ -502,7 +501,7 @@ LADDER_HEADER = [
 
 
 def ladder_table(ladder: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of short strings, a row for each arm of each rung: for a terminal and the report."""
+    """(header, rows) of short strings for a terminal and the report, one row for each arm of each rung."""
     from waveletgpt.report.wording import plus_minus
 
     rows = []

@@ -1,4 +1,4 @@
-"""A ladder -> report.html: the losses of all rungs and the law through them, what the lead is worth, and the tables."""
+"""A ladder -> report.html: the losses of all rungs with the fitted law, what the lead is worth, and the tables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _header(ladder: Ladder) -> str:
 
 
 def _tiles(ladder: Ladder, best: str) -> list[tuple[str, str, str]]:
-    """The few numbers to take away, of the arm in the headline."""
+    """The main numbers of the arm in the headline."""
     top = top_rung(ladder)
     arm = next((arm for arm in ladder["arms"] if best.startswith(f"`{arm}` ends ")), None)
     if arm is None:
@@ -112,7 +112,7 @@ def _law_of(entry: dict[str, Any] | None) -> Law | None:
 
 
 def _curves(rungs: Sequence[Rung], ladder: Ladder, styles: Styles) -> str:
-    """For each size: the curves of all runs (means over seeds), where they end, and the law through the ends."""
+    """For each size: the curves of all runs (means over seeds), their ends, and the law fitted to the ends."""
     entries = {entry["rung"]: entry for entry in ladder["rungs"]}
     charts = []
     for size in dict.fromkeys(rung.size for rung in rungs):
@@ -152,20 +152,20 @@ def _curves(rungs: Sequence[Rung], ladder: Ladder, styles: Styles) -> str:
         )
         charts.append(
             chart(lines, HALF, Axis("tokens", low, high, log_ticks(low, high)),
-                  Axis(f"{size}: held-out loss, nats per token", min(ends) - pad, max(ends) + 2.5 * pad), height=300,
-                  name=f"Held-out loss against tokens of the models of size {size}: {said}")
+                  Axis(f"{size}: validation loss, nats per token", min(ends) - pad, max(ends) + 2.5 * pad), height=300,
+                  name=f"Validation loss against tokens of the models of size {size}: {said}")
         )  # fmt: skip
     lawful = any(entry["law"] or entry["size_laws"] for entry in ladder["arms"].values())
     through = "The bold lines are the law fitted to these. " if lawful else ""
     return figure(
         f'{_key(styles)}<div class="multiples">{"".join(charts)}</div>',
-        f"Thin: held-out loss while training, mean over seeds; every rung is a run of its own, with its own decay, and "
-        f"ends at a marker. {through}Tokens on a logarithmic scale.",
+        "Thin: validation loss during training, mean over seeds. Every rung has its own run, with its own decay, which "
+        f"ends at a marker. {through}Tokens are on a logarithmic scale.",
     )
 
 
 def _worth(ladder: Ladder) -> str:
-    """For each arm: its gap by tokens and its multiplier by compute, a line for each size; and how both change."""
+    """For each arm: its gap by tokens and its multiplier by compute, one line per size; and how both change."""
     sizes = {size: i + 1 for i, size in enumerate(dict.fromkeys(rung["size"] for rung in ladder["rungs"]))}
     html, rows = "", []
     for arm, entry in ladder["arms"].items():
@@ -177,12 +177,12 @@ def _worth(ladder: Ladder) -> str:
         drawn += _scatter(worths, "compute of the baseline, FLOPs", _flops, "compute multiplier", 1.0,
                           f"Compute multiplier of {arm} by compute")  # fmt: skip
         if drawn:
-            said = f"{'Left: how' if worths else 'How'} far it is below the baseline, by tokens."
-            said += " Right: how many times as much compute the baseline of the same size needs." if worths else ""
+            said = f"{'Left: its' if worths else 'Its'} gap to the baseline, by tokens."
+            said += " Right: by which factor the baseline of the same size needs more compute." if worths else ""
             bars = " Vertical bars: 95 % intervals." if any(line.kind == "plain" for line in [*gaps, *worths]) else ""
             html += figure(
                 f'{_key(sizes)}<div class="multiples">{drawn}</div>',
-                f"<b>{escape(arm)}</b>, a line for each size. {said}{bars}",
+                f"<b>{escape(arm)}</b>, one line per size. {said}{bars}",
             )
         missing = {"value": None, "ci95": None}
         kept = [entry["retention_by_size"].get(size, missing) for size in sizes]
@@ -193,26 +193,26 @@ def _worth(ladder: Ladder) -> str:
         return ""
     head = ["arm", *(f"retention, {escape(size)}" for size in sizes), "retention, all sizes"]
     head += ["trend, 10× tokens", "trend, 10× size", "trend, 10× compute"]
-    # Without a law there is no trend, and with one size or one number of tokens only one.
+    # Without a law there is no trend. With one size, or one number of tokens, there is only one.
     keep = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     head, rows = [head[i] for i in keep], [[row[i] for i in keep] for row in rows]
     text = (
-        '<p class="small">Retention: what is left of the gap when the tokens are ten times as many (1: all of it). '
-        "Trend: the factor by which the compute multiplier changes (1: it stays) when the tokens are ten times as many "
-        "at the same size, the model is ten times as large at the same tokens, and the compute is ten times as much, "
-        "half of that growth in each.</p>"
+        '<p class="small">Retention: the share of the gap that is left with ten times as many tokens (1: all of it). '
+        "Trend: the factor by which the compute multiplier changes (1: it does not) with ten times the tokens at the "
+        "same size, with ten times the parameters at the same tokens, and with ten times the compute, shared equally "
+        "between the two.</p>"
     )
     return html + text + table(head, rows, "arms", "Retention and trend")
 
 
 def _small(text: str) -> str:
-    """A number, and its interval under it in small print."""
+    """A number with its interval below it in small print."""
     number, _, interval = text.partition(" [")
     return number + (f"<small>[{interval}</small>" if interval else "")
 
 
 def _by_size(ladder: Ladder, arm: str, sizes: Styles, across: str, what: str) -> list[Line]:
-    """Lines of (log10 of `across`, value of `what`), one for each size, and a bar for each interval."""
+    """Lines of (log10 of `across`, value of `what`), one per size, and a bar for each interval."""
     lines: list[Line] = []
     for size, style in sizes.items():
         points: list[Point] = []
@@ -233,7 +233,7 @@ def _scatter(lines: Sequence[Line], title: str, name: Any, what: str, level: flo
         return ""
     xs = [x for line in lines for x, _ in line.points]
     points = [y for line in lines if line.kind == "taps" for _, y in line.points]
-    # An interval without end must not squeeze the rest.
+    # A very wide interval must not make the other points flat.
     reach = max(points) - min(points) + 0.3 * max(abs(y - level) for y in points) + 1e-3
     ends = [y for line in lines for _, y in line.points if min(points) - 2 * reach <= y <= max(points) + 2 * reach]
     low, high = min(level, *ends), max(level, *ends)
@@ -267,13 +267,13 @@ def _rungs(ladder: Ladder, styles: Styles) -> str:
         cells.append([first, f"{swatch(styles[arm])}{escape(arm)}", *(_cell(text) for text in rest)])
     return (
         table(head, shapes, "arms", "Models and data of the rungs")
-        + "<h3>What came of them</h3>"
+        + "<h3>Results</h3>"
         + table(list(map(escape, header)), cells, "arms rungs", "Losses, gaps and multipliers of the rungs")
     )
 
 
 def _cell(text: str) -> str:
-    """An escaped cell of which what qualifies a number stands under it."""
+    """An escaped cell; text that qualifies its number goes below the number."""
     for mark in (" [", " (", " ±"):
         number, found, rest = text.partition(mark)
         if found:
@@ -286,7 +286,7 @@ def _law(ladder: Ladder, styles: Styles) -> str:
     forms = {"E": "{:.3f}", "A": "{:.3g}", "a": "{:.3f}", "B": "{:.3g}", "b": "{:.3f}"}
     rows = []
     for arm, entry in ladder["arms"].items():
-        # A law of all sizes says what those of single ones do, from more rungs.
+        # With a law of all sizes, from more rungs, those of single sizes are not needed.
         for size, law in [("all", entry["law"])] if entry["law"] else entry["size_laws"].items():
             if law is not None:
                 cells = [_small(with_interval(law[name], form)) for name, form in forms.items()]
@@ -297,16 +297,17 @@ def _law(ladder: Ladder, styles: Styles) -> str:
         return ""
     text = (
         "<p>L(N, D) = E + A / N<sup>a</sup> + B / D<sup>b</sup>: N parameters in the blocks, D tokens, L nats per "
-        "token. Fitted to the final loss of every run by least squares of log L with a Huber loss (δ = 0.001), as "
-        "Hoffmann et al. 2022, <i>approach 3</i>. For a single size E holds what its parameters lack. Intervals are 95 "
-        "% of 100 bootstrap replicates over rungs and seeds. Few rungs bind E, A and B loosely, and together: believe "
-        "the losses between the rungs before the parameters, and nothing far beyond them.</p>"
+        "token. It is fitted to the final loss of every run by least squares of log L with a Huber loss (δ = 0.001), "
+        "as in Hoffmann et al. 2022, <i>approach 3</i>. For a single size, E includes the term of the parameters. "
+        "Intervals hold 95 % of 100 bootstrap replicates over rungs and seeds. Few rungs determine E, A and B only "
+        "roughly, and their errors depend on each other: trust the losses between the rungs more than the parameters, "
+        "and nothing far beyond the rungs.</p>"
     )
     return text + table(["arm", "size", *forms], rows, "arms", "Parameters of the laws")
 
 
 def _sweeps(ladder: Ladder) -> str:
-    """Loss of each trial, a row for each size and arm, the best in bold."""
+    """Loss of each trial, one row for each size and arm, the best in bold."""
     html = ""
     for sweep in ladder["sweeps"]:
         head, rows = [], []
@@ -324,26 +325,27 @@ def _sweeps(ladder: Ladder) -> str:
             ["chosen", *map(escape, head)], rows, "arms", f"Settings tried at size {sweep['size']}"
         )
     text = (
-        "<p>At each size every arm was tried with every setting below, for the shortest number of tokens and with one "
-        "seed, and has the one with the lowest loss on the validation split (bold) at all rungs of that size.</p>"
+        "<p>At each size every arm was tried with every setting below, on the smallest number of tokens and with one "
+        "seed. All rungs of that size use the setting with the lowest validation loss (bold).</p>"
     )
     return html and text + html
 
 
 _TERMS = """<dl class="terms">
 <dt>Rung</dt><dd>A size of model, named by the parameters in its blocks (embeddings, norms and biases not counted), and
-a number of tokens it is trained on. Each has runs of its own, whose learning rate decays to their own end: a loss on
-the way of a longer run would be higher.</dd>
+a number of tokens it is trained on. Each rung has its own runs, whose learning rate decays until their end. A longer
+run has a higher loss at the same number of tokens, as it has not decayed yet.</dd>
 <dt>Gap</dt><dd>The baseline's final loss minus the arm's, over the seeds that both have.</dd>
-<dt>Step speed-up</dt><dd>Within the rung: the baseline's steps divided by the arm's until it has the baseline's final
-loss. The arm has not decayed its learning rate there, so this is on the low side.</dd>
-<dt>Data multiplier</dt><dd>How many times as many tokens the baseline of the same size needs, with a decay of its own,
-for the arm's final loss: its law is moved to go through its own loss at the rung, and asked along the tokens.</dd>
-<dt>Compute multiplier</dt><dd>The data multiplier times the arm's tokens per second over the baseline's, each the
-highest of its runs at that size ("throughput"): other work on the machine can only lower it. Above 1, the arm saves
-compute.</dd>
-<dt>Trend</dt><dd>Least squares of log multiplier over log parameters and log tokens, over all rungs. Over compute alone
-the two would be mixed, and a lead that is lost along the tokens look lasting because larger models are in the
-picture.</dd>
-<dt>Retention</dt><dd>10 to the slope of log10 gap over log10 tokens, each size with its own level: gap(10 D) /
-gap(D).</dd> </dl>"""
+<dt>Step speed-up</dt><dd>Within the rung: the baseline's steps divided by the steps until the arm has the baseline's
+final loss. The arm's learning rate has not decayed there, so the true speed-up is higher.</dd>
+<dt>Data multiplier</dt><dd>Factor by which the baseline of the same size, with its own decay, needs more tokens for the
+arm's final loss. It is computed from the baseline's law, shifted so that it goes through the baseline's loss at the
+rung.</dd>
+<dt>Compute multiplier</dt><dd>The data multiplier times the arm's tokens per second divided by the baseline's
+("throughput"). Of each, the fastest run at that size counts, because other work on the machine can only slow a run
+down. Above 1, the arm saves compute.</dd>
+<dt>Trend</dt><dd>Least squares of log multiplier over log parameters and log tokens, over all rungs. A fit over compute
+alone would not separate the two: a lead that shrinks with more tokens could seem to last because larger models are
+among the rungs.</dd>
+<dt>Retention</dt><dd>10 to the power of the slope of log10 gap over log10 tokens, with a separate level for each size:
+gap(10 D) / gap(D).</dd> </dl>"""

@@ -1,4 +1,4 @@
-"""Reports of causal language models: losses, and how much sooner each arm has the baseline's."""
+"""Reports of causal language models: losses, and how much sooner each arm reaches the baseline's."""
 
 from waveletgpt.report import Kind
 from waveletgpt.report.page import write_report

@@ -1,7 +1,7 @@
-"""Run folders -> report.html: one self-contained page with the result, the curves, what happens inside, and the set-up.
+"""Run folders -> report.html: one self-contained page with the result, the curves, the models' insides and the set-up.
 
-The page loads nothing and runs no script (its Content-Security-Policy forbids both). Every string of a recipe, of the
-data or of a sample is escaped on its way in.
+The page loads nothing and runs no script (its Content-Security-Policy forbids both). Every string from a recipe, the
+data or a sample is escaped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from waveletgpt.report.wording import (
 )
 from waveletgpt.runs.folder import RunFolder, write_atomically
 
-_INSIGHTS = 4  # at most so many models are loaded and drawn: each costs seconds and about 150 kB
+_INSIGHTS = 4  # at most this many models are loaded and drawn: each costs seconds and about 150 kB
 
 
 def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = None) -> Path:
@@ -52,7 +52,7 @@ def write_report(out: Path, runs: Iterable[RunFolder], baseline: str | None = No
 
     Args:
         runs: run folders in the order in which the arms are to appear.
-        baseline: name of the arm to compare with. None takes the arm "none" if there are others beside it.
+        baseline: name of the arm to compare with. None takes the arm "none" if there are other arms too.
 
     Raises:
         UserError: if there is no run, or the runs cannot be compared.
@@ -88,7 +88,7 @@ def render(records: Sequence[Record], summary: LossSummary) -> str:
 
 
 def styles_of(summary: Mapping[str, Any]) -> dict[str, int]:
-    """Style of every arm: grey is the baseline's; the others take the palette in order."""
+    """Style of every arm: grey for the baseline, then the palette in order."""
     names = list(summary["arms"])
     others = [name for name in names if name != summary["baseline"] or len(names) == 1]
     return {name: 1 + others.index(name) if name in others else 0 for name in names}
@@ -102,7 +102,7 @@ def frame(
     runs: int,
     files: str = "summary.json and curves.csv",
 ) -> str:
-    """The page around a header and sections (key, title, HTML); those without content are left out."""
+    """The page with a header and sections (key, title, HTML). Sections without content are left out."""
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
     template = Template(resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def frame(
 
 
 def rich(text: str) -> str:
-    """Escaped text in which `name` in backticks is set as code."""
+    """Escaped text in which a `name` in backticks becomes code."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
@@ -140,7 +140,7 @@ def _header(records: Sequence[Record], summary: LossSummary, troubles: Sequence[
 
 
 def notes(texts: Sequence[str]) -> str:
-    """What a reader should know before believing the rest."""
+    """What a reader should know before trusting the rest."""
     items = "".join(f"<li>{rich(text)}</li>" for text in texts)
     return items and f'<aside class="notes"><b>What to keep in mind</b><ul>{items}</ul></aside>'
 
@@ -154,7 +154,7 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _tiles(summary: LossSummary) -> list[tuple[str, str, str]]:
-    """The few numbers to take away: of the arm in the headline, or of the only one."""
+    """The main numbers of the arm in the headline, or of the only arm."""
     arms, name = summary["arms"], headline_arm(summary)
     arm, base = arms.get(name or "") or LossArm(), baseline_arm(summary)
     found: list[tuple[str, str, str]] = []
@@ -170,15 +170,15 @@ def _tiles(summary: LossSummary) -> list[tuple[str, str, str]]:
             time = f"{duration(arm['same_performance_seconds'])} of {duration(base['seconds'])}"
             found.append(("Time speed-up", f"{arm['time_speedup']:.2f}×", time))
         ci = difference["ci95"]
-        doubt = "one seed: chance unknown" if ci is None else f"95 % interval ±{ci:.3f} over seeds"
+        doubt = "one seed: no interval" if ci is None else f"95 % interval ±{ci:.3f} over seeds"
         change = f"{difference['mean']:+.3f}".replace("-", "−")
         found.append(("Final loss", change, f"nats per token; {doubt}"))
         added, share = arm["extra_parameters"], _added_share(arm, base)
         found.append(("Parameters of mixing", quantity(added) if added else "0", share))
     elif len(arms) == 1 and arm.get("seeds"):
-        found.append(("Final loss", plus_minus(arm["final_nll"]), "nats per token, held out"))
+        found.append(("Final loss", plus_minus(arm["final_nll"]), "nats per token, validation"))
         if arm["bits_per_byte"] is not None:
-            found.append(("Bits per byte", f"{arm['bits_per_byte']:.3f}", "held out"))
+            found.append(("Bits per byte", f"{arm['bits_per_byte']:.3f}", "validation"))
         found.append(("Parameters", quantity(arm["parameters"]), f"{quantity(arm['flops_per_token'])} FLOPs per token"))
         speed = arm["tokens_per_second"]
         found.append(("Training", duration(arm["seconds"]), "" if speed is None else f"{speed:,.0f} tokens per second"))
@@ -195,7 +195,7 @@ def _curves(records: Sequence[Record], summary: LossSummary, styles: dict[str, i
 
 
 def _gaps(summary: LossSummary, styles: dict[str, int]) -> str:
-    """What is left of each arm's lead as training goes on; nothing where there is no comparison."""
+    """How each arm's lead changes during training; empty if nothing is compared."""
     header, rows = gap_table(summary)
     if not rows:
         return ""
@@ -203,14 +203,14 @@ def _gaps(summary: LossSummary, styles: dict[str, int]) -> str:
         [f"{swatch(styles[row[0]])}{escape(row[0])}", *(cell.replace("-", "−") for cell in row[1:])] for row in rows
     ]
     return (
-        '<p class="small">How far each arm is below the baseline at the same step, in nats per token, mean over seeds. '
-        "A lead that shrinks is a head start that the baseline makes up for.</p>"
-        + table(header, cells, "arms", "Lead over the baseline as training goes on")
+        '<p class="small">Loss of the baseline minus that of each arm at the same step, in nats per token, mean over '
+        "seeds. If the lead shrinks, the arm has a head start and the baseline catches up.</p>"
+        + table(header, cells, "arms", "Lead over the baseline during training")
     )
 
 
 def _breakdown(summary: LossSummary, styles: dict[str, int]) -> str:
-    """Loss by kind of token and by position, and how near attention stays; nothing for runs that did not record it."""
+    """Loss by kind of token and by position, and attention to near tokens; empty for runs that did not record them."""
     header, rows = breakdown_table(summary)
     if not rows:
         return ""
@@ -223,8 +223,8 @@ def _breakdown(summary: LossSummary, styles: dict[str, int]) -> str:
         for row in rows
     ]
     return (
-        "<p>A token completes a seen pair if it and the token before it came after each other earlier in the same "
-        "window: what a model can copy from its context. In brackets: minus the baseline's.</p>"
+        "<p>A token completes a seen pair if the same two tokens, the one before it and itself, occur earlier in the "
+        "same window, so that a model can copy it from its context. In brackets: difference to the baseline.</p>"
         + table(header, cells, "arms", "Loss by kind of token")
         + _sources(summary, styles)
         + breakdown_figures(summary, styles)
@@ -236,12 +236,13 @@ def _sources(summary: LossSummary, styles: dict[str, int]) -> str:
     if not rows:
         return ""
     cells = [[f"{swatch(styles[arm])}{escape(arm)}", *(cell.replace("-", "−") for cell in row)] for arm, *row in rows]
-    told = "<p>The sources that are mixed, each by itself:</p>"
+    told = "<p>Loss on each source of the mixture:</p>"
     return told + table([escape(name) for name in header], cells, "arms", "Loss by source")
 
 
 def _sweep(summary: LossSummary) -> str:
-    """Which settings each arm was tried with, and whether its best lies where the grid ends; or nothing."""
+    """The settings that a sweep tried for each arm, with a note if the best is at the grid's edge; empty without a
+    sweep."""
     found = summary.get("sweep")
     if not found:
         return ""
@@ -255,17 +256,17 @@ def _sweep(summary: LossSummary) -> str:
         if entry["edges"]:
             names = ", ".join(entry["edges"])
             warnings.append(
-                f"`{arm}`: its best {names} is the last one tried on that side; a wider sweep may be better."
+                f"`{arm}`: its best {names} is at the edge of the grid; a wider sweep may find a better one."
             )
     text = (
-        f"Each arm was tried with every setting below for {found['steps']} steps with seed {found['seed']}, and goes "
-        "on with the one of the lowest loss on the validation split."
+        f"Each arm was tried with every setting below for {found['steps']} steps with seed {found['seed']}. The "
+        "comparison uses the setting with the lowest validation loss."
     )
     return f"<p>{text}</p>" + notes(warnings) + table(["arm", "settings", "loss"], rows, "arms", "Settings tried")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str, label: str) -> str:
-    """A table of HTML cells in its own scrolling box; the first cell of a row is its header."""
+    """A table of HTML cells in a box that scrolls; the first cell of each row is its header."""
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label, quote=True)}"><table class="{css}">'
@@ -285,7 +286,7 @@ def _arms(summary: LossSummary, styles: dict[str, int]) -> str:
     cells = []
     for row in rows:
         name = f'{swatch(styles[row[0]])}<span title="{escape(row[0], quote=True)}">{escape(row[0])}</span>'
-        # What qualifies a number goes under it, or the table gets too wide.
+        # Text that qualifies a number goes below it, or the table gets too wide.
         others = [re.sub(r" ((\(|±|of ).*)$", r"<small>\1</small>", escape(row[i].replace("-", "−"))) for i in keep[1:]]
         cells.append([name, *others])
     html = table([TABLE_HEADER[i] for i in keep], cells, "arms", "Numbers of every arm")
@@ -299,7 +300,7 @@ def _arms(summary: LossSummary, styles: dict[str, int]) -> str:
 
 
 def inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Pictures that need the trained models; what cannot be loaded becomes a note, not a failure of the report."""
+    """Pictures that need the trained models. A model that cannot be loaded becomes a note; the report goes on."""
     html = {"mixing": "", "kernels": ""}
     troubles: list[str] = []
     looked = 0
@@ -315,7 +316,7 @@ def inside(records: Sequence[Record], names: Sequence[str]) -> tuple[dict[str, s
             insight = look_inside(RunFolder(record.path).model_path(), record.info.get("probe") or [])
         except Exception as error:  # a checkpoint may be broken in any way
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            troubles.append(f"The model of `{name}` could not be pictured: {reason[0][:300]}")
+            troubles.append(f"The model of `{name}` could not be loaded and drawn: {reason[0][:300]}")
             continue
         html["mixing"] += embedding_figure(name, insight)
         html["kernels"] += kernel_figures(name, insight.kernels)
@@ -339,7 +340,7 @@ def _embedded(kind: str, data: bytes) -> str:
 
 
 def _player(path: Path) -> str:
-    """An audio player, for a file small enough to travel inside the page."""
+    """An audio player with the sound inside the page, if the file is small enough."""
     if not path.is_file() or path.stat().st_size > _EMBEDDED:
         return ""
     return f'<audio controls src="{_embedded("audio/wav", path.read_bytes())}"></audio>'
@@ -368,7 +369,7 @@ def _image_sample(folder: Path, sample: dict[str, Any]) -> str:
 
 
 def _file(folder: Path, sample: dict[str, Any]) -> Path:
-    """The sample's file; samples.json may not point outside the run folder."""
+    """The sample's file. Raises ValueError if samples.json points outside the run folder."""
     path = (folder / str(sample.get("file"))).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{sample.get('file')} is outside the run folder")
@@ -392,15 +393,15 @@ SAMPLE_RENDERERS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
 
 
 def shown(folder: Path, sample: dict[str, Any]) -> str:
-    """A sample of a run folder in its own form."""
+    """A sample of a run folder as HTML."""
     try:
         return SAMPLE_RENDERERS.get(str(sample.get("kind", "text")), _other_sample)(folder, sample)
-    except Exception as error:  # a file may be gone or broken, a library for pictures missing: the report goes on
+    except Exception as error:  # a missing file or library must not stop the report
         return _other_sample(folder, {**sample, "text": str(error)})
 
 
 def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
-    """Samples of every arm side by side, prompt by prompt; of each arm the first seed that has any."""
+    """Samples of every arm side by side, prompt by prompt, from the first seed of each arm that has samples."""
     found: dict[str, tuple[Record, list[dict[str, Any]]]] = {}
     for record in records:
         if record.arm not in found:
@@ -421,7 +422,7 @@ def _samples(records: Sequence[Record], styles: dict[str, int]) -> str:
                     f"{shown(record.path, sample)}</article>"
                 )
         html += f'<div class="samples">{cards}</div>'
-    intro = "Same prompts and same random seed for all arms; prompts in grey." if len(found) > 1 else "Prompts in grey."
+    intro = "All arms have the same prompts (grey) and random seed." if len(found) > 1 else "Prompts are grey."
     return html and f"<p>{intro}</p>{html}"
 
 
@@ -440,7 +441,7 @@ def setup(records: Sequence[Record], summary: Summary[Any]) -> str:
         parts.append(table(["arm", *map(escape, differing)], rows, "key", "Settings that differ between arms"))
     first = next(iter(settings.values()))
     seeds = sorted({record.seed for record in records})
-    # What is not set is left to the preset; the model's own configuration says what came of it.
+    # Settings that are not set come from the preset: the model's configuration has their values.
     common = {"seeds": ", ".join(map(str, seeds))}
     common |= {key: value for key, value in first.items() if key not in differing}
     pictured = next((r for r in records if r.arm != summary["baseline"] and r.usable), records[0])
@@ -461,7 +462,7 @@ def setup(records: Sequence[Record], summary: Summary[Any]) -> str:
 
 
 def _configuration(record: Record) -> dict[str, Any]:
-    """The resolved settings of a run's model, from its config.json; its sizes alone where there is none yet."""
+    """All settings of a run's model, from its config.json; only its sizes before that is written."""
     model = {key: value for key, value in (record.info.get("model") or {}).items() if key != "windows"}
     try:
         config = json.loads((RunFolder(record.path).model_path() / "config.json").read_text(encoding="utf-8"))
@@ -502,18 +503,18 @@ def _value(value: Any) -> str:
 
 
 _TERMS = """<dl class="terms">
-<dt>Loss</dt><dd>Mean negative log-likelihood in nats per token on held-out data, over a fixed set of windows that is
-the same for all arms. Bits per byte divide it by ln 2 and by the bytes a token stands for, so that vocabularies can be
-compared.</dd>
-<dt>Same-performance step</dt><dd>The first step at which an arm's held-out loss is at or below the final loss of the
+<dt>Loss</dt><dd>Validation loss: the mean negative log-likelihood in nats per token over a fixed set of validation
+windows, the same for all arms. Bits per byte are the loss divided by ln 2 and by the mean number of bytes per token, so
+that models with different vocabularies can be compared.</dd>
+<dt>Same-performance step</dt><dd>The first step at which an arm's validation loss is at or below the final loss of the
 baseline with the same seed, linearly interpolated between evaluations. The mean over seeds exists only if every seed
-got there.</dd>
+reaches it.</dd>
 <dt>Step speed-up</dt><dd>The baseline's number of steps divided by the mean same-performance step.</dd>
 <dt>Time speed-up</dt><dd>The baseline's training seconds divided by the arm's training seconds up to its
-same-performance step, each charged its own seconds per step. Evaluation, saving and sampling do not count.</dd>
-<dt>±</dt><dd>Sample standard deviation over seeds. “vs baseline” is the mean of the differences seed by seed, so what
-a seed does to both arms cancels. With one seed there is none. The 95 % interval is Student's t over those
-differences.</dd>
-<dt>FLOPs per token</dt><dd>Counted from the architecture, mixing included; the share in brackets is against the
-baseline. Of several arms the headline names the one with the fewest up to its same-performance step.</dd>
+same-performance step, both at the run's mean seconds per step. Evaluation, saving and sampling do not count.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds; there is none with one seed. “vs baseline” is the mean difference to
+the baseline with the same seed, so that effects of a seed on both arms cancel. The 95 % interval is Student's t over
+those differences.</dd>
+<dt>FLOPs per token</dt><dd>Counted from the architecture, mixing included; in brackets the change against the baseline.
+With several arms the headline names the one that needs the fewest FLOPs to its same-performance step.</dd>
 </dl>"""

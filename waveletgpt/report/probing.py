@@ -1,4 +1,4 @@
-"""What a trained model does inside: hidden states before and after mixing, and its kernels, as NumPy arrays.
+"""Inside a trained model: hidden states before and after mixing, and kernels, as NumPy arrays.
 
 Shapes: T tokens, E embedding, C mixed channels (the first C of E).
 """
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What one mixer gets and gives on a probe: `before` and `after`, both (T, E).
+    """Input (`before`) and output (`after`) of one mixer on a probe, both (T, E).
 
-    Where the site has heads, their channels lie as in `Mixer`: channel c of all heads, then c + 1.
+    If the site has heads, channels are in the order of `Mixer`: channel c of all heads, then channel c + 1.
     """
 
     place: str
-    """Such as "block 3" or "block 3, key"."""
+    """The site, such as "block 3" or "block 3, key"."""
     before: np.ndarray
     after: np.ndarray
     n_mixed: int
@@ -31,10 +31,10 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, learned or a wavelet's: `taps[j]` weighs the value j tokens ago."""
+    """A kernel, learned or of a wavelet: `taps[j]` is the weight of the value j tokens ago."""
 
     label: str
-    """Where it is if it is learned, else what it gives: "approximation" or "detail"."""
+    """The site of a learned kernel; for a wavelet "approximation" or "detail"."""
     window: int
     taps: np.ndarray
     learned: bool
@@ -42,7 +42,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Insight:
-    """What `look_inside` found; `mixed` is None for a model that does not mix or without a probe."""
+    """The result of `look_inside`; `mixed` is None without a probe or if the model does not mix."""
 
     mixed: Mixed | None
     kernels: list[Kernel]
@@ -52,11 +52,11 @@ class Insight:
 def look_inside(path: Path, probe: Sequence[int]) -> Insight:
     """Load a saved model and run it once on `probe` (token ids, cut to its context).
 
-    The hidden states are those of the middle block among those that mix. Where learned kernels differ by channel,
-    the middle channel of each window stands for it.
+    The hidden states are those of the middle one of the blocks that mix. If learned kernels differ by channel, the
+    result has the kernel of the middle channel of each window.
 
     Raises:
-        Exception: whatever loading raises for a broken checkpoint.
+        Exception: any that loading a broken checkpoint raises.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,7 +67,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # that a classifier's head is left out is meant
+    logging.set_verbosity_error()  # a classifier's head is left out on purpose
     try:
         ours = AutoConfig.from_pretrained(path).model_type == OURS
         model: Any = (WaveletGPTModel if ours else AutoModelForCausalLM).from_pretrained(path)
@@ -89,7 +89,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
             model(torch.tensor([ids]), use_cache=False)
     finally:
         hook.remove()
-    # (T, E), or (T, H, E) where there are heads.
+    # (T, E), or (T, H, E) with heads.
     before, after = (x[0].float().transpose(-2, -1).flatten(1) if x.ndim == 4 else x[0].float() for x in seen[0])
     return Insight(
         Mixed(place, before.numpy(), after.numpy(), mixer.n_mixed, mixer.windows), kernels, _decode(path, ids)
@@ -97,7 +97,7 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
 
 
 def _mixers(model: Any) -> list[tuple[str, Any]]:
-    """Mixers and where they are, the first of each block; that of the embedding where the blocks have none."""
+    """(site, mixer) for the first mixer of each block; for that of the embedding if the blocks have none."""
     if not hasattr(model, "blocks"):  # a model of transformers
         layers = [layer for layer in model.modules() if getattr(layer, "wavelet_mixing", None) is not None]
         return [(f"block {layer.wavelet_layer_idx + 1}", layer.wavelet_mixing) for layer in layers]
@@ -110,7 +110,7 @@ def _mixers(model: Any) -> list[tuple[str, Any]]:
 
 
 def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
-    """Kernels of (place, mixer) pairs; those of a wavelet are the same in every block, and shown once."""
+    """Kernels of (site, mixer) pairs. Those of a wavelet are the same in every block and appear once."""
     from waveletgpt.integrations.module import WaveletMixing
     from waveletgpt.model.mixer import WeightedSum
     from waveletgpt.model.mixing import FixedWavelet
@@ -133,7 +133,8 @@ def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:
 
 
 def _taps(mixer: Any) -> list[Any]:
-    """Weights of a mixer for each distinct window; of a gate g those of x + g (mean - x). Fixed means have none."""
+    """Weights of a mixer for each distinct window; for a gate g, the weights of x + g (mean - x). Fixed means have
+    none."""
     import torch
 
     if getattr(mixer, "kernels", None) != "gate":
@@ -146,20 +147,20 @@ def _taps(mixer: Any) -> list[Any]:
 
 
 def _decode(path: Path, ids: list[int]) -> str:
-    """The probe as text, or nothing where the run has no tokenizer (audio, images)."""
+    """The probe as text; "" if the run has no tokenizer (audio, images)."""
     from transformers import AutoTokenizer
 
     try:
         return str(AutoTokenizer.from_pretrained(path).decode(ids))
-    except Exception:  # any failure only costs the caption
+    except Exception:  # the caption is not worth a failure
         return ""
 
 
 def frequency_response(taps: np.ndarray, octaves: np.ndarray, averaged: int = 9) -> np.ndarray:
     """Gain in dB of a causal filter around frequencies of 2**octaves cycles per token (evenly spaced octaves).
 
-    Power is averaged over `averaged` frequencies within each point's share of the axis: a long filter has more lobes
-    near the highest frequencies than a picture has pixels. Never under -200 dB.
+    Power is averaged over `averaged` frequencies around each point, because a long filter has more lobes at high
+    frequencies than a picture has pixels. The least value is -200 dB.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""What summary.json holds, entry by entry, for both tasks; see `report.summary` for what the numbers mean."""
+"""The entries of summary.json for both tasks; `report.summary` says what the numbers mean."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, Generic, TypedDict, TypeVar
 from waveletgpt.runs.records import Breakdown, DataRecord, EnvironmentRecord
 
 Number = Any
-"""A number, or None (null in JSON) where it is not known. Not `float | None`: which numbers are known together a type
-checker cannot tell."""
+"""A number, or None (null in JSON) if it is not known. Not typed `float | None`, because a type checker cannot know
+which numbers are known together."""
 
 Arm = TypeVar("Arm", bound="ArmSummary")
 
 
 class SeedNumbers(TypedDict, total=False):
-    """A number over the seeds of an arm: mean, sample standard deviation, each; None where it is not known."""
+    """A number over the seeds of an arm: mean, sample standard deviation and one per seed; None if not known."""
 
     mean: Number
     std: Number
@@ -28,7 +28,7 @@ class Difference(SeedNumbers, total=False):
 
 
 class ReachedStep(TypedDict, total=False):
-    """When an arm had what the baseline ended with; `reached` counts the seeds that ever had."""
+    """The step at which an arm reaches the baseline's final value; `reached` counts the seeds that do."""
 
     mean: Number
     per_seed: list[float | None]
@@ -36,7 +36,7 @@ class ReachedStep(TypedDict, total=False):
 
 
 class ArmSummary(TypedDict, total=False):
-    """An arm of either task. The last four are missing in the baseline's."""
+    """An arm of either task. The baseline lacks the last four entries."""
 
     parameters: Number
     extra_parameters: Number
@@ -58,20 +58,20 @@ class LossArm(ArmSummary, total=False):
     mixing_flops_per_token: Number
     bits_per_byte: Number
     breakdown: Breakdown | None
-    # Missing in the baseline's
+    # The baseline lacks these
     final_nll_difference: Difference
     gap: dict[str, Number]
 
 
 class ScoreArm(ArmSummary, total=False):
-    """An arm of classifiers. Scores are shares, of `score` in `ScoreSummary`."""
+    """An arm of classifiers. Scores are between 0 and 1; `score` in `ScoreSummary` names their kind."""
 
     test: SeedNumbers
     validation: SeedNumbers
     best: SeedNumbers
     top5: SeedNumbers
     test_difference: Difference
-    """Missing in the baseline's."""
+    """The baseline lacks it."""
 
 
 class Summary(TypedDict, Generic[Arm], total=False):
@@ -92,7 +92,7 @@ class LossSummary(Summary[LossArm], total=False):
     """summary.json of language models."""
 
     sweep: dict[str, Any]
-    """Of a comparison whose arms were chosen by one; see `report.summary.with_sweep`."""
+    """Only if a sweep chose the arms' settings; see `report.summary.with_sweep`."""
 
 
 class ScoreSummary(Summary[ScoreArm], total=False):
@@ -104,6 +104,6 @@ class ScoreSummary(Summary[ScoreArm], total=False):
 
 
 def baseline_arm(summary: Summary[Arm]) -> Arm:
-    """What the summary has of the baseline; empty where nothing is compared."""
+    """The baseline's entry of the summary; empty if nothing is compared."""
     empty: Any = {}
     return summary["arms"].get(summary["baseline"] or "", empty)

@@ -2,8 +2,8 @@
 
     L(N, D) = E + A / N^a + B / D^b        Hoffmann et al. 2022, arXiv 2203.15556, approach 3
 
-N parameters, D tokens of training, L held-out loss in nats per token. E is what no model and no amount of data gets
-rid of; the other two terms are what this model, and this much data, still lack.
+N parameters, D tokens of training, L validation loss in nats per token. E is the loss that is left for any model and
+any amount of data. The other terms are the loss due to finite parameters and to finite data.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from scipy.optimize import least_squares, nnls
 
 __all__ = ["Law", "Point", "can_fit", "can_fit_tokens", "estimate", "fit_law", "fit_tokens", "retention"]
 
-# Where the Huber loss of log-losses turns from square to linear: Hoffmann et al., Appendix D.3.
+# The residual of log-losses at which the Huber loss turns from square to linear: Hoffmann et al., Appendix D.3.
 DELTA = 1e-3
 PARAMETERS = ("E", "A", "a", "B", "b")
 
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^a + B / D^b; with A = 0 a law of tokens alone, for one size of model."""
+    """L(N, D) = E + A / N^a + B / D^b. With A = 0 it is a law of tokens alone, for one size of model."""
 
     E: float
     A: float
@@ -35,11 +35,11 @@ class Law:
     b: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Loss after training a model of so many parameters on so many tokens, in nats per token."""
+        """Loss, in nats per token, of a model with `parameters` after training on `tokens`."""
         return float(self.E + self.A * parameters**-self.a + self.B * tokens**-self.b)
 
     def tokens_for(self, parameters: float, loss: float) -> float:
-        """Tokens after which a model of so many parameters has this loss; infinite where it never does."""
+        """Tokens after which a model with `parameters` has this loss; infinite if it never has."""
         lacking = loss - self.E - self.A * parameters**-self.a
         if not lacking > 0 or not self.B > 0 or not self.b > 0:
             return math.inf
@@ -49,7 +49,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Point:
-    """One rung of a ladder: a size of model trained on a number of tokens, by every arm, once per seed."""
+    """One rung of a ladder: a size of model trained on a number of tokens, with every arm and seed."""
 
     size: str
     parameters: float
@@ -57,33 +57,34 @@ class Point:
     compute: float
     """FLOPs of the baseline's training."""
     losses: Mapping[str, Mapping[int, float]]
-    """Arm -> seed -> final held-out loss."""
+    """Arm -> seed -> final validation loss."""
     throughput: Mapping[str, float] = field(default_factory=dict)
-    """Arm -> its tokens per second / the baseline's; 1 where it is not known."""
+    """Arm -> its tokens per second / the baseline's; 1 if not known."""
 
     def loss(self, arm: str) -> float | None:
-        """Mean over seeds; None where there is none."""
+        """Mean loss over seeds; None without runs."""
         values = list(self.losses.get(arm, {}).values())
         return float(np.mean(values)) if values else None
 
     def gap(self, arm: str, baseline: str) -> float | None:
-        """How far the arm is below the baseline, in nats, over the seeds that both have; None where there is none."""
+        """The baseline's loss minus the arm's, in nats, over the seeds that both have; None if they share none."""
         ours, theirs = self.losses.get(arm, {}), self.losses.get(baseline, {})
         seeds = [seed for seed in ours if seed in theirs]
         return float(np.mean([theirs[seed] - ours[seed] for seed in seeds])) if seeds else None
 
 
 def can_fit(points: Sequence[Point], arm: str) -> bool:
-    """Whether an arm's rungs tell all five parameters apart.
+    """Whether an arm's rungs determine all five parameters.
 
-    That takes three sizes and three numbers of tokens, for a power law with an offset has three parameters along each,
+    A power law with an offset has three parameters along each axis, so this takes three sizes, three numbers of tokens,
     and rungs that connect them: 3 x 3 is enough, 2 x 5 is not.
     """
     having = [point for point in points if point.losses.get(arm)]
     sizes, budgets = sorted({p.parameters for p in having}), sorted({p.tokens for p in having})
     if len(sizes) < 3 or len(budgets) < 3:
         return False
-    # The law is a sum of something of the size and something of the tokens: what such sums can tell apart is this rank.
+    # The law is a function of the size plus a function of the tokens. This rank is the number of independent values
+    # that the rungs give for such a sum.
     places = np.zeros((len(having), len(sizes) + len(budgets)))
     for row, point in zip(places, having, strict=True):
         row[sizes.index(point.parameters)] = row[len(sizes) + budgets.index(point.tokens)] = 1
@@ -91,28 +92,28 @@ def can_fit(points: Sequence[Point], arm: str) -> bool:
 
 
 def can_fit_tokens(points: Sequence[Point], arm: str) -> bool:
-    """Whether an arm's rungs, all of one size, tell E + A / N^a, B and b apart: three numbers of tokens do."""
+    """Whether an arm's rungs, all of one size, determine E + A / N^a, B and b. It takes three numbers of tokens."""
     return len({point.tokens for point in points if point.losses.get(arm)}) >= 3
 
 
 def fit_law(points: Sequence[Point], arm: str, start: Law | None = None) -> Law:
-    """The law of an arm's losses, each seed of each rung a measurement. See `can_fit` for what it takes.
+    """The law fitted to an arm's losses; each seed of each rung is a measurement. See `can_fit` for what it takes.
 
-    Minimises the Huber loss (delta 1e-3) of log L - log L(N, D) over E, log A, a, log B, b, from the best of a grid of
-    starts; or from `start` alone, less exactly: for the replicates of a bootstrap.
+    Minimises the Huber loss (delta 1e-3) of log L - log L(N, D) over E, log A, a, log B, b, from the best start of a
+    grid. With `start`, from that alone and less exactly, for bootstrap replicates.
     """
     return _fit(points, arm, True, start)
 
 
 def fit_tokens(points: Sequence[Point], arm: str, start: Law | None = None) -> Law:
-    """The law of tokens alone of an arm's losses at one size, found likewise. See `can_fit_tokens`."""
+    """The law of tokens alone, fitted in the same way to an arm's losses at one size. See `can_fit_tokens`."""
     return _fit(points, arm, False, start)
 
 
 def _fit(points: Sequence[Point], arm: str, sized: bool, start: Law | None) -> Law:
     rows = [(p.parameters, p.tokens, loss) for p in points for loss in p.losses.get(arm, {}).values()]
     parameters, tokens, losses = (np.log(np.array(column, dtype=float)) for column in zip(*rows, strict=True))
-    # Around the middle of the rungs, so that A and a (B and b) can be moved one without the other.
+    # Centre the axes at the middle of the rungs, so that the fit can change A without a, and B without b.
     centre_n, centre_d = float(parameters.mean()), float(tokens.mean())
     n, d = parameters - centre_n, tokens - centre_d
     # Terms of the sum: exp(base - slope * x) with x = 0 for E.
@@ -174,7 +175,7 @@ def _fit(points: Sequence[Point], arm: str, sized: bool, start: Law | None) -> L
 
 
 def _starts(losses: np.ndarray, axes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Values to begin a fit with: a grid of E and exponents, each with the A and B that suit it best."""
+    """Starting values of a fit: a grid of E and exponents, each with the best A and B for it."""
     starts = []
     for share in (0.2, 0.5, 0.8, 0.95):
         for slopes in itertools.product((0.1, 0.3, 0.6, 1.0), repeat=len(axes)):
@@ -186,12 +187,12 @@ def _starts(losses: np.ndarray, axes: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def multiplier(law: Law, point: Point, arm: str, baseline: str) -> float | None:
-    """How many times as many tokens the baseline of the same size needs for the arm's loss; None without a loss.
+    """Factor by which the baseline of the same size needs more tokens for the arm's loss; None without a loss.
 
-    This is the way of training the same model for longer: it asks the law only along the tokens, mostly between
-    rungs that were measured, while the way over the best size for each compute would leave the sizes of the ladder.
-    The law is moved so that it goes through the baseline's own loss at the rung: then its misfit there is not taken for
-    a gain, and what a seed does to both arms cancels. Infinite where the baseline of this size never gets there.
+    It compares with training the same model for longer, so that the law is used along the tokens only, mostly between
+    measured rungs. With the best size for each compute instead, the law would be used at sizes outside the ladder.
+    The law is shifted to go through the baseline's loss at the rung. So its error there does not count as a gain, and
+    effects of a seed on both arms cancel. Infinite if the baseline of this size never reaches the loss.
     """
     gap = point.gap(arm, baseline)
     if gap is None:
@@ -201,10 +202,10 @@ def multiplier(law: Law, point: Point, arm: str, baseline: str) -> float | None:
 
 
 def retention(points: Sequence[Point], arm: str, baseline: str) -> float | None:
-    """What is left of the gap when the tokens are ten times as many: gap(10 D) / gap(D), the same for all sizes.
+    """Share of the gap that is left with ten times as many tokens, gap(10 D) / gap(D), the same for all sizes.
 
-    Slope of log gap over log10 tokens, each size with a level of its own. None where no size has two numbers of tokens,
-    or where some gap is not positive: then the arm does not lead, and there is nothing to retain.
+    It follows from the slope of log gap over log10 tokens, with a separate level for each size. None if no size has two
+    numbers of tokens, or if a gap is not positive: then there is no lead to retain.
     """
     rows = [(p.size, p.tokens, gap) for p in points if (gap := p.gap(arm, baseline)) is not None]
     if any(not gap > 0 for _, _, gap in rows):
@@ -222,15 +223,15 @@ def retention(points: Sequence[Point], arm: str, baseline: str) -> float | None:
 
 
 def trend(rows: Sequence[tuple[float, float, float]]) -> dict[str, float | None]:
-    """By which factor a multiplier changes, from (parameters, tokens, multiplier) of rungs.
+    """The factor by which a multiplier changes, from (parameters, tokens, multiplier) of rungs.
 
-    Least squares of log multiplier over log parameters and log tokens. Over compute alone the two would be mixed: a
-    lead that is lost along the tokens looks lasting as soon as larger models are in the picture.
+    Least squares of log multiplier over log parameters and log tokens. A fit over compute alone would not separate the
+    two: a lead that shrinks with more tokens could seem to last because larger models are among the rungs.
 
     Returns:
-        "tokens": when they are ten times as many at the same size. "parameters": when they are, at the same tokens.
-        "compute": when it is ten times as much, and both have the same share of that, or the one of them that varies.
-        None for what does not vary, or not apart from the other, and for all where a multiplier is infinite.
+        The factor for ten times the "tokens" at the same size, for ten times the "parameters" at the same tokens, and
+        for ten times the "compute", shared equally between the two or, if only one varies, due to that one. None if
+        the quantity does not vary, or only together with the other; all None if a multiplier is infinite.
     """
     found: dict[str, float | None] = {"tokens": None, "parameters": None, "compute": None}
     if not rows or any(not math.isfinite(worth) or not worth > 0 for _, _, worth in rows):
@@ -255,9 +256,9 @@ Estimates = dict[Key, dict[str, Any]]
 def _values(
     points: Sequence[Point], at: Sequence[Point], baseline: str, laws: Mapping[Key, Law] | None, by_size: bool = True
 ) -> Values:
-    """All that a ladder tells, from `points`; multipliers at the rungs `at`. `laws`: to begin the fits with.
+    """All estimates from `points`, with multipliers at the rungs `at`. The fits start from `laws`.
 
-    `by_size`: also what is told of each size alone. Keys: ("law", arm, name), ("size law", arm, size, name),
+    `by_size` adds the estimates of each size alone. Keys: ("law", arm, name), ("size law", arm, size, name),
     ("gap", arm, index), ("tokens", arm, index), ("compute", arm, index), ("retention", arm), ("retention", arm, size),
     ("trend", arm, "tokens" | "parameters" | "compute"); index is that of a rung in `at`.
     """
@@ -304,14 +305,14 @@ def _laws(values: Values) -> dict[Key, Law]:
 
 
 def estimate(points: Sequence[Point], baseline: str, replicates: int = 100, seed: int = 0) -> Estimates:
-    """All that a ladder tells: value and 95 % interval of laws, gaps, multipliers, retention and trend.
+    """All estimates of a ladder: value and 95 % interval of laws, gaps, multipliers, retention and trend.
 
-    Multipliers are read off the baseline's law of sizes and tokens where there is one, else off its law of tokens at
-    the rung's size. Intervals are percentiles of a bootstrap over rungs and, in each of them, over seeds, the same for
-    all arms. Rungs are drawn only where enough of them are left for what is asked; one seed has no spread.
+    Multipliers come from the baseline's law of sizes and tokens if there is one, else from its law of tokens at the
+    rung's size. Intervals are percentiles of a bootstrap over rungs and, within each rung, over seeds; all arms have
+    the same draws. Rungs are drawn only if the laws can still be fitted; with one seed there is no spread over seeds.
 
     Args:
-        replicates: of the bootstrap; Hoffmann et al. take 100.
+        replicates: number of bootstrap replicates; Hoffmann et al. use 100.
 
     Returns:
         Keys as in `_values` -> {"value": number, None or infinity, "ci95": (low, high) or None}.
@@ -325,9 +326,9 @@ def estimate(points: Sequence[Point], baseline: str, replicates: int = 100, seed
     for _ in range(replicates if drawable or many_seeds else 0):
         again = [_redrawn(point, random) for point in points]
         chosen = _some(again, baseline, random) if drawable else again
-        # Of a drawn ladder one size alone has too few rungs left.
+        # In a drawn ladder a single size has too few rungs left.
         replicate = _values(chosen, again, baseline, laws, by_size=not drawable)
-        if not many_seeds:  # nothing was drawn for them
+        if not many_seeds:  # without several seeds nothing was drawn for them
             replicate = {key: value for key, value in replicate.items() if key[0] != "gap"}
         drawn.append(replicate)
     return {
@@ -336,7 +337,7 @@ def estimate(points: Sequence[Point], baseline: str, replicates: int = 100, seed
 
 
 def _redrawn(point: Point, random: np.random.Generator) -> Point:
-    """The rung with its seeds drawn again, with replacement, the same for all arms."""
+    """The rung with seeds drawn with replacement, the same ones for all arms."""
     seeds = sorted({seed for losses in point.losses.values() for seed in losses})
     picked = [seeds[i] for i in random.integers(len(seeds), size=len(seeds))] if seeds else []
     losses = {
@@ -347,7 +348,7 @@ def _redrawn(point: Point, random: np.random.Generator) -> Point:
 
 
 def _some(points: Sequence[Point], baseline: str, random: np.random.Generator, tries: int = 50) -> list[Point]:
-    """As many rungs drawn with replacement, such that every law that could be fitted still can."""
+    """The same number of rungs, drawn with replacement so that every law that could be fitted still can be."""
     arms = [arm for arm in dict.fromkeys(arm for p in points for arm in p.losses) if can_fit(points, arm)]
     for _ in range(tries):
         chosen = [points[i] for i in random.integers(len(points), size=len(points))]
@@ -357,7 +358,7 @@ def _some(points: Sequence[Point], baseline: str, random: np.random.Generator, t
 
 
 def _interval(value: float | None, drawn: Sequence[float | None]) -> tuple[float, float] | None:
-    """2.5 and 97.5 % of the replicates; None where most have no value."""
+    """The 2.5 and 97.5 % percentiles of the replicates; None if most have no value."""
     known = [d for d in drawn if d is not None]
     if value is None or len(known) < 20 or len(known) < len(drawn) / 2:
         return None

@@ -1,17 +1,17 @@
-"""Run folders -> how much sooner each arm learned: the numbers in summary.json, and curves.csv. No torch, no plots.
+"""Run folders -> summary.json (how much sooner each arm learned) and curves.csv. No torch, no plots.
 
-An *arm* is one setting of the model; it is trained once per *seed*. The *baseline* is one of the arms.
+An *arm* is one setting of the model, trained once per *seed*. The *baseline* is one of the arms.
 
-    target                  the final held-out loss of the baseline with the same seed
-    same-performance step   the first step at which an arm's held-out loss is at or below that target, linearly
+    target                  the final validation loss of the baseline with the same seed
+    same-performance step   the first step at which an arm's validation loss is at or below that target, linearly
                             interpolated between evaluations
     step speed-up           the baseline's steps / mean same-performance step over the seeds
-    time speed-up           the same ratio in training seconds, each run charged its own seconds per step
-                            (evaluation, saving and sampling excluded)
+    time speed-up           the same ratio in training seconds, at each run's mean seconds per step (without evaluation,
+                            saving and sampling)
 
-A mean over seeds exists only where every seed has the number: a seed that never reaches the target makes the arm's
-mean and its speed-ups null, because the mean of the others would flatter the arm. With one seed a standard deviation
-is unknown, hence null, not 0.
+A mean over seeds exists only if every seed has the number. If a seed never reaches the target, the arm's mean and
+speed-ups are null, because the mean of the other seeds would flatter the arm. With one seed the standard deviation is
+unknown, so it is null, not 0.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ __all__ = [
 
 SCHEMA = 1
 
-# Recipe keys that may differ between the seeds of one arm: where and how a run was made, not what was trained.
+# Recipe keys that may differ between the seeds of one arm, because they do not change what is trained.
 _INCIDENTAL = {
     "seed", "data", "device", "training.threads", "training.workers", "training.keep_checkpoints", "source.cache_dir",
     "source.data_dir",
@@ -76,7 +76,7 @@ def same_performance_step(curve: Sequence[tuple[float, float]], target: float) -
         target: the loss to reach, in nats.
 
     Returns:
-        The step, not rounded, or None where the curve never gets there (or `target` is not finite).
+        The step, not rounded, or None if the curve never reaches the target (or `target` is not finite).
     """
     if not math.isfinite(target):
         return None
@@ -103,7 +103,7 @@ def interpolate(curve: Sequence[tuple[float, float]], x: float) -> float | None:
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder read once. `usable`: finished with a finite loss, so that its numbers count."""
+    """The content of a run folder. Its numbers count if it is `usable`: finished with a finite loss."""
 
     arm: str
     seed: int
@@ -113,7 +113,7 @@ class Record:
 
     @property
     def curve(self) -> list[tuple[float, float, float]]:
-        """(step, training seconds, held-out loss) for every evaluation."""
+        """(step, training seconds, validation loss) for every evaluation."""
         return [(row["step"], row["seconds"], _float(row["nll"])) for row in self.metrics if "nll" in row]
 
     @property
@@ -122,7 +122,7 @@ class Record:
 
     @property
     def final_nll(self) -> float:
-        """The reported final loss; the last evaluation where the result is not written. NaN where there is neither."""
+        """The final loss of the result or, before that is written, of the last evaluation. NaN without either."""
         value = (self.info.get("result") or {}).get("final_nll")
         return _float(value) if value is not None else (self.losses[-1][1] if self.losses else math.nan)
 
@@ -142,7 +142,7 @@ class Record:
 
     @property
     def was_disturbed(self) -> bool:
-        """Whether the mean speed is over 15 % below the median one."""
+        """Whether the mean speed is more than 15 % below the median speed."""
         result = self.info.get("result") or {}
         tokens, seconds, median = (_float(result.get(key)) for key in ("tokens", "seconds", "tokens_per_second"))
         return seconds > 0 and tokens / seconds < 0.85 * median
@@ -155,8 +155,8 @@ class Record:
 def read_records(runs: Iterable[RunFolder]) -> list[Record]:
     """Read run folders, grouped by arm in the order given, seeds ascending.
 
-    Runs that share an arm's name but not its recipe, or not even the seed, are different arms: each then gets its
-    folder's name too.
+    Runs with the same arm name but different recipes, or with the same name and seed, are different arms. The name of
+    their folder is then added to the arm's.
 
     Raises:
         UserError: if a folder cannot be read, is named twice, or the runs cannot be compared (see `check_comparable`).
@@ -165,7 +165,7 @@ def read_records(runs: Iterable[RunFolder]) -> list[Record]:
     for run in runs:
         info = run.info
         if any(record.path.resolve() == run.path.resolve() for record in records):
-            raise UserError(f"run folder {run.path} is named twice")
+            raise UserError(f"run folder {run.path} is named twice: name it once")
         records.append(Record(str(info.get("arm") or run.path.name), int(info.get("seed") or 0), run.path, info,
                               run.metrics()))  # fmt: skip
     by_arm: dict[str, list[Record]] = {}
@@ -187,7 +187,7 @@ def read_records(runs: Iterable[RunFolder]) -> list[Record]:
 
 
 def check_comparable(records: Sequence[Record]) -> None:
-    """Losses can be compared only on the same held-out windows of the same data.
+    """Check that all runs have the same validation windows of the same data, so that their losses can be compared.
 
     Raises:
         UserError: naming the two runs and what differs.
@@ -202,13 +202,13 @@ def check_comparable(records: Sequence[Record]) -> None:
 
 
 def data_of(info: RunRecord) -> str:
-    """What tells a run's data from other data; not its name, for one folder can be called in several ways."""
+    """Text that identifies a run's data. It is not the name, because one folder can have several names."""
     data = info.get("data") or {}
     return f"fingerprint {data.get('fingerprint')}, {data.get('vocab_size')} tokens in vocabulary"
 
 
 def windows_of(info: RunRecord) -> str:
-    """The settings that decide on which held-out windows a run is measured."""
+    """The settings that determine the validation windows of a run."""
     windows = {
         key: value
         for key, value in flatten(info.get("recipe") or {}).items()
@@ -230,16 +230,16 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(info: RunRecord) -> dict[str, Any]:
-    """The flattened recipe, without settings that do not change the training (seed, folders, flags).
+    """The flattened recipe, without the seed and settings that do not change the training (folders, flags).
 
-    Settings that are None are left out, too, because runs of earlier versions lack settings that came later.
+    Settings that are None are left out too, because runs of earlier versions lack newer settings.
     """
     recipe = flatten(info.get("recipe") or {})
     return {key: value for key, value in recipe.items() if key not in _INCIDENTAL and value is not None}
 
 
 def _training_of(info: RunRecord) -> dict[str, Any]:
-    """`settings_of`, with the batch of all processes together in place of their shares."""
+    """`settings_of`, with the batch of all processes together instead of the batch of each."""
     settings = settings_of(info)
     dealt = [settings.pop(key, 1) for key in ("batch_size", "training.accumulation")]
     return {**settings, "sequences": math.prod([*dealt, (info.get("environment") or {}).get("processes", 1)])}
@@ -248,8 +248,8 @@ def _training_of(info: RunRecord) -> dict[str, Any]:
 def summarize(runs: Iterable[RunFolder], baseline: str | None) -> LossSummary:
     """Numbers of all arms against the baseline: the content of summary.json.
 
-    Only finished runs with a finite loss count, and of an arm only the seeds that the baseline has too (all of its
-    own where there is no baseline); `notes` says what was left out, and what else a reader should know.
+    Only finished runs with a finite loss count and, with a baseline, only seeds that the baseline has too. `notes`
+    says which runs were left out, and what else a reader should know.
 
     Args:
         runs: run folders in the order in which the arms are to appear.
@@ -262,7 +262,7 @@ def summarize(runs: Iterable[RunFolder], baseline: str | None) -> LossSummary:
 
 
 def summarize_records(records: Sequence[Record], baseline: str | None) -> LossSummary:
-    """`summarize` for runs that are read already."""
+    """`summarize` for runs that have been read."""
     return {**assemble(records, baseline, _arm_numbers, _against, early=True)}
 
 
@@ -274,14 +274,15 @@ def assemble(
     *,
     early: bool,
 ) -> Summary[Arm]:
-    """The frame of every summary: which runs count, what is said of each arm and of it against the baseline, notes.
+    """The summary of any task: selects the runs that count, and collects the numbers of each arm and the notes.
 
     Args:
-        numbers: of an arm's run.json and its runs that count; against: of those runs and the baseline's by seed.
-        early: whether to warn where the baseline had its final loss long before its end.
+        numbers: (run.json of an arm, its runs that count) -> the arm's entry.
+        against: (those runs, seed -> the baseline's run) -> the part of the entry that compares them.
+        early: whether to warn if the baseline had its final loss long before its end.
     """
     if not records:
-        raise UserError("there is no run to summarize")
+        raise UserError("there is no run to summarize: name run folders, or a folder with runs")
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record.arm, []).append(record)
@@ -336,7 +337,7 @@ def _arm_numbers(info: RunRecord, counted: Sequence[Record]) -> LossArm:
 
 
 def _mean_breakdown(found: Sequence[Breakdown | None]) -> Breakdown | None:
-    """Mean over seeds of `runs.breakdown.break_down`; None where a run has none, as those of earlier versions."""
+    """Mean over seeds of `runs.breakdown.break_down`; None if a run lacks it, as runs of earlier versions do."""
     if not found or any(entry is None for entry in found):
         return None
     parts = [entry for entry in found if entry is not None]
@@ -369,10 +370,10 @@ def _mean_breakdown(found: Sequence[Breakdown | None]) -> Breakdown | None:
 
 @dataclass(frozen=True)
 class Measure:
-    """What arms are compared by; of runs that are usable.
+    """The quantity by which arms are compared, as functions of a usable run.
 
-    `curve` is (step, value) in order of step, lower is better; `target` what the others have to reach, of a run of the
-    baseline; `final` the value that is reported.
+    `curve`: (step, value) in order of step, lower is better. `target`: of a run of the baseline, the value that other
+    arms have to reach. `final`: the value that is reported.
     """
 
     curve: Callable[[Record], Sequence[tuple[float, float]]]
@@ -384,10 +385,10 @@ LOSS = Measure(lambda r: r.losses, lambda r: r.losses[-1][1], lambda r: r.final_
 
 
 def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measure) -> tuple[ArmSummary, Difference]:
-    """How an arm's runs stand against the baseline's of the same seed.
+    """Compare an arm's runs with the baseline's of the same seeds.
 
     Returns:
-        What `ArmSummary` has of it, and the difference in the final value.
+        The entries of `ArmSummary` for the comparison, and the difference in the final value.
     """
     reached = [same_performance_step(measure.curve(r), measure.target(base[r.seed])) if base else None for r in counted]
     mean_step = mean(reached)
@@ -417,20 +418,20 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
 
 
 def _against(counted: Sequence[Record], base: dict[int, Record]) -> LossArm:
-    """The part of an arm's numbers that compares its loss, seed by seed, with the baseline's."""
+    """The entries that compare an arm's loss with the baseline's of the same seeds."""
     numbers, difference = compared(counted, base, LOSS)
     return {**numbers, "final_nll_difference": difference, "gap": _gap(counted, base)}
 
 
 GAP_AT = {"quarter": 0.25, "half": 0.5, "end": 1.0}
-"""Shares of the baseline's steps at which `gap` looks."""
+"""Shares of the baseline's steps at which `gap` is measured."""
 
 
 def _gap(counted: Sequence[Record], base: dict[int, Record]) -> dict[str, float | None]:
-    """How much lower an arm's loss is than the baseline's at the same step, in nats, as training goes on.
+    """The baseline's loss minus an arm's at the same step, in nats, at several times of training.
 
-    Mean over the seeds that have both, linear between evaluations; None where an arm ended before. A lead that shrinks
-    from `quarter` to `end` is a head start; one that stays is more than that.
+    Mean over the seeds that both have, linear between evaluations; None if an arm ended before. A lead that shrinks
+    from `quarter` to `end` is only a head start.
     """
     gaps: dict[str, float | None] = {}
     for name, share in GAP_AT.items():
@@ -452,7 +453,7 @@ def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> li
             )
             notes.append(f"`{name}` seed {record.seed} {stands}, so it does not count{tail}")
         elif not record.usable:
-            notes.append(f"`{name}` seed {record.seed} has no finite held-out loss, so it does not count{tail}")
+            notes.append(f"`{name}` seed {record.seed} has no finite validation loss, so it does not count{tail}")
         elif base and record.seed not in base:
             notes.append(f"`{name}` seed {record.seed} does not count: the baseline has no finished run of this seed.")
     missing = sorted(set(base) - {record.seed for record in group})
@@ -462,19 +463,19 @@ def _left_out(name: str, group: Sequence[Record], base: dict[int, Record]) -> li
 
 
 def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[int, Record], seeds: int) -> list[str]:
-    """What a reader has to know before believing the speed-ups."""
+    """What a reader should know before trusting the speed-ups."""
     notes = []
     if seeds == 1 and len(arms) > 1:
-        notes.append("One seed only: nothing here says how much of a difference is chance.")
+        notes.append("One seed only: how much of a difference is chance is unknown.")
     early = [s for r in base.values() if (s := same_performance_step(r.losses, r.losses[-1][1])) and s < 0.95 * r.steps]
     if early and len(arms) > 1:
         step, steps = statistics.fmean(early), max(r.steps for r in base.values())
         notes.append(
-            f"The baseline `{baseline}` had its own final loss first at step {step:.0f} of {steps} and then gained "
-            f"nothing: counted to there, the speed-ups would be {100 * (1 - step / steps):.0f} % smaller."
+            f"The baseline `{baseline}` reached its final loss at step {step:.0f} of {steps} and gained nothing after "
+            f"that. Counted to there, the speed-ups would be {100 * (1 - step / steps):.0f} % smaller."
         )
     everyone = [r for group in arms.values() for r in group if r.usable]
-    # A batch of another size makes a step something else; the ratio of steps then says little.
+    # With batches of different sizes, steps are not the same amount of training, and their ratio says little.
     sizes = {r.arm: r.tokens_per_step for r in everyone if r.tokens_per_step}
     if len({round(size) for size in sizes.values()}) > 1:
         text = ", ".join(f"`{arm}` {size:.0f}" for arm, size in sizes.items())
@@ -489,14 +490,14 @@ def _warnings(arms: dict[str, list[Record]], baseline: str | None, base: dict[in
     at_once = max(map(_at_once, everyone), default=1)
     if at_once > 1:
         notes.append(
-            f"Up to {at_once} runs at once shared the machine and slowed each other down: believe the steps; time "
+            f"Up to {at_once} runs at once shared the machine and slowed each other down: trust the steps; time "
             "speed-ups mean little."
         )
-    # The median over the logging intervals is what the machine can do; a mean far below it shared it with other work.
+    # The median over the logging intervals is the speed of the machine alone. A mean far below it is due to other work.
     busy = dict.fromkeys(r.arm for r in everyone if r.was_disturbed)
     if busy:
         names = ", ".join(f"`{arm}`" for arm in busy)
-        notes.append(f"The machine was busy with other things at times ({names}): believe the steps, not the seconds.")
+        notes.append(f"The machine was busy with other work at times ({names}): trust the steps, not the seconds.")
     return notes
 
 
@@ -518,7 +519,7 @@ def _float(value: Any) -> float:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean, or None where there is no value or one is missing."""
+    """The mean, or None if there is no value or one is missing."""
     present = [float(v) for v in values if v is not None and math.isfinite(v)]
     return statistics.fmean(present) if present and len(present) == len(values) else None
 
@@ -539,7 +540,7 @@ CSV_HEADER = ("arm", "seed", "step", "tokens", "seconds", "split", "loss")
 def curves_csv(runs: Iterable[RunFolder] | Sequence[Record], scores: Sequence[str] = ()) -> str:
     """All curves as CSV: arm, seed, step, tokens, training seconds, split (train or validation), loss in nats.
 
-    `scores` are more columns: what evaluations measured besides the loss, by name.
+    `scores` names more columns: other measures of the evaluations than the loss.
     """
     items = list(runs)
     records = [r for r in items if isinstance(r, Record)] or read_records(r for r in items if isinstance(r, RunFolder))
@@ -559,13 +560,13 @@ SWEEP_FILE = "sweep.json"
 
 
 def sweep_folder(out: str | Path) -> Path:
-    """Where the trials of a sweep for a comparison in `out` lie, and the record of what was chosen."""
+    """The folder with the trials of a sweep for the comparison in `out`, and the record of the choice."""
     return Path(out).with_name(Path(out).name + "-sweep")
 
 
 def with_sweep(summary: LossSummary, out: str | Path) -> LossSummary:
-    """The summary, with "sweep": {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}} if the arms
-    of the comparison in `out` were chosen by a sweep. A record of other arms or other data is left out: it is of an
+    """The summary, with "sweep": {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}} if a sweep
+    chose settings for the comparison in `out`. A record of other arms or other data is ignored: it is left from an
     earlier comparison."""
     try:
         found = json.loads((sweep_folder(out) / SWEEP_FILE).read_text(encoding="utf-8"))

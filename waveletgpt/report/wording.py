@@ -1,4 +1,4 @@
-"""The numbers of summary.json in words: sentences and tables for terminals, Markdown and the report."""
+"""The numbers of summary.json as sentences and tables, for terminals, Markdown and the report."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from waveletgpt.runs.records import SourceLoss
 
 
 def arm_sentence(summary: LossSummary, name: str) -> str:
-    """One sentence on how an arm did against the baseline, in plain words; arm names stand in backticks."""
+    """One sentence that compares an arm with the baseline. Arm names are in backticks."""
     arm, base = summary["arms"][name], baseline_arm(summary)
     seeds = len(arm["seeds"])
     loss = arm["final_nll"]["mean"]
     if not seeds or loss is None:
-        return f"`{name}` has no finished run to count."
+        return f"`{name}` has no finished run."
     if not base or name == summary["baseline"] or not base["seeds"]:
         return f"`{name}` ended at {loss:.3f} nats per token after {arm['steps']} steps; {plural(seeds, 'seed')}."
     same = arm["same_performance_step"]
@@ -33,22 +33,22 @@ def arm_sentence(summary: LossSummary, name: str) -> str:
             f"it ended {gap}; {plural(seeds, 'seed')}."
         )
     text = f"`{name}` reached the baseline's final loss {target:.3f} after {same['mean']:.0f} of {steps} steps"
-    if arm["step_speedup"] is not None:  # None where it was there before the first step
+    if arm["step_speedup"] is not None:  # None if the arm was there before the first step
         text += f": {_times(arm['step_speedup'], 'fewer steps', 'more steps', 'as many steps')}"
     if arm["time_speedup"] is not None:
         text += f", {_times(arm['time_speedup'], 'less time', 'more time', 'the same time')}"
     text += f"; {plural(seeds, 'seed')}"
     ci = difference["ci95"]
     if ci is not None and abs(difference["mean"]) <= ci:
-        text += ", and the difference in final loss is within what seeds differ by chance"
+        text += ", and the difference in final loss may be chance between seeds"
     return text + "."
 
 
 def best_arm(summary: LossSummary) -> str | None:
-    """The arm that takes the least computation to the baseline's final loss: its steps times its FLOPs per token.
+    """The arm that reaches the baseline's final loss with the least compute: steps times FLOPs per token.
 
-    Steps alone would praise a larger model, seconds depend on what else the machine did. Batches are taken to be of one
-    size. None where no arm gets there.
+    Steps alone would favour larger models, and seconds depend on other work on the machine. All batches count as
+    equally large. None if no arm gets there.
     """
     arms = summary["arms"]
     costs = {
@@ -60,7 +60,7 @@ def best_arm(summary: LossSummary) -> str | None:
 
 
 def headline_arm(summary: LossSummary) -> str | None:
-    """The arm that the headline is about; None where it is about all of them."""
+    """The arm that the headline is about; None if it is about all arms."""
     arms, baseline = summary["arms"], summary["baseline"]
     others = [name for name in arms if name != baseline and arms[name]["seeds"]]
     if best_arm(summary) is not None:
@@ -71,7 +71,7 @@ def headline_arm(summary: LossSummary) -> str | None:
 
 
 def headline(summary: LossSummary) -> str:
-    """The result in one sentence: of the arm that gets there with the least computation, or that none got there."""
+    """One sentence on the arm of `best_arm`, or on all arms if none reached the baseline's final loss."""
     arms, name = summary["arms"], headline_arm(summary)
     others = sum(bool(arm["seeds"]) for other, arm in arms.items() if other != summary["baseline"])
     if name is None:
@@ -80,7 +80,7 @@ def headline(summary: LossSummary) -> str:
             f"None of {others} arms reached the baseline's final loss {target:.3f} with all of their seeds in "
             f"{summary['steps']} steps."
         )
-    # The best of many is partly luck, so the reader is told how many there were.
+    # The best of many arms is partly luck, so say how many there were.
     chosen = f"; best of {others} arms" if others > 1 and name == best_arm(summary) else ""
     return f"{arm_sentence(summary, name)[:-1]}{chosen}."
 
@@ -121,7 +121,7 @@ TABLE_HEADER = [
 
 
 def summary_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of short strings, one row per arm: for a terminal, Markdown, or the report."""
+    """(header, rows) of short strings, one row per arm, for a terminal, Markdown or the report."""
     base = baseline_arm(summary)
     rows = []
     for name, arm in summary["arms"].items():
@@ -155,7 +155,7 @@ def summary_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
 
 
 def gap_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): how far each arm is below the baseline, in nats, as training goes on; no rows without any."""
+    """(header, rows): the lead of each arm over the baseline, in nats, during training; no rows without a lead."""
     rows = []
     for name, arm in summary["arms"].items():
         gap = arm.get("gap") or {}
@@ -166,8 +166,8 @@ def gap_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
 
 
 def breakdown_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): loss on tokens that complete a pair seen before in the context and on the others, each with the
-    difference to the baseline, and how much attention stays near; no rows where no run recorded it."""
+    """(header, rows): loss on tokens that complete a pair seen earlier in the context and on the other tokens, with the
+    differences to the baseline, and the share of attention to near tokens; no rows if no run recorded them."""
     base = baseline_arm(summary).get("breakdown")
     rows = []
     for name, arm in summary["arms"].items():
@@ -212,7 +212,7 @@ def sources_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown_table(summary: LossSummary) -> str:
-    """`summary_table` as Markdown, without columns that say nothing."""
+    """`summary_table` as Markdown, without empty columns."""
     header, rows = summary_table(summary)
     keep = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
     cells = [[row[i].replace("|", "\\|") for i in keep] for row in rows]
@@ -221,7 +221,7 @@ def markdown_table(summary: LossSummary) -> str:
 
 
 def plus_minus(value: SeedNumbers, *, sign: bool = False) -> str:
-    """{"mean", "std"} as "1.523 ± 0.004"; without the second part where it is unknown."""
+    """{"mean", "std"} as "1.523 ± 0.004", or as "1.523" if the deviation is unknown."""
     if value.get("mean") is None:
         return "–"
     text = f"{value['mean']:+.3f}" if sign else f"{value['mean']:.3f}"

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """Shows step, loss, held-out loss, tokens per second and the time left."""
+    """Shows step, loss, validation loss, tokens per second and the time left."""
 
     def __init__(self, trainer: Any, arm: str, seed: int):
         from rich.console import Console
@@ -46,7 +46,7 @@ class ProgressBar(TrainerCallback):
                 left = (state.max_steps - state.global_step) * self.trainer.tokens_per_step / rate
                 self.figures["left"] = f"{left / 60:.1f} min"
         if "eval_loss" in logs:
-            self.figures["held out"] = f"{logs['eval_loss']:.3f}"
+            self.figures["validation"] = f"{logs['eval_loss']:.3f}"
         self._show(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -218,7 +218,7 @@ class Recorder(TrainerCallback):
             row = {"nll": logs["eval_loss"], **{name: logs[f"eval_{name}"] for name in self.trainer.task.measures}}
             if not math.isfinite(logs["eval_loss"]):
                 raise Diverged(
-                    f"the held-out loss became {logs['eval_loss']} at step {state.global_step}; "
+                    f"the validation loss became {logs['eval_loss']} at step {state.global_step}; "
                     f"try a lower `lr` than {self.trainer.recipe.lr:g}"
                 )
         else:
@@ -390,7 +390,7 @@ def finish(trainer: RunTrainer) -> None:
 
 
 def result(run: RunFolder) -> ResultRecord:
-    """Final held-out loss and speed. Tokens per second: median over the logging intervals, so that compilation
+    """Final validation loss and speed. Tokens per second: median over the logging intervals, so that compilation
     and busy moments do not count; `mfu`: the model's FLOPs as a share of what the GPU can do (arXiv 2204.02311,
     Appendix B), None where that is not known."""
     rows = run.metrics()

@@ -405,20 +405,22 @@ class Table:
             self.printed = time.monotonic()
             for job in running:
                 step, *figures = self._row(job)
-                self.say(f"{job.title}: step {step}, loss {figures[0]}, held out {figures[1]}, tokens/s {figures[2]}")
+                self.say(
+                    f"{job.title}: step {step}, loss {figures[0]}, validation loss {figures[1]}, tokens/s {figures[2]}"
+                )
 
     def _table(self, running: list[Job], waiting: int) -> Any:
         from rich.table import Table as RichTable
 
         failed = f", {self.failed} failed" if self.failed else ""
         caption = f"{self.done} of {self.jobs} finished{failed}, {waiting} waiting"
-        table = RichTable("arm", "seed", "step", "loss", "held out", "tokens/s", "left", caption=caption)
+        table = RichTable("arm", "seed", "step", "loss", "validation", "tokens/s", "left", caption=caption)
         for job in running:
             table.add_row(job.arm, str(job.recipe.seed), *self._row(job))
         return table
 
     def _row(self, job: Job) -> list[str]:
-        """Step, loss, held-out loss, tokens per second, time left."""
+        """Step, loss, validation loss, tokens per second, time left."""
         seen = self.files.setdefault(job.folder, Metrics(job.run.metrics_path))
         seen.read()
         last, steps = seen.last, job.recipe.max_steps
