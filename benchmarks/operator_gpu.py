@@ -5,7 +5,7 @@
 Parity first: results and gradients must agree with the definition, computed in float64, before any speed is printed.
 Then, in bfloat16 at (32, 1024, 384) and (8, 4096, 2048), every way takes its turn in each round. Limits: means at 70 %
 of the copy bandwidth, forward and backward; learned kernels 10 times faster than F.conv1d up to 512 taps, and at most
-3 times as long as the mean over a window of as many taps up to 64.
+3 times as long as the mean over a window of as many taps up to 64; packed documents 1.05 times as long as none.
 
 Peers: F.conv1d with groups, a cumulative sum, FFT convolution, and the short convolutions of causal-conv1d and
 flash-linear-attention where they are installed.
@@ -23,7 +23,7 @@ import torch
 from measuring import Report, Stopwatch, microseconds, ratio
 from operators import Way, check, copy, dyadic_windows, learned_ways, mean_ways, measure, signal
 
-from waveletgpt.ops import available_backends, unavailable_backends
+from waveletgpt.ops import available_backends, reach_of, unavailable_backends, wavelet_mix
 
 SHAPES = [(32, 1024, 384), (8, 4096, 2048)]
 TAPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -50,9 +50,11 @@ def main() -> None:
     shapes, taps = (SHAPES, TAPS) if not options.tiny else ([(2, 64, 32)], [2, 16])
     parity(report, options.device, backends)
     stopwatch = Stopwatch(options.device)
-    each = options.seconds / len(shapes) / (2 + len(taps))
+    each = options.seconds / len(shapes) / (4 + len(taps))
     for shape in shapes:
         means(report, shape, backends, stopwatch, each)
+    for shape in shapes:
+        packed(report, shape, backends, stopwatch, 2 * each)
     for shape in shapes:
         learned(report, shape, taps, backends, stopwatch, each)
 
@@ -104,6 +106,42 @@ def means(
     title = f"means, {' x '.join(map(str, shape))}, bfloat16: microseconds"
     columns = ["windows", "", "copy", "copy, GB/s", *names, f"{backends[0]}: share of the copy bandwidth"]
     report.table(title, columns, rows, "Limit: 70 %.")
+
+
+def packed(
+    report: Report, shape: tuple[int, int, int], backends: list[str], stopwatch: Stopwatch, seconds: float
+) -> None:
+    """Documents of 200 tokens kept apart, beside one sequence."""
+    device = "cuda" if stopwatch.cuda else "cpu"
+    x, grad = signal(shape, device, torch.bfloat16), torch.randn(shape, device=device).bfloat16()
+    reach = reach_of(shape[1], positions=torch.arange(shape[1], device=device)[None] % 200)
+    rows: list[list[object]] = []
+    for label, windows, learned in (
+        ("means, 2 and 4", dyadic_windows(4, shape[2]), False),
+        (f"means, 2 ... {shape[1]}", dyadic_windows(shape[1], shape[2]), False),
+        ("4 taps", [4] * shape[2], True),
+    ):
+        taps = [torch.randn(shape[2], 4, device=device).requires_grad_()] if learned else []
+        ways = [
+            Way(
+                f"{backend}{kind}",
+                lambda x, *k, b=backend, w=windows, r=within: wavelet_mix(x, w, k or None, reach=r, backend=b),
+                [x, *taps],
+            )
+            for backend in [*backends, "reference"]
+            for kind, within in (("", None), (", packed", reach))
+        ]
+        apart = [way for way in ways if way.name.endswith("packed")]
+        # The definition is checked in the first sequence alone, for which a row of reach serves.
+        check(apart[:-1], apart[-1], grad, f"{label} packed at {shape}")
+        times = measure([way for way in ways if not way.name.startswith("reference")], grad, stopwatch, seconds / 3)
+        for backend in backends:
+            whole, parts = times[backend], times[f"{backend}, packed"]
+            row = [microseconds(statistics.median(t)) for t in (*whole, *parts)]
+            rows.append([label, backend, *row, *(f"{ratio(parts[i], whole[i]):.2f}" for i in range(2))])
+    columns = ["", "backend", "forward", "backward", "packed: forward", "backward", "ratio: forward", "backward"]
+    title = f"packed documents of 200 tokens, {' x '.join(map(str, shape))}, bfloat16: microseconds"
+    report.table(title, columns, rows, "Limit: 1.05.")
 
 
 def learned(

@@ -1,8 +1,8 @@
 """Backend "triton", for GPUs: the kernels of triton_kernels.py, in float16, bfloat16 and float32.
 
-Backend "torch" does its work for float64, EMA, windows of more than 16,384 tokens, and GPUs older than Ampere. Results
-differ from the reference by rounding. With kernels, an input that is not finite also makes up to 48 tokens before it
-and after its window NaN. Repeating a call gives the same bits.
+Backend "torch" does its work for float64, EMA, windows of more than 16,384 tokens, kernels of more than 64 taps within
+documents (`reach`), and GPUs older than Ampere. Results differ from the reference by rounding. With kernels, an input
+that is not finite also makes up to 48 tokens before it and after its window NaN. Repeating a call gives the same bits.
 
 Set TRITON_INTERPRET=1 in the environment before Triton is imported to run it on a CPU, slowly, for tests.
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from waveletgpt.ops import fast
 from waveletgpt.ops.autograd import Windows, empty_result, tap_offsets
+from waveletgpt.ops.reference import UNLIMITED, ahead
 
 try:
     import triton
@@ -38,6 +39,9 @@ LONG_MEAN = {"L": 64, "CB": 32, "num_stages": 3}
 TILES, RINGS = 8, (1, 64, 256)
 FILTER = {"M": 32, "N": 16, "K": 32, "num_stages": 2}
 CORRELATE = {"M": 16, "N": 16, "K": 32, "SEGMENT": 1024, "num_stages": 2}
+FILTER_WITHIN = {"TT": 64, "CB": 64}
+# The longest kernels, in taps, that filter documents here.
+WITHIN_TAPS = 64
 # Enough programs to keep a large GPU busy: the sums for the gradients of taps are split among about so many.
 BUSY = 1024
 
@@ -54,36 +58,40 @@ def unavailable(device: str | None = None) -> str | None:
 def mean(x: Tensor, windows: Windows, reverse: bool, past: int, reach: Tensor | None = None) -> Tensor:
     batch, tokens, channels = x.shape
     ring = _ring(max(windows), tokens, past)
-    if _left_to_torch(x, reach) or ring is None or max(windows) >= 1 << 31:
+    if _left_to_torch(x) or ring is None or max(windows) >= 1 << 31:
         return fast.mean(x, windows, reverse, past, reach)
     x, y = _prepare(x), empty_result(x, past)
     widths, _ = _table(windows, x.device)
     short = _short_blocks(windows, x.device)
-    shape = (widths, x.stride(0), x.stride(1), tokens, channels, past)
+    limits, limits_row = _limits(x, reach, reverse)
+    shape = (widths, x.stride(0), x.stride(1), tokens, channels, past, limits, limits_row)
+    how: dict[str, Any] = {"reverse": reverse, "WITHIN": reach is not None}
     with _on(x.device):
         if len(short):
             grid = (len(short), triton.cdiv(tokens - past, SHORT_MEAN["TT"]), batch)
-            kernels.short_mean[grid](x, y, short, *shape, reverse=reverse, **SHORT_MEAN)
+            kernels.short_mean[grid](x, y, short, *shape, **how, **SHORT_MEAN)
         for masked, two in ((False, False), (False, True), (True, True)):
             items = _items(windows, tokens - past, masked, two, x.device)
             if len(items):
-                how = {"reverse": reverse, "masked": masked, "TWO": two, "RING": ring, **LONG_MEAN}
-                kernels.long_mean[(len(items) * batch,)](x, y, items, widths, batch, *shape[1:], **how)
+                more = {**how, "masked": masked, "TWO": two, "RING": ring, **LONG_MEAN}
+                kernels.long_mean[(len(items) * batch,)](x, y, items, widths, batch, *shape[1:], **more)
     return y
 
 
 def filter(x: Tensor, windows: Windows, taps: Tensor, past: int, reach: Tensor | None = None) -> Tensor:
-    if _left_to_torch(x, reach):
+    if _left_to_torch(x, windows, reach):
         return fast.filter(x, windows, taps, past, reach)
-    return _filter(x, windows, taps, False, past)
+    return _filter(x, windows, taps, False, past, reach)
 
 
 def filter_backward(
     grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    if _left_to_torch(x, reach):
+    if _left_to_torch(x, windows, reach):
         return fast.filter_backward(grad, x, windows, taps, reach)
     grad, x = _prepare(grad), _prepare(x)
+    if reach is not None:
+        return _filter(grad, windows, taps, True, 0, reach), _correlate_within(grad, x, windows, taps, reach)
     batch, tokens, channels = x.shape
     width = _width(x)
     blocks = triton.cdiv(channels, width)
@@ -95,22 +103,49 @@ def filter_backward(
     shape = (*_table(windows, x.device), *strides, batch, tokens, channels, len(taps), splits)
     with _on(x.device):
         kernels.correlate[blocks, splits, parts](grad, x, partial, *shape, CB=width, **CORRELATE)
-    return _filter(grad, windows, taps, True, 0), partial.sum(0)
+    return _filter(grad, windows, taps, True, 0, None), partial.sum(0)
+
+
+def _correlate_within(grad: Tensor, x: Tensor, windows: Windows, taps: Tensor, reach: Tensor) -> Tensor:
+    batch, tokens, channels = x.shape
+    blocks, longest = triton.cdiv(channels, FILTER_WITHIN["CB"]), min(max(windows), tokens)
+    splits = min(triton.cdiv(BUSY, blocks * longest), batch * triton.cdiv(tokens, FILTER_WITHIN["TT"]))
+    # Zeros: taps that reach back beyond the first token are not visited.
+    partial = taps.new_zeros(splits, len(taps))
+    strides = (grad.stride(0), grad.stride(1), x.stride(0), x.stride(1))
+    shape = (*_table(windows, x.device), *strides, batch, tokens, channels, len(taps), splits)
+    with _on(x.device):
+        limits = _limits(x, reach, False)
+        kernels.correlate_within[blocks, splits, longest](grad, x, partial, *shape, *limits, **FILTER_WITHIN)
+    return partial.sum(0)
 
 
 def decayed_sum(u: Tensor, a: Tensor, reverse: bool, keep: Tensor | None = None) -> Tensor:
     return fast.decayed_sum(u, a, reverse, keep)
 
 
-def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int) -> Tensor:
+def _filter(x: Tensor, windows: Windows, taps: Tensor, reverse: bool, past: int, reach: Tensor | None) -> Tensor:
     x, y, taps = _prepare(x), empty_result(x, past), taps.contiguous()
     batch, tokens, channels = x.shape
-    width = _width(x)
     shape = (*_table(windows, x.device), taps, x.stride(0), x.stride(1), tokens, channels, past)
-    grid = (triton.cdiv(channels, width), triton.cdiv(tokens - past, FILTER["M"] * FILTER["N"]), batch)
     with _on(x.device):
-        kernels.filter[grid](x, y, *shape, reverse=reverse, CB=width, **FILTER)
+        if reach is not None:
+            how = FILTER_WITHIN
+            grid = (triton.cdiv(channels, how["CB"]), triton.cdiv(tokens - past, how["TT"]), batch)
+            kernels.filter_within[grid](x, y, *shape, *_limits(x, reach, reverse), reverse=reverse, **how)
+        else:
+            width = _width(x)
+            grid = (triton.cdiv(channels, width), triton.cdiv(tokens - past, FILTER["M"] * FILTER["N"]), batch)
+            kernels.filter[grid](x, y, *shape, reverse=reverse, CB=width, **FILTER)
     return y
+
+
+def _limits(x: Tensor, reach: Tensor | None, reverse: bool) -> tuple[Tensor, int]:
+    """How far each token may look, back or (in reverse) ahead, as the kernels take it, and the step from row to row."""
+    if reach is None:
+        return x, 0  # not looked at
+    limits = (ahead(reach) if reverse else reach).clamp(max=UNLIMITED).int().contiguous()
+    return limits, limits.shape[1] if len(limits) > 1 else 0
 
 
 def _width(x: Tensor) -> int:
@@ -118,10 +153,12 @@ def _width(x: Tensor) -> int:
     return 32 // x.element_size()
 
 
-def _left_to_torch(x: Tensor, reach: Tensor | None) -> bool:
+def _left_to_torch(x: Tensor, windows: Windows = (), reach: Tensor | None = None) -> bool:
     # The kernels address a sequence with 32 bits, and a grid has at most 65,535 rows.
     huge = x.shape[0] > 65_535 or x.shape[1] * max(x.stride(1), x.shape[2]) >= 1 << 31
-    return reach is not None or huge or x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
+    # Documents are filtered tap by tap here; with many taps the FFT of "torch" is faster.
+    many = reach is not None and max(windows, default=0) > WITHIN_TAPS
+    return many or huge or x.dtype == torch.float64 or (x.is_cuda and _is_old(x.device))
 
 
 @lru_cache
