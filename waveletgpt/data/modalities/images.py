@@ -270,7 +270,7 @@ class ImagesModality:
         try:
             pixels = load(path.read_bytes(), shape)
         except Unusable as error:
-            raise UserError(f"{prompt} cannot be used ({error}): give another picture") from error
+            raise UserError(f"{prompt} cannot be used: {error}; give another picture") from error
         return [BEGIN, *pixels[: shape.half]]
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:

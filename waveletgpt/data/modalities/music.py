@@ -474,7 +474,7 @@ class MusicModality:
         try:
             notes = read_midi(path.read_bytes())
         except Unusable as error:
-            raise UserError(f"{path} cannot be used ({error}): give another MIDI file") from error
+            raise UserError(f"{path} cannot be used: {error}; give another MIDI file") from error
         tokens = to_tokens(notes)
         shifts = np.where((tokens >= SHIFT) & (tokens < VELOCITY), tokens.astype(np.int64) - SHIFT + 1, 0)
         tokens = tokens[np.cumsum(shifts) * FRAME < seconds]
