@@ -234,7 +234,7 @@ def test_retrieval(prepare: Prepare, tmp_path: Path) -> None:
 def test_wrong_tables_of_papers(prepare: Prepare, tmp_path: Path) -> None:
     papers(tmp_path / "ids", columns=3)  # as in the repository, where texts are left out
     with pytest.raises(
-        UserError, match=r"new_aan_pairs.*\.tsv: its first line has 3 columns, the first \"0.0\": not a label"
+        UserError, match=r"new_aan_pairs.*\.tsv: its first line has 3 columns, the first \"0.0\", not a label"
     ):
         prepare("retrieval", tmp_path / "ids")
     papers(tmp_path / "good")

@@ -69,8 +69,8 @@ def test_the_numbers_are_those_it_was_made_of(tmp_path: Path) -> None:
     assert headline(ladder).startswith("`fixed` ends 0.0")
     assert "worth 1.35x" in headline(ladder)
     notes = " ".join(ladder["notes"])
-    assert "cannot tell" not in notes
-    assert "read more than once, up to 5.6 times" in notes
+    assert "do not determine" not in notes
+    assert "read more than once (up to 5.6 times)" in notes
     assert json.loads((tmp_path / "ladder.json").read_text()) == json.loads(json.dumps(ladder))
 
 

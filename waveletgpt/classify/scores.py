@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from waveletgpt.report.records import ScoreArm, ScoreSummary, SeedNumbers, baseline_arm
 from waveletgpt.report.summary import Measure, Record, assemble, compared, curves_csv, mean, over_seeds, read_records
-from waveletgpt.report.wording import duration, plural, quantity
+from waveletgpt.report.wording import duration, plural, quantity, speedup_text
 from waveletgpt.runs.folder import RunFolder, write_atomically, write_json
 from waveletgpt.runs.records import RunRecord
 
@@ -153,8 +153,8 @@ def score_table(summary: ScoreSummary) -> tuple[list[str], list[list[str]]]:
                 percent(arm["test_difference"], sign=True) if against else "",
                 percent(arm["best"]),
                 reached,
-                _times(arm.get("step_speedup")) if against else "",
-                _times(arm.get("time_speedup")) if against else "",
+                speedup_text(arm.get("step_speedup")) if against else "",
+                speedup_text(arm.get("time_speedup")) if against else "",
                 percent(arm["top5"]) if many else "–",
                 quantity(arm["parameters"]) + (f" (mixing {quantity(extra)})" if extra else ""),
                 "–" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:,.0f}",
@@ -162,10 +162,6 @@ def score_table(summary: ScoreSummary) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return list(TABLE_HEADER), rows
-
-
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}x"
 
 
 def score_sentence(summary: ScoreSummary, name: str) -> str:

@@ -1,8 +1,8 @@
-"""Mixtures: several token stores that are read by weights, as if they were one.
+"""Mixtures: several token stores, each with a weight, that are read as one.
 
     store = prepare(["novels/=0.7", "letters/=0.3"], "bytes")
 
-Each source keeps a store, and splits, of its own; what they share is the vocabulary.
+Each source has its own store and splits; all share one vocabulary.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Part:
 
 
 class Mixture:
-    """Token stores of one vocabulary, each with a weight; offers what a `TokenStore` does, but no single array."""
+    """Token stores of one vocabulary, each with a weight. It has the methods of a `TokenStore`, but no single array."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        """Raises UserError for stores whose tokens do not mean the same, or that hold the same data."""
+        """Raises UserError if tokens have different meanings in two stores, or if two hold the same data."""
         self.parts = list(parts)
         first = self.parts[0]
         for i, part in enumerate(self.parts):
@@ -46,11 +46,11 @@ class Mixture:
         self.modality, self.vocab_size = first.store.modality, first.store.vocab_size
         identity = [[part.store.fingerprint, round(part.weight, 12)] for part in self.parts]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        """SHA-256 over those of the stores and the weights."""
+        """SHA-256 over the stores' fingerprints and the weights."""
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a store's meta.json says, of all of them: counts are sums."""
+        """The entries of a store's meta.json for all stores together: counts are sums."""
         splits = [part.store.meta["splits"] for part in self.parts]
         total = {
             split: {name: sum(int(one[split].get(name) or 0) for one in splits) for name in splits[0][split]}
@@ -59,14 +59,14 @@ class Mixture:
         return {"splits": total, "record": self.parts[0].store.meta.get("record")}
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes per token as they are read, by weights; None if one of the sources is not text."""
+        """UTF-8 bytes per token, averaged by weight; None if one of the sources is not text."""
         sizes = [part.store.bytes_per_token(split) for part in self.parts]
         if None in sizes:
             return None
         return sum(part.weight * (size or 0) for part, size in zip(self.parts, sizes, strict=True))
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that all share; None for a modality without one."""
+        """The tokenizer that all stores share; None for a modality without one."""
         return self.parts[0].store.load_tokenizer()
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -83,7 +83,7 @@ class Mixture:
 
     @classmethod
     def opened(cls, described: dict[str, dict[str, Any]]) -> Mixture:
-        """The mixture that `describe` described. Raises UserError if a store is gone."""
+        """The mixture from the result of `describe`. Raises UserError if a store is gone."""
         return cls([Part(name, float(one["weight"]), TokenStore.open(one["store"])) for name, one in described.items()])
 
 
@@ -97,20 +97,20 @@ def _shared(store: TokenStore) -> tuple[Any, ...]:
 
 
 def parts_of(store: TokenStore | Mixture) -> list[Part]:
-    """The parts of a mixture; a store by itself is one, with weight 1."""
+    """The parts of a mixture; a single store is one part of weight 1."""
     return store.parts if isinstance(store, Mixture) else [Part(store.path.name, 1.0, store)]
 
 
 def said(data: str | os.PathLike[str] | Sequence[str]) -> str:
-    """Data in words, a mixture as `a=0.7 b=0.3`."""
+    """Data as text; a mixture as `a=0.7 b=0.3`."""
     return str(data) if isinstance(data, str | os.PathLike) else " ".join(data)
 
 
 def parse_mixture(sources: Sequence[str]) -> list[tuple[str, float]]:
-    """`["a=7", "b=3"]` -> [("a", 0.7), ("b", 0.3)]: names and their shares, which are in the proportions given.
+    """`["a=7", "b=3"]` -> [("a", 0.7), ("b", 0.3)]: names and shares, in proportion to the weights.
 
-    What comes after the last "=" is the weight. Raises UserError for a weight that is not a positive number, or a
-    source given twice.
+    The weight is the text after the last "=". Raises UserError if a weight is not a positive number, or a source is
+    given twice.
     """
     found: list[tuple[str, float]] = []
     places: dict[str, str] = {}

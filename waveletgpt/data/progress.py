@@ -1,4 +1,4 @@
-"""A progress bar on standard error, in bytes or in whatever is counted, with speed and time left."""
+"""A progress bar on standard error, in bytes or another unit, with speed and time left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def bar(description: str, total: int, shown: bool, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """A bar up to `total` (0: unknown); yields a function that takes how many are done."""
+    """A bar up to `total` (0: unknown). Yields a function to call with the number done."""
     if not shown:
         yield lambda done: None
         return

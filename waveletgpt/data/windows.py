@@ -1,4 +1,4 @@
-"""Windows of a token store: what training and evaluation read. A window is `context` inputs and as many targets."""
+"""Windows of a token store, for training and evaluation. A window is `context` inputs and as many targets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.utils.data import ConcatDataset, Dataset
 
 
 class RandomWindows(Dataset):
-    """`length` windows at random places; item i depends on (seed, i) alone.
+    """`length` windows at random places. Item i depends only on (seed, i).
 
-    So every arm of a comparison sees the same batches, and a resumed run goes on by skipping indices. With `record`
-    (tokens of an image, say) windows that hold a whole record start where one starts. With `end`, see `window`.
+    So every arm of a comparison sees the same batches, and a resumed run continues by skipping indices. `record` is the
+    number of tokens of a record, such as an image: windows that hold a whole record begin with one. For `end` see
+    `window`.
     """
 
     def __init__(
@@ -41,26 +42,27 @@ class RandomWindows(Dataset):
 
 
 class MixedWindows(Dataset):
-    """Windows of several sources, each source its share; item i depends on (seed, i) alone.
+    """Windows of several sources, each with its share. Item i depends only on (seed, i).
 
-    Item i is item i of the source in whose interval of [0, 1] the i-th point of a scrambled van der Corput sequence
-    falls: the digits of i in base 67, each replaced by a permutation that the seed decides, behind the point instead of
-    before it (H. Faure, 1992). 67 items in a row, from a multiple of 67 on, fall into 67 equal parts of [0, 1]. 67 is
-    prime, so any 67 of the items that one of n processes gets, every n-th, do so too, unless 67 divides n.
+    Each source has an interval of [0, 1] as long as its share. Item i is item i of the source whose interval holds
+    point i of a scrambled van der Corput sequence (H. Faure, 1992): write i in base 67, replace each digit by a
+    permutation that depends on the seed, and mirror the digits at the point. Any 67 consecutive points fall into 67
+    equal parts of [0, 1]. As 67 is a prime, the same holds if a process gets every n-th item, unless n is a multiple of
+    67.
     """
 
     def __init__(self, parts: Sequence[RandomWindows], weights: Sequence[float], seed: int):
         self.parts = list(parts)
         self.bounds = list(itertools.accumulate(weights))[:-1]
         random = np.random.Generator(np.random.Philox(key=seed))
-        # Six digits tell 67^6 = 9e10 items apart; what comes later repeats them.
+        # Six digits give 67^6 = 9e10 different points; later items repeat them.
         self.digits = [random.permutation(_BASE).tolist() for _ in range(6)]
 
     def __len__(self) -> int:
         return len(self.parts[0])
 
     def source(self, index: int) -> int:
-        """The place in `parts` of the source that item `index` is from."""
+        """The index in `parts` of the source of item `index`."""
         point, scale = 0.0, 1.0
         for digits in self.digits:
             index, digit = divmod(index, _BASE)
@@ -76,7 +78,7 @@ _BASE = 67
 
 
 class FixedWindows(Dataset):
-    """`length` windows spread evenly over `tokens`, without overlap; None for as many as there are."""
+    """`length` windows spread evenly over `tokens`, without overlap; None: as many as fit."""
 
     def __init__(
         self, tokens: np.ndarray, context: int, length: int | None, record: int | None = None, end: int | None = None
@@ -103,11 +105,11 @@ def fixed_mixture(
     record: int | None = None,
     end: int | None = None,
 ) -> Dataset:
-    """`length` windows at most, each source its share of them as nearly as whole windows go."""
+    """At most `length` windows; each source has its share, rounded to whole windows."""
     if len(sources) == 1:
         return FixedWindows(sources[0], context, length, record, end)
     there = [len(FixedWindows(tokens, context, None, record)) for tokens in sources]
-    # Fewer where a source has too few for its share.
+    # Fewer windows if a source has too few for its share.
     total = max(1, min(length, *(int(most / weight) for most, weight in zip(there, weights, strict=True))))
     counts = [int(weight * total) for weight in weights]
     by_rest = sorted(range(len(counts)), key=lambda i: counts[i] - weights[i] * total)
@@ -118,10 +120,10 @@ def fixed_mixture(
 
 
 def window(tokens: np.ndarray, start: int, context: int, end: int | None = None) -> dict[str, torch.Tensor]:
-    """Inputs (T,) from `start` on, and the target of each: the token after it.
+    """Inputs (T,) from `start` on, and the target of each input: the token after it.
 
-    With `end`, the token between documents, also position_ids (T,), which start again at each `end`: a document begins
-    with it, as in generation. Models keep what lies before a position of 0 apart.
+    With `end`, the token between documents, there are also position_ids (T,), which restart at 0 at each `end`: a
+    document begins with this token, as in generation. Models do not look back beyond a position of 0.
     """
     piece = torch.from_numpy(tokens[start : start + context + 1].astype(np.int64))
     row = {"input_ids": piece[:-1], "shift_labels": piece[1:]}

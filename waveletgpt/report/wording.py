@@ -142,8 +142,8 @@ def summary_table(summary: LossSummary) -> tuple[list[str], list[list[str]]]:
                 plus_minus(arm["final_nll"]),
                 plus_minus(difference, sign=True) if difference else "",
                 reached,
-                _speedup(arm.get("step_speedup")) if compared else "",
-                _speedup(arm.get("time_speedup")) if compared else "",
+                speedup_text(arm.get("step_speedup")) if compared else "",
+                speedup_text(arm.get("time_speedup")) if compared else "",
                 "–" if arm["bits_per_byte"] is None else f"{arm['bits_per_byte']:.3f}",
                 quantity(arm["parameters"]) + (_share(arm, base, "parameters") if compared else ""),
                 quantity(arm["flops_per_token"]) + (_share(arm, base, "flops_per_token") if compared else ""),
@@ -235,5 +235,6 @@ def _share(arm: LossArm, base: LossArm, key: Literal["parameters", "flops_per_to
     return " (+0 %)" if share == 0 else f" ({100 * share:+.2g} %)"
 
 
-def _speedup(value: float | None) -> str:
+def speedup_text(value: float | None) -> str:
+    """1.324 -> "1.32x"; None -> a dash."""
     return "–" if value is None else f"{value:.2f}x"

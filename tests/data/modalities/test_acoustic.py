@@ -285,7 +285,7 @@ def test_codecs_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_a_tokenizer_of_something_else(tmp_path: Path, store_of_sound: TokenStore) -> None:
-    with pytest.raises(UserError, match="it is not one of `modality=acoustic`"):
+    with pytest.raises(UserError, match="give one of `modality=acoustic`"):
         ACOUSTIC.write_sample([1], store_of_sound.load_tokenizer(), tmp_path / "sample")
 
 

@@ -1,1 +1,1 @@
-"""Kinds of data, one file each: how documents become tokens, and tokens a sample."""
+"""Kinds of data, one file each: from documents to tokens, and from tokens to samples."""

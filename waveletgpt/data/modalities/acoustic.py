@@ -1,8 +1,8 @@
 """Audio as the tokens of a neural codec: the modality `acoustic`, from EnCodec, Mimi or DAC.
 
-A codec turns each frame of sound (some 13 to 20 ms, 80 for Mimi) into one code from each of several codebooks, coarse
-to fine. The first K are written frame by frame, code c of codebook k as token k * codebook size + c, so that every
-token says whose turn it is. T frames, K codebooks.
+A codec turns each frame of sound (about 13 to 20 ms, 80 ms for Mimi) into one code from each of several codebooks,
+coarse to fine. The codes of the first K codebooks become tokens, frame by frame. Code c of codebook k is token
+k * codebook size + c, so that every token tells its codebook. T frames, K codebooks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from waveletgpt.data.store import StoreWriter
 from waveletgpt.errors import UserError
 
 CODECS = ("encodec", "mimi", "dac")
-"""Hugging Face's `model_type` of the codecs that are known."""
+"""Hugging Face's `model_type` of the known codecs."""
 SECONDS = 20
-"""Sound encoded at a time; the codec knows nothing of what came before."""
+"""Seconds of sound encoded at a time; the codec does not see the sound before."""
 
 
 class Codec:
-    """A Hugging Face codec: sound in, codes out, and back. Use `codec(name)`, which loads each once.
+    """A Hugging Face codec: from sound to codes and back. Use `codec(name)`, which caches the last one.
 
-    `rate` samples a second, `hop` samples a frame, `size` codes a codebook, `codebooks` at most.
+    `rate` samples per second, `hop` samples per frame, `size` codes per codebook, at most `codebooks` codebooks.
     """
 
     def __init__(self, name: str) -> None:
@@ -53,13 +53,13 @@ class Codec:
                 raise UserError(f'codec "{name}" is of type {self.type}: give one of {", ".join(CODECS)}')
             if getattr(config, "normalize", False) or getattr(config, "chunk_length_s", None):
                 raise UserError(
-                    f'codec "{name}" scales or overlaps its pieces, which tokens cannot tell: use one that does not, '
+                    f'codec "{name}" scales or overlaps its pieces, which tokens cannot express: use another, '
                     "such as facebook/encodec_24khz"
                 )
             model = AutoModel.from_pretrained(name)
         except UserError:
             raise
-        except Exception as error:  # the library raises nearly anything
+        except Exception as error:  # the library raises nearly any exception
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f'codec "{name}" cannot be loaded ({reason}): give a folder or a hub name') from error
         self.name = name
@@ -86,14 +86,14 @@ class Codec:
             yield self._encode(waiting, codebooks)
 
     def frames(self, seconds: float) -> int:
-        """How many there are in so many seconds."""
+        """Number of frames in `seconds`."""
         return max(1, round(seconds * self.rate / self.hop))
 
     def _encode(self, samples: np.ndarray, codebooks: int) -> np.ndarray:
         import torch
 
         frames = -(-len(samples) // self.hop)
-        padded = np.pad(samples, (0, max(frames * self.hop, self.rate) - len(samples)))  # codecs dislike short inputs
+        padded = np.pad(samples, (0, max(frames * self.hop, self.rate) - len(samples)))  # codecs fail on short inputs
         with torch.inference_mode():
             sound = torch.from_numpy(padded).to(self._model.device).expand(1, self._channels, -1)
             codes = self._model.encode(sound, **self._choice(codebooks)).audio_codes
@@ -101,7 +101,7 @@ class Codec:
         return found
 
     def _choice(self, codebooks: int) -> dict[str, Any]:
-        """How each codec is asked for no more codebooks than needed."""
+        """The arguments that make each codec compute no more codebooks than needed."""
         if self.type == "dac":
             return {"n_quantizers": codebooks}
         if self.type == "mimi":
@@ -110,7 +110,7 @@ class Codec:
         return {"bandwidth": next(b for b in sorted(self._model.config.target_bandwidths) if count(b) >= codebooks)}
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Sound (samples,), float32, of codes (T, K)."""
+        """The sound of codes (T, K): (samples,) float32."""
         import torch
 
         if not len(codes):
@@ -127,7 +127,7 @@ class Codec:
 
 @functools.lru_cache(maxsize=1)
 def codec(name: str) -> Codec:
-    """The codec of this name or in this folder; the last one is kept. Raises UserError as `Codec` does."""
+    """The codec with this name or in this folder; the last one is cached. Raises UserError as `Codec` does."""
     return Codec(name)
 
 
@@ -137,10 +137,10 @@ def to_tokens(codes: np.ndarray, size: int) -> np.ndarray:
 
 
 def to_codes(tokens: Sequence[int], codebooks: int, size: int) -> tuple[np.ndarray, int]:
-    """The whole frames in any sequence of tokens, codes (T, K), and how many tokens were in none.
+    """Codes (T, K) of the complete frames in any sequence of tokens, and the number of tokens in no complete frame.
 
-    A frame begins with a token of the first codebook, and the others follow in order; what comes out of turn is left
-    out, and a frame that another one interrupts.
+    A frame begins with a token of the first codebook, and those of the others follow in order. Tokens out of order and
+    incomplete frames are left out.
     """
     frames: list[list[int]] = []
     frame: list[int] = []
@@ -158,29 +158,29 @@ def to_codes(tokens: Sequence[int], codebooks: int, size: int) -> tuple[np.ndarr
 
 @dataclass(frozen=True)
 class AcousticModality:
-    """`codebooks` tokens a frame of a neural codec."""
+    """`codebooks` tokens per frame of a neural codec."""
 
     name: str = "acoustic"
     description: str = "recordings as codes of EnCodec, Mimi or DAC (codec), the first codebooks of each frame"
     suffixes: frozenset[str] = frozenset()
-    """None: recordings are `audio` unless this is asked for."""
+    """Empty: recordings are `audio` unless the user chooses this modality."""
     suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
-        """The codec, by name on the hub or the content of its folder, and how many codebooks."""
+        """The codec (its name on the hub, or the content of its folder) and the number of codebooks."""
         codec_settings = {"codec": encoders.known_by(settings.codec), "codebooks": settings.codebooks}
         return encoders.no_settings(settings) | codec_settings | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
-        """Read the recordings and write tokens and tokenizer; files that are none are skipped, named and counted.
+        """Read the recordings and write tokens and tokenizer. Other files are skipped, and named and counted.
 
-        Raises UserError if there are no recordings, too little of them for the splits, or no such codec.
+        Raises UserError if there is no recording, too little sound for the splits, or no such codec.
         """
         folder = Path(settings.codec)
         name = str(folder.resolve()) if folder.is_dir() else settings.codec
         model, books = codec(name), settings.codebooks
         if books > model.codebooks:
-            raise UserError(f'codebooks is {books}: codec "{name}" has {model.codebooks}')
+            raise UserError(f'codebooks is {books}: codec "{name}" has {model.codebooks}, give at most that')
         tokenise(
             source, settings, writer, progress,
             rate=model.rate,
@@ -193,24 +193,24 @@ class AcousticModality:
         )  # fmt: skip
 
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
-        """Tokens of the recording `PATH` or `PATH@SECONDS` (default: its first second); of "", a frame of silence."""
+        """Tokens of the recording `PATH` or `PATH@SECONDS` (default: its first second); for "", a frame of silence."""
         name, books, size = _settings(tokenizer)
         model = codec(name)
         sound = excerpt(prompt, model.rate) if prompt else np.zeros(model.hop, np.float32)
         return [int(token) for codes in model.encode([sound], books) for token in to_tokens(codes, size)]
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
-        """A second each, in whole frames."""
+        """Excerpts of a second, in whole frames."""
         name, books, _ = _settings(tokenizer)
         return evenly_spaced(tokens, count, codec(name).frames(1) * books, books)
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
-        """What completes the last frame of `prompt`, and five seconds."""
+        """The tokens that complete the last frame of `prompt`, and five seconds."""
         name, books, _ = _settings(tokenizer)
         return -len(prompt) % books + codec(name).frames(5) * books
 
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write the sound of `tokens` as `stem`.wav; those out of turn are left out."""
+        """Write the sound of `tokens` as `stem`.wav; tokens out of order are left out."""
         name, books, size = _settings(tokenizer)
         codes, wrong = to_codes(tokens, books, size)
         model = codec(name)
@@ -219,12 +219,12 @@ class AcousticModality:
 
 
 def _settings(tokenizer: Any) -> tuple[str, int, int]:
-    """The codec's name, the codebooks taken and their size, as saved with the tokens."""
+    """The codec's name, the number of codebooks and their size, as saved with the tokens."""
     saved = tokenizer.init_kwargs
     try:
         return str(saved["codec"]), int(saved["codebooks"]), int(saved["codebook_size"])
     except KeyError as error:
-        raise UserError(f"the tokenizer says nothing of {error}: it is not one of `modality=acoustic`") from None
+        raise UserError(f"the tokenizer has no entry {error}: give one of `modality=acoustic`") from None
 
 
 ACOUSTIC = AcousticModality()

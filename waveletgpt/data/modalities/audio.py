@@ -1,7 +1,7 @@
-"""Raw audio as tokens: the modality `audio`, one token a sample, 16 kHz mono, 8-bit mu-law.
+"""Raw audio as tokens: the modality `audio`, one token per sample, 16 kHz mono, 8-bit mu-law.
 
-Every recording is decoded, mixed down, resampled and encoded block by block, so that its length doesn't matter to
-memory. What the modality `acoustic` shares stands here too: reading recordings, and writing their tokens by split.
+Every recording is decoded, mixed down, resampled and encoded block by block, so that memory does not depend on its
+length. The modality `acoustic` uses this module too, to read recordings and to write their tokens by split.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from waveletgpt.data.store import StoreWriter
 from waveletgpt.errors import UserError
 
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
-"""What is read. libsndfile knows more formats, some of which are tables of numbers and not sound."""
+"""The formats that are read. libsndfile knows more, some of which are tables of numbers and not sound."""
 SUFFIXES = frozenset(
     (".wav", ".wave", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
      ".snd", ".caf")
 )  # fmt: skip
-"""How files of these formats are called."""
+"""Suffixes of files in these formats."""
 READ = {"audio_reading": 2}
-"""Part of a store's fingerprint: raised when the same files are decoded to other sound than before."""
+"""Part of a store's fingerprint. Raise it when the same files give other sound than before."""
 RATES = (1000, 1_000_000)
-"""Samples a second that a recording may have: a header that claims others is broken."""
+"""Allowed sample rates per second; a header with another rate is broken."""
 LOUDEST = 1e6
-"""Samples beyond this many times full scale count as silence, as NaN and infinity do."""
+"""Samples beyond this multiple of full scale count as silence, as NaN and infinity do."""
 BLOCK = 1 << 20
-"""Values (samples times channels) decoded at a time."""
+"""Number of values (samples times channels) decoded at a time."""
 GAP = 1.0
-"""Seconds left out between splits where they are parts of one recording."""
+"""Seconds left out between splits that are parts of one recording."""
 PROMPT = 1.0
-"""Seconds of a prompt that doesn't say how many."""
+"""Default length of a prompt in seconds."""
 SAMPLE = 0.5
-"""Seconds of held-out sound that a sample in a report begins with, and seconds generated after it, unless set."""
+"""Default seconds of validation sound at the beginning of a report's sample, and of generated sound after it."""
 
 
 def libraries() -> tuple[Any, Any]:
@@ -62,20 +62,20 @@ def libraries() -> tuple[Any, Any]:
 
 
 def recording(path: Path, rate: int) -> Iterator[np.ndarray]:
-    """A file's sound in blocks (samples,), float32, `rate` a second: the mean of its channels, to the file's end.
+    """A file's sound, the mean of its channels, in blocks (samples,), float32, at `rate` samples per second.
 
-    Raises Unusable for what is not in `FORMATS`, is broken, or has a rate outside `RATES`.
+    Raises Unusable for a file that is not in `FORMATS`, is broken, or has a rate outside `RATES`.
     """
     for stream in streams(path):
         yield from _stream(stream, rate)
 
 
 def _stream(source: Path | BinaryIO, rate: int) -> Iterator[np.ndarray]:
-    """`recording` of a single stream."""
+    """`recording` for a single stream."""
     soundfile, soxr = libraries()
 
     class Forwards(soundfile.SoundFile):  # type: ignore[misc, name-defined]
-        """Reads without seeking, which soundfile does after every block, and which fails where no length is known."""
+        """Reads without seeking: soundfile seeks after every block, which fails if the length is unknown."""
 
         def seekable(self) -> bool:
             return False
@@ -102,7 +102,7 @@ def _stream(source: Path | BinaryIO, rate: int) -> Iterator[np.ndarray]:
 def excerpt(prompt: str, rate: int) -> np.ndarray:
     """The start of the recording `PATH` or `PATH@SECONDS` (default: one second), (samples,) float32.
 
-    Raises UserError for a file that is not there or cannot be read, and for seconds that are not a positive number.
+    Raises UserError if the file is missing or cannot be read, or if the seconds are not a positive number.
     """
     path, seconds = Path(prompt), PROMPT
     if not path.exists() and "@" in prompt:
@@ -142,11 +142,11 @@ def tokenise(
     width: int = 1,
     frames_per_second: float | None = None,
 ) -> None:
-    """Write the tokens of every recording in `source`, and `tokenizer`, whose length is the vocabulary's.
+    """Write the tokens of every recording in `source`, and `tokenizer`, whose length is the size of the vocabulary.
 
-    `encode` turns the blocks of one recording, at `rate` samples a second, into tokens, `width` a frame;
-    `frames_per_second` is `rate` unless said otherwise. Raises UserError if there are no recordings, or too little of
-    them for the splits.
+    `encode` turns the blocks of one recording, at `rate` samples per second, into tokens, `width` per frame.
+    `frames_per_second` is `rate` by default. Raises UserError if there is no recording or too little sound for the
+    splits.
     """
     libraries()
     dtype = np.dtype(np.uint8 if len(tokenizer) <= 1 << 8 else np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
@@ -190,7 +190,7 @@ def tokenise(
 
 
 def _save(document: Document, path: Path) -> bytes:
-    """Write a document's bytes to `path`, for a reader that has to seek; its first `HASHED` bytes."""
+    """Write a document's bytes to `path`, for a reader that has to seek. Returns the first `HASHED` bytes."""
     start = b""
     with path.open("wb") as file:
         for chunk in document.chunks:
@@ -202,7 +202,7 @@ def _save(document: Document, path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class AudioModality:
-    """One token a sample: 256 mu-law codes."""
+    """One token per sample: 256 mu-law codes."""
 
     name: str = "audio"
     description: str = "WAV, FLAC, OGG, MP3, AIFF as 16 kHz mono, 8-bit mu-law (256)"
@@ -214,10 +214,9 @@ class AudioModality:
         return encoders.no_settings(settings) | {"sample_rate": settings.sample_rate, **READ}
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
-        """Read the recordings and write tokens and tokenizer; files that are not recordings are skipped, named and
-        counted.
+        """Read the recordings and write tokens and tokenizer. Other files are skipped, and named and counted.
 
-        Raises UserError if there are no recordings, or too little of them for the splits.
+        Raises UserError if there is no recording or too little sound for the splits.
         """
         tokenise(
             source, settings, writer, progress,
@@ -227,13 +226,13 @@ class AudioModality:
         )  # fmt: skip
 
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
-        """Tokens of the recording `PATH` or `PATH@SECONDS` (default: its first second); of "", silence."""
+        """Tokens of the recording `PATH` or `PATH@SECONDS` (default: its first second); for "", silence."""
         if not prompt:
             return [mulaw.SILENCE]
         return mulaw.encode(excerpt(prompt, sample_rate(tokenizer))).tolist()
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
-        """Half a second each."""
+        """Excerpts of half a second."""
         return evenly_spaced(tokens, count, round(SAMPLE * sample_rate(tokenizer)))
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
@@ -249,12 +248,12 @@ class AudioModality:
 
 
 def sample_rate(tokenizer: Any) -> int:
-    """The sample rate that a tokenizer stands for, per second."""
+    """The sample rate, per second, of a tokenizer's tokens."""
     return int(tokenizer.init_kwargs.get("sample_rate", DataSettings.sample_rate))
 
 
 def write_wav(stem: Path, samples: np.ndarray, rate: int, repaired: str = "") -> SampleFile:
-    """Write samples in [-1, 1] as `stem`.wav, 16 bits mono; samples outside are clipped, NaN becomes silence."""
+    """Write samples in [-1, 1] as `stem`.wav, 16 bits mono. Samples outside are clipped; NaN becomes silence."""
     path = stem.with_name(stem.name + ".wav")
     levels = np.round(np.clip(np.nan_to_num(samples), -1, 1) * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
@@ -264,7 +263,7 @@ def write_wav(stem: Path, samples: np.ndarray, rate: int, repaired: str = "") ->
 
 
 def picture(path: Path) -> bytes:
-    """Waveform and spectrogram of a WAV file such as `write_sample` writes (16 bits mono), as PNG."""
+    """Waveform and spectrogram, as PNG, of a WAV file from `write_sample` (16 bits mono)."""
     from matplotlib.figure import Figure
 
     with wave.open(str(path), "rb") as file:
@@ -290,7 +289,7 @@ def picture(path: Path) -> bytes:
 
 
 def _decibels(samples: np.ndarray, size: int = 512) -> np.ndarray:
-    """Short-time spectrum (frequencies, times) in decibels below its maximum, Hann windows of `size` samples."""
+    """Short-time spectrum (frequencies, times) in decibels below its maximum, with Hann windows of `size` samples."""
     step = max(size // 4, len(samples) // 1500)
     padded = np.pad(samples, (size // 2, size))
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)[: len(samples) + 1 : step]

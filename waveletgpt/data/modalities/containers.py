@@ -1,7 +1,7 @@
-"""What files of sound hold besides one whole stream: streams joined one after the other, lengths that nobody filled in.
+"""Sound files with several joined streams, or with a length in the header that was never filled in.
 
-Decoders stop at the end of a file's first stream, and believe its header's length, without a word. Here a file is cut
-into the streams that it holds, and a length that was never filled in, because the file was written to a pipe, is.
+Decoders read only the first stream and trust the length in its header, without a warning. This module cuts a file into
+its streams, and fills in lengths that are missing because the file was written to a pipe.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
-"""Where a FLAC stream begins: its mark, and the header of the block that is always first."""
+"""The beginning of a FLAC stream: its mark and the header of its first block."""
 _MP3 = re.compile(rb"(?:Xing|Info)\x00\x00\x00[\x00-\x0f]", re.DOTALL)
-"""In the first frame of an MP3 stream, 36, 21 or 13 bytes from its start, the number of its frames."""
+"""Marks of the number of frames in the first frame of an MP3 stream, 36, 21 or 13 bytes after its start."""
 
 
 def streams(path: Path) -> Iterator[Path | BinaryIO]:
-    """The streams of a file in their order: the path itself where it is one whole stream, else parts of its bytes.
+    """The streams of a file in order: the path if the file is one complete stream, else parts of its bytes.
 
-    Raises OSError as reading does.
+    Raises OSError if the file cannot be read.
     """
     if path.stat().st_size < 64:
         yield path
@@ -40,7 +40,7 @@ def streams(path: Path) -> Iterator[Path | BinaryIO]:
 
 
 class Part(io.RawIOBase):
-    """The bytes of `data` from `start` to `end` as a file, some replaced: {place: bytes}. None of them are copied."""
+    """The bytes of `data` from `start` to `end` as a file, without a copy. `instead` replaces some: {place: bytes}."""
 
     def __init__(self, data: mmap.mmap, start: int, end: int, instead: dict[int, bytes] | None = None) -> None:
         self._data, self._start, self._size = data, start, end - start
@@ -73,7 +73,7 @@ class Part(io.RawIOBase):
 
 
 def _starts(data: mmap.mmap) -> list[int]:
-    """Where the streams begin; one start where there is nothing joined, or nothing is known of joining."""
+    """Where the streams begin. Only one start if nothing is joined, or if the format is not one that can be split."""
     if data[:4] == b"OggS":
         return _ogg_links(data)
     if data[:4] == b"fLaC":
@@ -84,10 +84,10 @@ def _starts(data: mmap.mmap) -> list[int]:
 
 
 def _ogg_links(data: mmap.mmap) -> list[int]:
-    """A link of a chained file begins with pages of type "begin of stream", after pages of other types (RFC 3533)."""
+    """Starts of the links of a chained file: pages of type "begin of stream" after pages of other types (RFC 3533)."""
     starts, place, beginning = [0], 0, True
     while place + 27 <= len(data):
-        if data[place : place + 4] != b"OggS":  # something between the pages
+        if data[place : place + 4] != b"OggS":  # other bytes between the pages
             place = data.find(b"OggS", place)
             if place < 0:
                 break
@@ -102,8 +102,8 @@ def _ogg_links(data: mmap.mmap) -> list[int]:
 
 
 def _mp3_files(data: mmap.mmap) -> list[int]:
-    """Joined files, told by the frames that say how long each is; a tag between two files stays with the first,
-    whose decoder passes over it."""
+    """Starts of joined files, found by the frames that hold the length of each. A tag between two files stays with the
+    first, whose decoder ignores it."""
     starts = []
     for match in _MP3.finditer(data):
         for offset in (36, 21, 13):
@@ -118,11 +118,11 @@ _UNKNOWN = (0, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 
 
 def _lengths(data: mmap.mmap) -> dict[int, bytes]:
-    """The lengths in the header of a file that were never filled in, by their places; empty for other files."""
+    """Replacements for lengths in a file's header that were never filled in: {place: bytes}; empty for other files."""
     if data[:4] == b"caff":
         return _caf_length(data)
     if data[:4] == b".snd" and data[8:12] == b"\0\0\0\0" and len(data) > 28:
-        return {8: b"\xff\xff\xff\xff"}  # which means that it is not known
+        return {8: b"\xff\xff\xff\xff"}  # means "unknown"
     if data[:4] not in (b"RIFF", b"RF64") or data[8:12] != b"WAVE":
         return {}
     place, long = 12, 0
@@ -147,7 +147,7 @@ def _lengths(data: mmap.mmap) -> dict[int, bytes]:
 
 
 def _caf_length(data: mmap.mmap) -> dict[int, bytes]:
-    """Core Audio writes -1 for sound that goes on to the end of the file."""
+    """Replaces the length by -1, which in Core Audio means that the sound goes on to the end of the file."""
     place = 8
     while place + 12 <= len(data):
         name, size = data[place : place + 4], struct.unpack(">q", data[place + 4 : place + 12])[0]

@@ -1,8 +1,8 @@
-"""Pictures as tokens: the modality `images`, one token a pixel (or a colour of a pixel), row after row.
+"""Pictures as tokens: the modality `images`, one token per value of a pixel (1 grey or 3 colours), row after row.
 
 Every picture becomes a record of `1 + size * size * channels` tokens: the token `<|image|>`, then 8-bit values. With a
-context of one record less one token, a window is the picture itself: the token and all pixels but the last are the
-inputs, all pixels the targets, and the loss in nats / ln 2 is the bits per dimension of image models.
+context of one token less than a record, a window is one picture: the inputs are `<|image|>` and all values but the
+last, the targets are all values, and loss in nats / ln 2 is the bits per dimension of image models.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 BEGIN = 256
 """The token before each picture."""
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
-"""What is read. Pillow knows more, among them some (EPS) that it gives to another program to run."""
+"""The formats that are read. Pillow knows more, but runs another program for some of them (EPS)."""
 FILE_LIMIT = 256 << 20
-"""Bytes of a file, beyond which it is skipped."""
+"""Larger files, in bytes, are skipped."""
 PIXEL_LIMIT = 64_000_000
-"""Pixels of a picture, beyond which it is skipped: a few bytes can claim to hold billions."""
+"""Pictures with more pixels are skipped: a header of a few bytes can claim billions."""
 SUFFIXES = frozenset(
     (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
      ".pnm", ".tga", ".jp2", ".j2k", ".avif")
 )  # fmt: skip
-"""How files of these formats are called."""
+"""Suffixes of files in these formats."""
 READ = {"images_reading": 2}
-"""Part of a store's fingerprint: raised when the same files are decoded to other pictures than before."""
+"""Part of a store's fingerprint. Raise it when the same files give other pictures than before."""
 _FILES_AT_ONCE = 256
 _BYTES_AT_ONCE = 64 << 20
 _CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin")
@@ -54,7 +54,7 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 
 
 class Shape(NamedTuple):
-    """Height and width, and values per pixel: 1 (grey) or 3 (red, green, blue)."""
+    """Size (height and width) and values per pixel: 1 (grey) or 3 (red, green, blue)."""
 
     size: int
     channels: int
@@ -65,12 +65,12 @@ class Shape(NamedTuple):
 
     @property
     def record(self) -> int:
-        """Tokens of one picture."""
+        """Number of tokens of one picture."""
         return 1 + self.values
 
     @property
     def half(self) -> int:
-        """Values of the upper half."""
+        """Number of values in the upper half."""
         return self.size // 2 * self.size * self.channels
 
 
@@ -78,16 +78,17 @@ _Found = list[tuple[float, bytes]] | Unusable
 
 
 def load(data: bytes, shape: Shape) -> bytes:
-    """The values of a picture file, (size, size, channels) uint8 in raster order: centre square, resized.
+    """The values of a picture file, (size, size, channels) uint8 in raster order: its centre square, resized.
 
-    Turned as its EXIF says, transparency on white, deep pixels scaled to 8 bits (see `_eight_bits`), of an animation
-    the first frame; a picture that has the size already keeps its pixels. Raises Unusable.
+    The picture is turned as its EXIF says. Transparent pixels are put on white, deep pixels are scaled to 8 bits (see
+    `_eight_bits`), and of an animation the first frame is used. A picture of the right size keeps its pixels. Raises
+    Unusable if it cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         Image.init()
-        formats = [kind for kind in FORMATS if kind in Image.OPEN]  # builds of Pillow differ
+        formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every build of Pillow has all
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if picture.width * picture.height > PIXEL_LIMIT:
             raise Unusable(f"{picture.width} x {picture.height} pixels, the limit is {PIXEL_LIMIT:,}")
@@ -99,7 +100,7 @@ def load(data: bytes, shape: Shape) -> bytes:
         raise
     except UnidentifiedImageError:
         raise Unusable("not a picture" + _hint(data)) from None
-    # Decoders of damaged files raise nearly anything: OSError, ValueError, SyntaxError, struct.error, MemoryError, ...
+    # Decoders raise many exceptions for damaged files: OSError, ValueError, SyntaxError, struct.error, MemoryError, ...
     except Exception as error:
         raise Unusable(f"broken ({str(error) or type(error).__name__})") from error
 
@@ -109,9 +110,9 @@ def _hint(data: bytes) -> str:
 
 
 def _turned(picture: Image) -> Image:
-    """The picture turned as its EXIF orientation says; as it is where that cannot be read.
+    """The picture turned as its EXIF orientation says; unchanged if that cannot be read.
 
-    Pillow's own `exif_transpose` also rewrites the other entries, and fails if one of them holds an invalid number.
+    Pillow's `exif_transpose` also rewrites the other entries, and fails if one of them has an invalid number.
     """
     from PIL import Image
 
@@ -121,16 +122,16 @@ def _turned(picture: Image) -> Image:
     try:
         orientation = int(picture.getexif().get(0x0112, 1))
         turn = turns[orientation] if 0 < orientation < len(turns) else None
-    except Exception:  # what is damaged raises nearly anything
+    except Exception:  # damaged entries raise nearly any exception
         return picture
     return picture if turn is None else picture.transpose(turn)
 
 
 def _eight_bits(deep: np.ndarray) -> np.ndarray:
-    """Integer pixels of more than 8 bits to uint8, by the range that they use: 10, 12, 14, 16, ... bits.
+    """Scales integer pixels of more than 8 bits to uint8, by the range they use: 10, 12, 14, 16, ... bits.
 
-    Cameras and scanners put 10 or 12 bits into files of 16, whose upper 8 bits would be black. A picture whose
-    brightest pixel needs b bits is taken to have the next even number of them. Negative pixels are 0.
+    Cameras and scanners put 10 or 12 bits into files of 16, so that the upper 8 bits alone would be nearly black. If
+    the brightest pixel needs b bits, the range is b bits, rounded up to an even number. Negative pixels become 0.
     """
     deep = np.maximum(deep.astype(np.int64), 0)
     bits = max(8, int(deep.max(initial=0)).bit_length())
@@ -138,23 +139,23 @@ def _eight_bits(deep: np.ndarray) -> np.ndarray:
 
 
 _SECOND_BYTES = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGBA;16B": "RGBA;16L", "RGBA;16L": "RGBA;16B"}
-"""How Pillow reads one byte of each 16-bit colour, and how it reads the other."""
+"""Pillow's raw modes for one byte of each 16-bit colour -> those for the other byte."""
 
 
 def _rawmode(picture: Image) -> str:
-    """How the pixels of a picture that is not loaded yet lie in its file; "" where that is not known."""
+    """Pillow's raw mode of a picture that is not loaded yet: the layout of its pixels in the file; "" if unknown."""
     tiles = getattr(picture, "tile", None)
     arguments = tiles[0][3] if tiles else ""
-    if isinstance(arguments, tuple) and 65535 in arguments:  # a PPM that says nothing of its range
+    if isinstance(arguments, tuple) and 65535 in arguments:  # a 16-bit PPM: Pillow gives no raw mode
         return "PPM;16"
     rawmode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return rawmode if isinstance(rawmode, str) else ""
 
 
 def _deep_colours(picture: Image, data: bytes, rawmode: str) -> Image:
-    """Colours of 16 bits of which few are used, scaled by these: of such, Pillow keeps the upper 8 bits only.
+    """Scales 16-bit colours by the range that they use, because Pillow keeps only the upper 8 bits of each.
 
-    Raises Unusable where it cannot be asked for the others.
+    Raises Unusable if Pillow cannot read the lower bits.
     """
     from PIL import Image
 
@@ -164,7 +165,7 @@ def _deep_colours(picture: Image, data: bytes, rawmode: str) -> Image:
     if int(upper.max(initial=0)) >= 128:
         return picture
     if rawmode not in _SECOND_BYTES:
-        raise Unusable("16 bits a colour, of which only the lower ones are used: save it with 8")
+        raise Unusable("16 bits per colour, of which only the lower ones are used: save it with 8")
     again: Any = Image.open(io.BytesIO(data), formats=[str(picture.format)])
     other = _SECOND_BYTES[rawmode]
     again.tile = [(*tile[:3], (other, *tile[3][1:]) if isinstance(tile[3], tuple) else other) for tile in again.tile]
@@ -193,9 +194,9 @@ def _square(picture: Image, shape: Shape) -> bytes:
 
 
 def load_cifar(data: bytes, shape: Shape) -> list[tuple[float, bytes]]:
-    """The pictures of a batch of CIFAR-10's binary version: per picture a label and 3 planes of 32 x 32.
+    """The pictures of a batch of CIFAR-10's binary version, which has a label and 3 planes of 32 x 32 per picture.
 
-    As `load` gives them, each with the `point_of` its content. Raises Unusable.
+    Each is (`point_of` its content, values as `load` gives them). Raises Unusable for another size.
     """
     from PIL import Image
 
@@ -207,12 +208,12 @@ def load_cifar(data: bytes, shape: Shape) -> list[tuple[float, bytes]]:
 
 
 class ImagesModality:
-    """Pictures, and how they become tokens and pictures again."""
+    """Pictures: from files to tokens and back."""
 
     name = "images"
     description = "pixels, 8 bits, grey or RGB, row after row, of pictures made square (256 + 1)"
     suffixes = SUFFIXES
-    suppress_tokens = (BEGIN,)  # inside a picture; what is generated is what completes one
+    suppress_tokens = (BEGIN,)  # never inside a picture, which generation completes
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
         """Size and mode; raises UserError for the tokenizer of another modality."""
@@ -220,9 +221,9 @@ class ImagesModality:
         return encoders.no_settings(settings) | chosen | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
-        """Write the pixels of pictures and of CIFAR-10's batches; what cannot be read is skipped, named and counted.
+        """Write the pixels of pictures and of CIFAR-10's batches. Other files are skipped, and named and counted.
 
-        Raises UserError if Pillow is missing, if no file can be read, or if there are too few for the splits.
+        Raises UserError if Pillow is missing, no file can be read, or there are too few pictures for the splits.
         """
         need_pillow()
         shape = Shape(settings.image_size, 3 if settings.image_mode == "rgb" else 1)
@@ -255,7 +256,7 @@ class ImagesModality:
         )
 
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
-        """The upper half of the picture in the file `prompt`, to be completed; of no prompt, the token before pictures.
+        """The upper half of the picture in the file `prompt`, to be completed; for "", the token before pictures.
 
         Raises UserError if the file does not exist or is not a picture.
         """
@@ -269,23 +270,23 @@ class ImagesModality:
         try:
             pixels = load(path.read_bytes(), shape)
         except Unusable as error:
-            raise UserError(f"{prompt} cannot be used: {error}") from error
+            raise UserError(f"{prompt} cannot be used: {error}; give another picture") from error
         return [BEGIN, *pixels[: shape.half]]
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
-        """The upper half of a picture each."""
+        """Upper halves of pictures."""
         shape = _shape(tokenizer)
         return evenly_spaced(tokens, count, 1 + shape.half, shape.record)
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
-        """What completes the picture."""
+        """The number of tokens that completes the picture."""
         record = _shape(tokenizer).record
         return record - len(prompt) % record
 
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write the picture of `tokens` as `stem`.png, small ones enlarged to 256 pixels in whole steps.
+        """Write the picture of `tokens` as `stem`.png; small ones are enlarged by a whole factor to about 256 pixels.
 
-        Tokens that are not pixels are skipped, missing pixels are black, those beyond one picture are left out.
+        Tokens that are not pixels are skipped, missing pixels are black, and pixels beyond one picture are left out.
         """
         path = stem.with_name(stem.name + ".png")
         save_grid([tokens], tokenizer, path)
@@ -302,7 +303,7 @@ class ImagesModality:
 
 
 def save_grid(samples: Sequence[Sequence[int]], tokenizer: Any, path: Path, columns: int = 8) -> Path:
-    """Write the pictures of several samples as one PNG, `columns` in a row, thin grey lines between them."""
+    """Write the pictures of several samples as one PNG, `columns` per row, with thin grey lines between them."""
     need_pillow()
     from PIL import Image
 
@@ -322,7 +323,7 @@ def save_grid(samples: Sequence[Sequence[int]], tokenizer: Any, path: Path, colu
 
 
 def pixels_of(tokens: Sequence[int], shape: Shape) -> bytes:
-    """The values of the first picture in any tokens: no more than it has, missing ones 0."""
+    """The values of the first picture in any tokens; missing values are 0."""
     return bytes([token for token in tokens if 0 <= token < BEGIN][: shape.values]).ljust(shape.values, b"\0")
 
 
@@ -332,12 +333,12 @@ def _shape(tokenizer: Any) -> Shape:
 
 
 def _read(documents: Iterable[Document], shape: Shape) -> Iterator[tuple[str, str | None, _Found]]:
-    """(name, split, its pictures or why there are none) of each file, decoded by several threads."""
+    """(name, split, its pictures or the reason why there are none) for each file, decoded by several threads."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for batch in _batches(documents):
             names, splits, contents = zip(*batch, strict=True)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # on oddities inside of files; what matters raises
+                warnings.simplefilter("ignore")  # about oddities inside files; real faults raise
                 found = list(pool.map(_decode, names, contents, [shape] * len(batch)))
             yield from zip(names, splits, found, strict=True)
 

@@ -4,9 +4,9 @@
 
 The grammar, the values and the lengths are those of the Long Range Arena (Tay et al. 2020,
 https://arxiv.org/abs/2011.04006, after Nangia and Bowman 2018, https://arxiv.org/abs/1804.06028): an expression is a
-digit with probability 3/4, and at the greatest depth always; else one of 4 operators with 2 to 10 expressions, all
-equally likely. Whole expressions are drawn until one has a permitted length. Here many are drawn at once, level by
-level, and only those of a permitted length are written out.
+digit with probability 3/4, and always at the greatest depth; else one of 4 operators with 2 to 10 expressions, all
+equally likely. Expressions are drawn until one has a permitted length. Here many are drawn at once, level by level, and
+only those of a permitted length are written out.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ WORDS = (*"0123456789", *OPERATORS, CLOSE, EQUALS)
 IDS = {word: index for index, word in enumerate(WORDS)}
 END = len(WORDS)
 OPERATOR_SHARE = 0.25
-"""How often an expression is an operation, above the greatest depth."""
+"""Probability that an expression is an operation, above the greatest depth."""
 OFFICIAL = {"basic_train.tsv": "train", "basic_val.tsv": "validation", "basic_test.tsv": "test"}
-"""The files of the Long Range Arena, and the splits they are."""
+"""The files of the Long Range Arena and their splits."""
 
 LONGEST_LINE = 1 << 24
-"""Longest line, in bytes; longer ones are cut, for the file may not be a table at all."""
+"""Longest line, in bytes. Longer ones are cut, because the file may not be a table."""
 
 _WRONG_ROWS = 1000
-"""A file whose first so many rows are not expressions is not read further."""
+"""If this many rows at a file's start are not expressions, the rest is not read."""
 _TREES = 4096
-"""Expressions drawn at a time."""
+"""Number of expressions drawn at a time."""
 _PATIENCE = 250
-"""After so many draws without a new expression of a permitted length, there is assumed to be none."""
+"""After this many draws without a new expression of a permitted length, the search ends."""
 
 
 def generate_listops(
@@ -62,9 +62,9 @@ def generate_listops(
 ) -> Iterator[tuple[str, int]]:
     """`count` different expressions and their values, the same for the same seed and settings.
 
-    An expression is a text of words separated by blanks, `min_length` to `max_length` of them, such as `[MAX 2 9 ]`
-    with 4; brackets of operators belong to their words. (The Long Range Arena's own are 501 to 1999 long.)
-    Raises UserError if there aren't that many.
+    An expression is a text of `min_length` to `max_length` words separated by blanks. `[MAX 2 9 ]` has 4, as an
+    operator's bracket belongs to its word. (Those of the Long Range Arena have 501 to 1999.)
+    Raises UserError if there are fewer than `count`.
     """
     if not (1 <= min_length <= max_length and max_depth >= 1 and max_args >= 2):
         raise UserError(
@@ -93,10 +93,10 @@ def generate_listops(
 def _draw(
     random: np.random.Generator, min_length: int, max_length: int, max_depth: int, max_args: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Of `_TREES` expressions those of a permitted length: tokens (T,) uint8, value.
+    """Draws `_TREES` expressions; yields those of a permitted length: tokens (T,) uint8, value.
 
-    The nodes of all trees at one depth stand in one array, in order, so that the children of the operators at one depth
-    are what stands at the next: `arguments[d]` says how many each node has, 0 for a digit.
+    One array holds the nodes of all trees at one depth, in order. The next array holds their children: `arguments[d]`
+    is the number of children of each node, 0 for a digit.
     """
     tree = np.arange(_TREES)
     length = np.zeros(_TREES, np.int64)
@@ -109,7 +109,7 @@ def _draw(
         trees.append(tree)
         arguments.append(count)
         tree = np.repeat(tree, count)
-        fits = length + np.bincount(tree, minlength=_TREES) <= max_length  # a tree that got too long grows no further
+        fits = length + np.bincount(tree, minlength=_TREES) <= max_length  # a tree that is too long stops growing
         tree = tree[fits[tree]]
         length[~fits] = max_length + 1
     good = (length >= min_length) & (length <= max_length)
@@ -156,7 +156,7 @@ def _draw(
 
 
 def _apply(kind: np.ndarray, values: np.ndarray, starts: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The values of operations of each `kind` on `count` of the `values` from `starts` on."""
+    """The value of each operation: operator `kind` on the `count` values from `starts` on in `values`."""
     ordered = values[np.lexsort((values, np.repeat(np.arange(len(count)), count)))]
     return np.choose(
         kind,
@@ -170,7 +170,7 @@ def _apply(kind: np.ndarray, values: np.ndarray, starts: np.ndarray, count: np.n
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """The value of an expression, given as its words; raises ValueError if it isn't one."""
+    """The value of an expression, given as words. Raises ValueError if it is not an expression."""
     open_: list[tuple[str, list[int]]] = [("", [])]
     for word in words:
         if word in OPERATORS:
@@ -214,7 +214,7 @@ class Generated:
         self.skipped: list[str] = []
 
     def key(self, cache: Path) -> str:
-        """What was asked for."""
+        """The settings that determine the expressions."""
         chosen = self.settings
         return f"listops 1, seed {chosen.listops_seed}, {chosen.listops_count} of {chosen.listops_lengths()} tokens"
 
@@ -224,17 +224,17 @@ class Generated:
         )
 
     def files(self) -> Iterator[Document]:
-        """One table, as the Long Range Arena's are."""
+        """One table, like those of the Long Range Arena."""
         yield Document("listops.tsv", (f"{source}\t{value}\n".encode() for source, value in self._rows()))
 
     def documents(self, *, binary: bool) -> Iterator[Document]:
-        """Each expression with its value, as a text."""
+        """Each expression with its value, as text."""
         for index, (source, value) in enumerate(self._rows()):
             yield Document(f"listops/{index}", [f"{source} {EQUALS} {value}\n".encode()])
 
 
 class ListOpsModality:
-    """Expressions, and how they become tokens and text again."""
+    """Expressions: from text to tokens and back."""
 
     name = "listops"
     description = "nested operations on digits and their values, the Long Range Arena's ListOps (16 + 1)"
@@ -246,9 +246,9 @@ class ListOpsModality:
         return encoders.no_settings(settings)
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
-        """Write `expression = value` for each row of the source's TSV files; rows that aren't right are skipped.
+        """Write `expression = value` for each row of the source's TSV files. Wrong rows are skipped.
 
-        The Long Range Arena's three files are its splits. Raises UserError if there is no expression, or too few.
+        The three files of the Long Range Arena are its splits. Raises UserError if there are no or too few expressions.
         """
         official = {document.name.rpartition("/")[2] for document in source.files()} >= set(OFFICIAL)
         own = set(SPLITS) if official else source.own_splits
@@ -277,9 +277,9 @@ class ListOpsModality:
         )
 
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
-        """Tokens of an expression or its beginning, with or without `=`; of none, the token between documents.
+        """Tokens of an expression or its beginning, with or without `=`; for "", the token between documents.
 
-        Raises UserError for a word that cannot stand in one.
+        Raises UserError for a word that is not part of expressions.
         """
         words = _words(prompt)
         if unknown := [word for word in words if word not in IDS]:
@@ -288,18 +288,18 @@ class ListOpsModality:
         return [IDS[word] for word in words] or [END]
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
-        """An expression and its `=` each."""
+        """Expressions with their `=`."""
         ends = np.append(-1, np.flatnonzero(tokens == END))
         chosen = [i * (len(ends) - 1) // count for i in range(count)]
         pieces = [tokens[ends[i] + 1 : ends[i + 1]].tolist() for i in chosen]
         return [piece[: piece.index(IDS[EQUALS]) + 1] for piece in pieces]
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
-        """A value and the end, where an expression is given; else 200."""
+        """Two tokens, a value and the end, if the prompt is an expression; else 200."""
         return 2 if prompt[-1] == IDS[EQUALS] else 200
 
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write `stem`.txt: an expression a line, and after it the value it really has."""
+        """Write `stem`.txt: one expression per line, with its true value after it."""
         documents: list[list[str]] = [[]]
         for token in tokens:
             if 0 <= token < END:
@@ -314,7 +314,7 @@ class ListOpsModality:
 
 
 def _judged(words: list[str]) -> str:
-    """An expression with what it evaluates to, and whether that is what stands behind the `=`."""
+    """An expression with its true value, and whether that is the value after the `=`."""
     where = words.index(EQUALS) if EQUALS in words else len(words)
     try:
         value = evaluate(words[:where])
@@ -325,12 +325,12 @@ def _judged(words: list[str]) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """The words of an expression; the Long Range Arena's round brackets, which only nest pairs, are left out."""
+    """The words of an expression, without the round brackets of the Long Range Arena, which only nest pairs."""
     return text.replace("(", " ").replace(")", " ").split()
 
 
 def expressions(document: Document, skipped: list[str]) -> Iterator[list[int]]:
-    """The tokens of each row of a table `Source`, `Target`, the value after `=`; `skipped` tells of wrong rows."""
+    """The tokens of each row of a table `Source`, `Target`, with the value after `=`. Wrong rows go to `skipped`."""
     wrong = first = 0
     reason = ""
     for number, line in enumerate(_lines(document), 1):
@@ -355,7 +355,7 @@ def expressions(document: Document, skipped: list[str]) -> Iterator[list[int]]:
 
 
 def _lines(document: Document) -> Iterator[str]:
-    """The lines of a text, in bounded memory: what has none for `LONGEST_LINE` bytes is cut there."""
+    """The lines of a text, in bounded memory: longer lines than `LONGEST_LINE` bytes are cut."""
     rest = b""
     for chunk in document.chunks:
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,14 +1,14 @@
 """Symbolic music as tokens: the modality `music`, MIDI files as the 388 events of the Music Transformer.
 
-A piece is what happens in real time, one event a token (Oore et al. 2018, https://arxiv.org/abs/1808.03715; Huang et
-al. 2018, https://arxiv.org/abs/1809.04281; Hawthorne et al. 2018, https://arxiv.org/abs/1810.12247):
+A piece is a sequence of events in real time, one event per token (Oore et al. 2018, https://arxiv.org/abs/1808.03715;
+Huang et al. 2018, https://arxiv.org/abs/1809.04281; Hawthorne et al. 2018, https://arxiv.org/abs/1810.12247):
 
       0 .. 127   a key goes down          256 .. 355   time passes: 10 ms, 20 ms, ... 1 s
     128 .. 255   a key comes up           356 .. 387   keys that go down from now on do so with this velocity (of 32)
     388          `<|endoftext|>`, after every piece
 
-Times are rounded to the grid one by one, never summed, so that a piece does not drift. The sustain pedal becomes longer
-notes: a key released while the pedal is down sounds until that comes up or the key is struck again.
+Each time is rounded to the grid by itself, so that rounding errors do not add up. The sustain pedal becomes longer
+notes: a key released while the pedal is down sounds until the pedal comes up or the key is struck again.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ ON, OFF, SHIFT, VELOCITY, END = 0, 128, 256, 356, 388
 FRAME = 0.01
 """Seconds between the points of the grid."""
 LONGEST_SHIFT = 100
-"""Frames of the longest single shift."""
+"""Longest single shift, in frames."""
 VELOCITIES = 4
-"""MIDI velocities (1 .. 127) to one of the 32 steps."""
+"""Number of MIDI velocities (1 .. 127) per step; there are 32 steps."""
 FILE_LIMIT = 64 << 20
-"""Bytes of a file, beyond which it is skipped."""
+"""Larger files, in bytes, are skipped."""
 READ = {"music_reading": 2}
-"""Part of a store's fingerprint: raised when the same files come to mean other pieces."""
+"""Part of a store's fingerprint. Raise it when the same files give other pieces than before."""
 HOURS = 24
-"""Length of a piece, beyond which it is skipped: a few bytes can claim years of silence."""
+"""Longer pieces are skipped: a few bytes can claim years of silence."""
 RENDER_SECONDS = 120
-"""The time that rendering a sample may take."""
+"""Seconds that rendering a sample may take."""
 PROMPT = 5.0
-"""Seconds of a prompt that doesn't say how many."""
+"""Default length of a prompt in seconds."""
 
 EVENTS = [
     *(f"on-{key}" for key in range(128)),
@@ -64,7 +64,7 @@ EVENTS = [
     *(f"wait-{(frames + 1) * 10}ms" for frames in range(LONGEST_SHIFT)),
     *(f"velocity-{step + 1}" for step in range(32)),
 ]
-"""What the tokenizer calls each token."""
+"""The tokenizer's name of each token."""
 
 NOTES = np.dtype([("start", "<f8"), ("end", "<f8"), ("pitch", "u1"), ("velocity", "u1")])
 """Notes of a piece: seconds, key 0 .. 127, velocity 1 .. 127; in the order of their starts, then keys."""
@@ -80,11 +80,11 @@ def library() -> Any:
 
 
 def read_midi(data: bytes) -> np.ndarray:
-    """The notes of a MIDI file, all tracks but percussion together, tempo map and sustain pedal applied: `NOTES`.
+    """The notes of a MIDI file, as `NOTES`: all tracks but percussion, with tempo map and sustain pedal.
 
-    A pedal holds the notes of its channel, whatever track they are on; a note that never ends lasts until its channel
-    is silenced (controllers 120 and 123 to 127), its key comes up on another track, or its own track ends. Of notes
-    that start together on one key the loudest counts, and a key that is struck while it sounds ends the note before.
+    A pedal holds the notes of its channel on all tracks. A note without an end lasts until its channel is silenced
+    (controllers 120 and 123 to 127), its key comes up on another track, or its own track ends. If notes of one key
+    start together, the loudest counts. If a key is struck while it sounds, the note before ends.
     Raises Unusable if it is broken, too long, or has no notes.
     """
     data = _unwrapped(data)
@@ -98,7 +98,7 @@ def read_midi(data: bytes) -> np.ndarray:
         per_quarter = score.ticks_per_quarter
     except UserError:
         raise
-    # The parser raises RuntimeError for what it expects to be broken, but ValueError and others have been seen.
+    # For broken files the parser raises RuntimeError, and sometimes ValueError and others.
     except Exception as error:
         raise Unusable(f"broken ({str(error) or type(error).__name__})") from error
     if not parts:
@@ -114,14 +114,14 @@ def read_midi(data: bytes) -> np.ndarray:
 
 def _unwrapped(data: bytes) -> bytes:
     """The MIDI file inside a RIFF file of type RMID (.rmi, and often .mid); any other data as it is."""
-    for _ in range(4):  # such files have been wrapped twice
+    for _ in range(4):  # some files are wrapped twice
         if data[:4] != b"RIFF" or data[8:12] != b"RMID":
             return data
         place, inner = 12, b""
         while place + 8 <= len(data) and not inner:
             name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
             if name == b"data":
-                inner = data[place + 8 :][: size or None]  # what was written to a pipe has no size
+                inner = data[place + 8 :][: size or None]  # a file written to a pipe has no size
             place += 8 + size + size % 2  # chunks begin at even places
         if not inner:
             raise Unusable("broken (a RIFF file without MIDI data)")
@@ -132,7 +132,7 @@ def _unwrapped(data: bytes) -> bytes:
 def _checked(data: bytes) -> bytes:
     """A MIDI file whose tracks sound together, with a header of the usual length.
 
-    Raises Unusable for files that are joined, and for type 2, whose tracks are pieces of their own.
+    Raises Unusable for joined files, and for type 2, whose tracks are separate pieces.
     """
     size = int.from_bytes(data[4:8], "big")
     if data[8:10] == b"\0\2" and int.from_bytes(data[10:12], "big") > 1:
@@ -154,11 +154,11 @@ SILENCING = (120, *range(123, 128))
 def _channels(data: bytes) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """Notes and pedals of each channel that has notes, all tracks together, in ticks.
 
-    symusic, which has read the file before, tells neither channels nor notes without an end.
+    symusic has read the file before, but it gives neither channels nor notes without an end.
     """
     notes: dict[int, list[tuple[int, int, int, int]]] = {}
     pedals: dict[int, list[tuple[int, int, int]]] = {}
-    ups: dict[tuple[int, int], list[int]] = {}  # where a key comes up that is not down on that track
+    ups: dict[tuple[int, int], list[int]] = {}  # where a key comes up that is not down on the same track
     left: list[tuple[int, int, int, int, int]] = []  # start, end of the track, channel, key, velocity
     for track in _tracks(data):
         sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -178,7 +178,7 @@ def _channels(data: bytes) -> list[tuple[dict[str, np.ndarray], dict[str, np.nda
                 for key in [key for of, key in sounding if of == channel]:
                     ended = sounding.pop((channel, key))
                     notes.setdefault(channel, []).extend((start, tick - start, key, loud) for start, loud in ended)
-            elif kind == 0xB and first in (64, 121):  # 121 brings controllers back to where they were
+            elif kind == 0xB and first in (64, 121):  # 121 resets controllers
                 pedals.setdefault(channel, []).append((tick, 64, second if first == 64 else 0))
         left += [(start, tick, *key, loud) for key, held in sounding.items() for start, loud in held]
     for start, end, channel, key, velocity in sorted(left):
@@ -213,9 +213,9 @@ def _tracks(data: bytes) -> Iterator[bytes]:
 
 
 def _messages(track: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """(tick, status, first, second) of a track's channel messages, and at its end one of status 0.
+    """(tick, status, first, second) of a track's channel messages, and a last one of status 0 at its end.
 
-    Source: Standard MIDI Files 1.0. Raises IndexError where the track breaks off.
+    Source: Standard MIDI Files 1.0. Raises IndexError if the track breaks off.
     """
     place = tick = running = 0
 
@@ -260,7 +260,7 @@ def _messages(track: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 class _TempoMap:
-    """Seconds of ticks, from a score's tempo map."""
+    """Converts ticks to seconds with a score's tempo map."""
 
     def __init__(self, per_quarter: int, tempos: dict[str, np.ndarray]) -> None:
         order = np.argsort(tempos["time"], kind="stable")
@@ -276,7 +276,7 @@ class _TempoMap:
 
 
 def _played(keys: dict[str, np.ndarray], clock: _TempoMap, controls: dict[str, np.ndarray]) -> np.ndarray:
-    """The notes of one track in seconds, those released while the pedal was down lasting until it came up."""
+    """The notes of one track in seconds. Notes released while the pedal is down last until it comes up."""
     notes = np.empty(len(keys["time"]), NOTES)
     notes["pitch"], notes["velocity"] = np.clip(keys["pitch"], 0, 127), np.clip(keys["velocity"], 1, 127)
     starts = keys["time"].astype(np.int64)
@@ -295,7 +295,7 @@ def _played(keys: dict[str, np.ndarray], clock: _TempoMap, controls: dict[str, n
 
 
 def _one_sound_a_key(notes: np.ndarray) -> np.ndarray:
-    """End each note where its key is struck again; of those that start within one frame keep one."""
+    """End each note where its key is struck again. Of notes of one key in the same frame, keep one."""
     frames = np.rint(notes["start"] / FRAME)
     notes = notes[np.lexsort((notes["velocity"], frames, notes["pitch"]))]
     frames = np.rint(notes["start"] / FRAME)
@@ -311,8 +311,8 @@ def _one_sound_a_key(notes: np.ndarray) -> np.ndarray:
 def to_tokens(notes: np.ndarray, transpose: int = 0, tempo: float = 1.0) -> np.ndarray:
     """The events of `NOTES` on the grid, (T,) uint16, without the token that ends the piece.
 
-    Moved by `transpose` semitones (what leaves the 128 keys is left out) and played `tempo` times as fast. Notes
-    shorter than a frame get one; at one time, keys come up before others go down.
+    Notes are moved by `transpose` semitones (those outside the 128 keys are left out) and played `tempo` times as fast.
+    Each note lasts at least one frame. At the same time, keys come up before others go down.
     """
     pitch = notes["pitch"].astype(np.int64) + transpose
     notes, pitch = notes[(pitch >= 0) & (pitch < 128)], pitch[(pitch >= 0) & (pitch < 128)]
@@ -329,7 +329,7 @@ def to_tokens(notes: np.ndarray, transpose: int = 0, tempo: float = 1.0) -> np.n
     changes = np.zeros(len(event), bool)
     changes[down] = np.diff(step[down], prepend=-1) != 0
     whole, rest = np.divmod(np.diff(frame, prepend=0), LONGEST_SHIFT)
-    last = np.cumsum(whole + (rest > 0) + changes + 1) - 1  # where each event goes, after its shifts and its velocity
+    last = np.cumsum(whole + (rest > 0) + changes + 1) - 1  # the place of each event, after its shifts and its velocity
     tokens = np.full(last[-1] + 1 if len(last) else 0, SHIFT + LONGEST_SHIFT - 1, np.uint16)
     tokens[last] = event
     tokens[last[changes] - 1] = VELOCITY + step[changes]
@@ -340,7 +340,7 @@ def to_tokens(notes: np.ndarray, transpose: int = 0, tempo: float = 1.0) -> np.n
 def _apart(
     start: np.ndarray, end: np.ndarray, pitch: np.ndarray, velocity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Notes of whole frames: at least one long, and no two of a key at the same time."""
+    """Notes in whole frames: each lasts at least one, and no two of a key sound at the same time."""
     order = np.lexsort((start, pitch))
     start, end, pitch, velocity = start[order], end[order], pitch[order], velocity[order]
     same = np.append(np.diff(pitch) == 0, False)
@@ -352,7 +352,7 @@ def _apart(
 
 
 def from_tokens(tokens: Sequence[int]) -> tuple[np.ndarray, Counter[str]]:
-    """The `NOTES` of any sequence of tokens, and what was skipped, cut short or closed at the end, how often."""
+    """The `NOTES` of any sequence of tokens, and how often something was skipped, cut short or closed at the end."""
     repaired: Counter[str] = Counter()
     sounding: dict[int, tuple[int, int]] = {}
     notes: list[tuple[float, float, int, int]] = []
@@ -412,7 +412,7 @@ def write_midi(notes: np.ndarray, path: Path) -> None:
 
 
 class MusicModality:
-    """MIDI files, and how they become tokens and MIDI files again."""
+    """MIDI files: from files to tokens and back."""
 
     name = "music"
     description = "MIDI files as keys, velocities and 10 ms of real time, the events of the Music Transformer (388 + 1)"
@@ -420,15 +420,15 @@ class MusicModality:
     suppress_tokens: tuple[int, ...] = ()
 
     def identity(self, settings: DataSettings) -> dict[str, Any]:
-        """How training pieces are copied; raises UserError for a tokenizer of another's."""
+        """How training pieces are copied. Raises UserError for the tokenizer of another modality."""
         chosen = {"transpose": settings.semitones(), "tempo_scale": settings.tempos()}
         return encoders.no_settings(settings) | chosen | READ
 
     def prepare(self, source: Source, settings: DataSettings, writer: StoreWriter, progress: bool) -> None:
-        """Write the events of all MIDI files, of the training pieces also the copies; others are skipped and named.
+        """Write the events of all MIDI files, and changed copies of training pieces. Other files are skipped and named.
 
-        A piece is in one split only: the one that MAESTRO's table gives it, else by its notes. Raises UserError if
-        symusic is missing, if no file can be read, or if there are too few different pieces.
+        A piece is in one split only: the one in MAESTRO's table, else one chosen by its notes. Raises UserError if
+        symusic is missing, no file can be read, or there are too few different pieces.
         """
         library()
         table = _table(source, settings)
@@ -464,9 +464,9 @@ class MusicModality:
         )
 
     def encode_prompt(self, prompt: str, tokenizer: Any) -> list[int]:
-        """The start of the MIDI file `prompt`, `PATH@SECONDS` of it; of no prompt, the token before a new piece.
+        """The start of the MIDI file `PATH` or `PATH@SECONDS`; for "", the token before a new piece.
 
-        Raises UserError if the file is not there, no MIDI file, or silent for so long.
+        Raises UserError if the file is missing, not a MIDI file, or has no note in these seconds.
         """
         if not prompt:
             return [END]
@@ -474,7 +474,7 @@ class MusicModality:
         try:
             notes = read_midi(path.read_bytes())
         except Unusable as error:
-            raise UserError(f"{path} cannot be used: {error}") from error
+            raise UserError(f"{path} cannot be used: {error}; give another MIDI file") from error
         tokens = to_tokens(notes)
         shifts = np.where((tokens >= SHIFT) & (tokens < VELOCITY), tokens.astype(np.int64) - SHIFT + 1, 0)
         tokens = tokens[np.cumsum(shifts) * FRAME < seconds]
@@ -483,18 +483,18 @@ class MusicModality:
         return [END, *tokens.tolist()]
 
     def excerpts(self, tokens: np.ndarray, count: int, tokenizer: Any) -> list[list[int]]:
-        """The first 128 events of a piece each, with the token before it."""
+        """The first 128 events of pieces, with the token before each piece."""
         ends = np.flatnonzero(tokens == END)[:-1]
         starts = np.append(-1, ends)  # the first piece has no token before it
         chosen = (starts[i * len(starts) // count] + 1 for i in range(count))
         return [[END, *tokens[start : start + 128].tolist()] for start in chosen]
 
     def new_tokens(self, prompt: Sequence[int], tokenizer: Any) -> int:
-        """512: some 20 seconds of piano."""
+        """512, about 20 seconds of piano."""
         return 512
 
     def write_sample(self, tokens: Sequence[int], tokenizer: Any, stem: Path) -> SampleFile:
-        """Write the notes of `tokens` as `stem`.mid, and as `stem`.wav where `render` can."""
+        """Write the notes of `tokens` as `stem`.mid, and as `stem`.wav if `render` can."""
         notes, repaired = from_tokens(tokens)
         path = stem.with_name(stem.name + ".mid")
         write_midi(notes, path)
@@ -503,9 +503,9 @@ class MusicModality:
 
 
 def _table(source: Source, settings: DataSettings) -> dict[str, str]:
-    """The splits that a table among the files gives those that are there, as MAESTRO's does: file name -> split.
+    """File name -> split, from a table among the files, such as MAESTRO's.
 
-    Raises UserError for such a table that is broken, or in another encoding than the one of the settings, or UTF-8.
+    Raises UserError if the table is broken, or in another encoding than that of the settings or UTF-8.
     """
     found: dict[str, str] = {}
     there: set[str] = set()
@@ -531,7 +531,7 @@ def _table(source: Source, settings: DataSettings) -> dict[str, str]:
 def _content(document: Document) -> bytes:
     chunks = iter(document.chunks)
     start = next(chunks, b"")
-    if not start.startswith((b"MThd", b"RIFF")):  # before reading the rest of what may be a film
+    if not start.startswith((b"MThd", b"RIFF")):  # before reading the rest, which may be large
         raise Unusable("not a MIDI file")
     return start + Document(document.name, chunks).read(FILE_LIMIT)
 
@@ -566,10 +566,10 @@ def _excerpt(prompt: str) -> tuple[Path, float]:
 
 
 def render(path: Path, font: str | None = None) -> Path | None:
-    """Write the sound of a MIDI file beside it, as WAV; None where there is no fluidsynth or no sound font.
+    """Write the sound of a MIDI file beside it, as WAV; None without fluidsynth or a sound font.
 
-    The font is `font`, $SOUNDFONT, or one of the system's. The program's errors are logged, not raised: the MIDI file
-    is what counts.
+    The font is `font`, $SOUNDFONT, or one of the system's. Errors of fluidsynth are logged, not raised, because the
+    MIDI file is enough.
     """
     program = shutil.which("fluidsynth")
     font = font or os.environ.get("SOUNDFONT") or next((str(file) for file in _fonts()), None)
@@ -592,7 +592,7 @@ def _fonts() -> list[Path]:
 
 
 def picture(path: Path) -> bytes:
-    """The piano roll of a MIDI file, keys over seconds, darker where louder, as PNG."""
+    """The piano roll of a MIDI file as PNG: keys over seconds, louder notes darker."""
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Compressed files and archives as streams: nothing is unpacked to disk, so no member's path can lead anywhere."""
+"""Compressed files and archives as streams. Nothing is unpacked to disk, so paths in an archive cannot do harm."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _ALIASES = {".tgz": ".tar.gz", ".tbz": ".tar.bz2", ".tbz2": ".tar.bz2", ".txz": 
 
 
 UNSUPPORTED = frozenset((".7z", ".rar", ".lz", ".lz4", ".lzo", ".z", ".br", ".cab", ".sz"))
-"""What files are called that are packed in other ways."""
+"""Suffixes of files that are packed in other ways."""
 
 
 class Stream(NamedTuple):
-    """Bytes with a name, e.g. `reviews.tar.xz/train/pos/1_9.txt`; to be read before the next one is asked for."""
+    """Bytes with a name, e.g. `reviews.tar.xz/train/pos/1_9.txt`. Read it before the next one is requested."""
 
     name: str
     file: IO[bytes]
@@ -37,7 +37,7 @@ class Stream(NamedTuple):
 def _zstandard(file: IO[bytes]) -> IO[bytes]:
     import zstandard
 
-    # As far as the format goes (zstd --long=31); the memory is taken as the window fills.
+    # The largest window of the format (zstd --long=31). Memory grows only as the window fills.
     new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
     return io.BufferedReader(_Frames(file, new, (zstandard.ZstdError,)), 1 << 17)
 
@@ -60,9 +60,9 @@ _OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
 
 
 def expand(stream: Stream, inner: str | None = None) -> Iterator[Stream]:
-    """The plain files inside `stream`, as deep as archives go; `stream` itself if its name is of none.
+    """The plain files inside `stream`, also in nested archives; `stream` itself if its name is not of an archive.
 
-    `inner` is the name without the compressions taken off so far. Raises UserError for broken or encrypted archives.
+    `inner` is the name without the compressions removed so far. Raises UserError for broken or encrypted archives.
     """
     name = inner or stream.name
     for alias, meaning in _ALIASES.items():
@@ -83,7 +83,7 @@ def expand(stream: Stream, inner: str | None = None) -> Iterator[Stream]:
 
 def _tar_members(stream: Stream) -> Iterator[Stream]:
     with broken(stream.name):
-        # Joined archives have zeros in their middle.
+        # Joined archives have zeros between them.
         archive = tarfile.open(fileobj=stream.file, mode="r|", tarinfo=_Member, ignore_zeros=True)  # noqa: SIM115
     links = 0
     with archive:
@@ -107,7 +107,7 @@ def _tar_members(stream: Stream) -> Iterator[Stream]:
 class _Member(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
-        # After the first member tarfile takes a damaged header for the end, and what follows would be lost silently.
+        # After the first member tarfile takes a damaged header for the end; the rest would be lost without an error.
         try:
             found = super().fromtarfile(archive)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ def _zip_members(stream: Stream) -> Iterator[Stream]:
             archive = zipfile.ZipFile(stream.file)
         except zipfile.BadZipFile as error:
             stream.file.seek(0)
-            # Its directory is at its end.
+            # A ZIP's directory is at its end.
             if "not a zip file" in str(error) and stream.file.read(4) == _ZIP_MEMBER:
                 raise EOFError("no directory at its end") from None
             raise
@@ -148,9 +148,9 @@ _ZIP_MEMBER, _ZIP_END = b"PK\3\4", b"PK\5\6"
 
 
 def _nothing_beside(stream: Stream, archive: zipfile.ZipFile) -> None:
-    """Raises UserError for what a ZIP's directory says nothing of: another archive before it, or bytes after it.
+    """Raises UserError if a ZIP has another archive before it, or bytes after it, that its directory does not list.
 
-    A program in front of it, which unpacks it, is not read as an archive.
+    A program in front of the archive, which unpacks it, is allowed.
     """
     file, directory = stream.file, archive.start_dir
     first = min((info.header_offset for info in archive.infolist()), default=directory)
@@ -184,14 +184,14 @@ def _places(block: bytes, mark: bytes) -> Iterator[int]:
 
 
 def _ends_a_zip(block: bytes, at: int) -> bool:
-    """Whether the record at a place ends an archive on one disk, that has members."""
+    """Whether the record at this place ends an archive that is on one disk and has members."""
     disk, other, here, total = struct.unpack_from("<HHHH", block, at + 4) if at + 22 <= len(block) else (1,) * 4
     return disk == other == 0 and here == total > 0
 
 
 @contextlib.contextmanager
 def broken(name: str) -> Iterator[None]:
-    """Turns what the readers of archives raise into a UserError that names the file and the one cause."""
+    """Turns exceptions of archive readers into a UserError that names the file and the cause."""
     try:
         yield
     except UserError:
@@ -202,7 +202,7 @@ def broken(name: str) -> Iterator[None]:
     ) as error:  # fmt: skip
         reason = (str(error) or type(error).__name__).rstrip(".")
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a damaged length seeks before 0
-            raise  # of the disk, not of the file's content
+            raise  # a fault of the disk, not of the file's content
         if any(word in reason.lower() for word in ("encrypt", "password")):
             raise UserError(f"{name} is encrypted: unpack it with its password first") from error
         if isinstance(error, NotImplementedError) or any(word in reason.lower() for word in _UNSUPPORTED):
@@ -217,8 +217,8 @@ _TRUNCATED = ("unexpected end of data", "not a gzipped file (b'\\x1f')", "trunca
 
 
 class _Frames(io.RawIOBase):
-    """Streams of one compression in a row, all of them: Python's own readers of bz2 and xz take whatever follows the
-    first stream for rubbish and end silently, and zstandard's where a frame is cut off. This one raises.
+    """Reads all joined streams of one compression, and raises if one is damaged or cut off. Python's readers of bz2 and
+    xz end silently if the bytes after the first stream are damaged, and that of zstandard if a frame is cut off.
     """
 
     def __init__(self, file: IO[bytes], new: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
@@ -240,7 +240,7 @@ class _Frames(io.RawIOBase):
                     self._rest = self._frame.unused_data
                     self._frame = self._new()
                     self._begun = False
-                # A small step: one compressed kilobyte can hold many megabytes.
+                # Read little at a time: one compressed kilobyte can hold many megabytes.
                 block = self._rest or self._file.read(1 << 10)
                 self._rest = b""
                 if not block:

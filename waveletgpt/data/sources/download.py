@@ -1,4 +1,4 @@
-"""Downloads that can be interrupted: resumed, verified, and only then given their name."""
+"""Downloads that can be interrupted. They are resumed and verified before the file gets its name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from waveletgpt.errors import UserError
 
 ATTEMPTS = 5
 PAUSE = 1.0
-"""Seconds to wait after the first break, and more after each further one."""
+"""Seconds to wait after the first break; the wait grows with each further one."""
 TIMEOUT = 30.0
-"""Seconds without an answer."""
-# Some servers turn away Python's own name.
+"""Seconds to wait for an answer."""
+# Some servers refuse Python's default user agent.
 _AGENT = "Mozilla/5.0 (compatible; waveletgpt)"
 
 
@@ -34,10 +34,10 @@ def download(
     cache: Path | None = None,
     mend: str | None = None,
 ) -> Path:
-    """The file of `url` at `path`, fetched if it isn't there, `size` bytes with SHA-256 `sha` where these are known.
+    """Download `url` to `path` unless the file is there, and check its `size` in bytes and SHA-256 `sha` if known.
 
-    Where `sha` isn't known, that of the first download is recorded in `path`.sha256 and holds from then on.
-    Raises UserError if the address cannot be reached, with `mend`, or gives something else.
+    If `sha` is not known, that of the first download is recorded in `path`.sha256 and checked later. Raises UserError
+    if the address cannot be reached (the message ends with `mend`), or gives another file.
     """
     mend = mend or f"put {path.name} in a folder and give that with `data_dir`"
     with exclusive(path):
@@ -58,12 +58,12 @@ def download(
 
 
 def recorded(path: Path) -> str | None:
-    """The SHA-256 that was found at the first download, if there was one."""
+    """The SHA-256 recorded at the first download; None without a record."""
     return _record(path).read_text().strip() if _record(path).is_file() else None
 
 
 def verify(path: Path, *, size: int | None, sha: str | None, name: str, cache: Path | None = None) -> None:
-    """Raises UserError if the file isn't the expected one; `cache` remembers hashes of files that don't change."""
+    """Raises UserError if the file is not the expected one. `cache` keeps the hashes of unchanged files."""
     found = path.stat().st_size
     if size is not None and found != size:
         raise UserError(f"{name} has {found:,} bytes instead of {size:,}: remove it and get it again")

@@ -1,4 +1,5 @@
-"""Text in other encodings, brought to UTF-8, by its mark or by name; what cannot be decoded is refused."""
+"""Text in other encodings, converted to UTF-8. A mark in the file or the user names the encoding; bytes that cannot be
+decoded are an error."""
 
 from __future__ import annotations
 
@@ -10,31 +11,31 @@ from waveletgpt.errors import UserError
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, of which it begins with the mark
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, as it begins with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _STEP = 1 << 17
 _ENOUGH = 30
-"""Letters outside ASCII that a guess needs: of fewer, encodings that share most letters cannot be told apart."""
+"""Letters outside ASCII that a guess needs at least: many encodings share most letters."""
 _SAMPLE = 1 << 16
 """Bytes an encoding is guessed from."""
 
 
 def marked(start: bytes) -> bool:
-    """Whether a file that starts so has a mark of UTF-16 or UTF-32."""
+    """Whether a file with this start has a mark of UTF-16 or UTF-32."""
     return any(start.startswith(mark) for mark, name in _MARKS if name != "utf-8")
 
 
 def begin(start: bytes, encoding: str | None = None) -> str:
-    """The text that a file starts with, as far as it can be decoded."""
+    """The text at the start of a file, as far as it can be decoded."""
     mark, found = next(((mark, found) for mark, found in _MARKS if start.startswith(mark)), (b"", encoding or "utf-8"))
     return start[len(mark) :].decode(found, "ignore")
 
 
 def unmarked(start: bytes) -> str | None:
-    """The kind of UTF-16 that a file without mark is likely in: text of which every second byte is 0; else None."""
+    """The likely kind of UTF-16 of a file without a mark (every second byte is 0); None if it is not UTF-16."""
     start = start[: min(_SAMPLE, len(start) // 2 * 2)]
     for name, zeros, others in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):
         if len(zeros) > 3 and zeros.count(0) > 0.7 * len(zeros) and b"\0" not in others:
@@ -43,9 +44,9 @@ def unmarked(start: bytes) -> str | None:
 
 
 class Utf8File(io.RawIOBase):
-    """A file as UTF-8 without mark, decoded by its mark, else from `encoding`, else from UTF-8.
+    """A file as UTF-8 without a mark. It is decoded as its mark says, else from `encoding`, else from UTF-8.
 
-    Reading raises UserError, with the count and a guess, at bytes that are not of the encoding.
+    For bytes that are not of the encoding, reading raises UserError with their number and a guess.
     """
 
     def __init__(self, file: IO[bytes], name: str, encoding: str | None, choosable: bool = True) -> None:
@@ -100,7 +101,7 @@ class Utf8File(io.RawIOBase):
         while block:
             decoder.decode(block)
             block = self._file.read(_STEP)
-            # The guess is made from the lines that are not ASCII.
+            # Guess from the lines that are not ASCII.
             sample += b"" if len(sample) >= _SAMPLE else block[: _SAMPLE - len(sample)]
         decoder.decode(b"", final=True)
         guess = _guess(b"\n".join(line for line in sample.splitlines() if not line.isascii()))
@@ -121,12 +122,12 @@ def _guess(sample: bytes) -> str | None:
     best = charset_normalizer.from_bytes(sample).best()
     if best is None or best.encoding in ("utf_8", "ascii"):
         return None
-    # Of several that give the same text, the one that most files are in.
+    # Of several encodings that give the same text, take the most common.
     return "cp1252" if "cp1252" in best.could_be_from_charset else best.encoding
 
 
 def is_utf8(start: bytes) -> bool:
-    """Whether a file that starts so, without mark, has letters outside ASCII, all of them UTF-8."""
+    """Whether a file with this start (and no mark) has letters outside ASCII that are all UTF-8."""
     if start.startswith(codecs.BOM_UTF8):
         return False
     try:
@@ -137,20 +138,20 @@ def is_utf8(start: bytes) -> bool:
 
 
 def as_utf8(file: IO[bytes], name: str, encoding: str | None) -> IO[bytes]:
-    """`file`, named `name` in messages, as UTF-8 without mark."""
+    """`file` as UTF-8 without a mark; messages call it `name`."""
     return io.BufferedReader(Utf8File(file, name, encoding), _STEP)
 
 
 def decoded(content: bytes, name: str, encoding: str | None = None, choosable: bool = True) -> str:
-    """A whole table as text, by its mark, else from `encoding`, else from UTF-8.
+    """A whole table as text, decoded as its mark says, else from `encoding`, else from UTF-8.
 
-    Raises UserError as `Utf8File` does; `choosable` says whether the user can name an encoding.
+    Raises UserError as `Utf8File` does. `choosable`: whether the user can name an encoding.
     """
     return Utf8File(io.BytesIO(content), name, encoding, choosable).readall().decode()
 
 
 class Peeked(io.RawIOBase):
-    """A file of which the beginning has been read already."""
+    """A file whose beginning has been read already."""
 
     def __init__(self, start: bytes, file: IO[bytes]) -> None:
         self._start = memoryview(start)

@@ -29,7 +29,7 @@ from waveletgpt.errors import UserError
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
-"""Bytes of a document read at a time."""
+"""Number of bytes of a document read at a time."""
 
 FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -42,7 +42,7 @@ _WORD = re.compile(rf"({'|'.join(sorted(FOLDERS, reverse=True))}|eval|evaluation
 
 _ARCHIVE = re.compile(r"\.(?:zip|tar|t(?:gz|bz2?|xz|zst)|tar\.(?:gz|bz2|xz|zst|lzma))$", re.IGNORECASE)
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|dataset_infos?)\b", re.IGNORECASE)
-"""Files about the data, which may lie beside it."""
+"""Files about the data, which may be beside it."""
 
 
 _CONTROLS = bytes({*range(32), 127} - {*b"\t\n\r\f\v\b\x1b"})
@@ -54,9 +54,9 @@ class TooLarge(Exception):
 
 @dataclass
 class Document:
-    """One text, recording or picture: its name, and its bytes in chunks, to be read before the next document.
+    """One text, recording or picture: its name, and its bytes in chunks. Read it before the next document.
 
-    Text is UTF-8. `split` is set where the source itself says which split the document belongs to.
+    Text is UTF-8. `split` is set if the source gives the split of the document.
     """
 
     name: str
@@ -76,13 +76,13 @@ class Document:
 
 
 class Source(Protocol):
-    """Something that documents can be read from, any number of times, always in the same order."""
+    """A source of documents. They can be read any number of times, always in the same order."""
 
     name: str
     size: int
     """Bytes on disk, for the progress bar; 0 if unknown."""
     skipped: list[str]
-    """Files that were passed over because they cannot be used, by name."""
+    """Names of skipped files, which cannot be used."""
 
     @property
     def done(self) -> int:
@@ -93,7 +93,7 @@ class Source(Protocol):
         """The splits it comes in, each document saying which it belongs to; empty where it comes in one piece."""
 
     def key(self, cache: Path) -> str:
-        """What the documents are identified by: a hash of their content."""
+        """Identifies the documents: a hash of their content."""
 
     def files(self) -> Iterator[Document]:
         """Each file, archives opened, as it is."""
@@ -103,7 +103,7 @@ class Source(Protocol):
 
 
 class Files:
-    """A file, or a folder with all that is in it, in sorted order and without hidden files."""
+    """A file, or all files in a folder, in sorted order and without hidden files."""
 
     def __init__(
         self,
@@ -113,10 +113,10 @@ class Files:
         splits: dict[str, str] | None = None,
         split_folders: bool = False,
     ) -> None:
-        """`name` is what messages call it, `splits` the set's own: file name -> split.
+        """`name` is for messages. `splits` are those of a named set: file name -> split.
 
-        With `split_folders` data comes in the splits that its names say: those of all sub-folders, else of all files,
-        training and another among them. What lies beside the folders is left out.
+        With `split_folders`, names decide the splits: those of sub-folders, else those of files, if all name a split
+        and training and another split are among them. Files beside such folders are left out.
         """
         self.path = path
         self.name = name or str(path)
@@ -124,7 +124,7 @@ class Files:
         self.splits = splits or {}
         self.skipped: list[str] = []
         self.beside: list[str] = []
-        """Files left out because they lie beside folders that are splits."""
+        """Files left out because they are beside folders of splits."""
         self._before = 0
         self._file: IO[bytes] | None = None
         self._paths = self._list()
@@ -133,9 +133,9 @@ class Files:
         self.folders: dict[str, str] = {}
         """Folders that are splits: path inside the folder or archive -> split."""
         self.split_files: dict[str, str] = {}
-        """Files whose names say which split they are, where all say so: path inside the folder or archive -> split."""
+        """Files with the name of a split, if all files have one: path inside the folder or archive -> split."""
         self.unclear: list[str] = []
-        """Folders or files whose names say splits, beside others that say none: then all is taken as one piece."""
+        """Folders or files with the name of a split, if others have none: then the names are not used as splits."""
         self._inside = ""
         self._archive: str | None = None
         if split_folders:
@@ -143,7 +143,7 @@ class Files:
         self.size = sum(path.stat().st_size for _, path in self._paths)
 
     def _list(self) -> list[tuple[str, Any]]:
-        """(path inside the folder, file) of all that is wanted; files are paths, or know as much (see `remote`)."""
+        """(path inside the folder, file) of all wanted files. A file is a Path or a `RemoteFile`."""
         path = self.path
         if not path.is_dir():
             if not stat.S_ISREG(path.stat().st_mode):
@@ -161,7 +161,7 @@ class Files:
         return self._some(found)
 
     def _some(self, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        """The files of a folder, sorted. Raises UserError where there is none."""
+        """The files of a folder, sorted. Raises UserError if there is none."""
         if not found:
             globs = (("include", self.settings.include), ("exclude", self.settings.exclude))
             given = " and ".join(f'{name} "{glob}"' for name, glob in globs if glob)
@@ -170,11 +170,11 @@ class Files:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder, not a file by itself."""
+        """Whether it is a folder, not a single file."""
         return self.path.is_dir()
 
     def _find_splits(self) -> None:
-        """Splits that the names of folders, else of files, say: those of the folder, or of the one archive there is."""
+        """Finds splits by the names of folders, else of files, in the folder or in its only archive."""
         names = [inside for inside, _ in self._paths]
         data = [name for name in names if not _ABOUT.match(name.rpartition("/")[2])]
         if len(data) == 1 and _ARCHIVE.search(data[0]):
@@ -226,7 +226,7 @@ class Files:
         return self.settings.exclude is None or not matches(f"{inside}/", self.settings.exclude)
 
     def key(self, cache: Path) -> str:
-        """SHA-256 over names and contents; remembered in `cache` for as long as no size or time changes."""
+        """SHA-256 over names and contents, cached in `cache` until a size or time changes."""
 
         def content() -> str:
             digest = hashlib.sha256()
@@ -239,7 +239,7 @@ class Files:
         return remembered(cache, ["content", *insides], paths, content)
 
     def suffixes(self, cache: Path) -> Counter[str]:
-        """How many files end in `.wav`, `.txt`, ..., in lower case, those in archives too; remembered as `key` is."""
+        """How many files end in `.wav`, `.txt`, ..., in lower case, with those in archives; cached as `key` is."""
 
         def content() -> str:
             return json.dumps(Counter(Path(stream.name).suffix.lower() for stream in self._streams()))
@@ -250,7 +250,7 @@ class Files:
 
     @property
     def done(self) -> int:
-        """Bytes read so far, as they lie on disk."""
+        """Bytes on disk read so far."""
         return self._before + (self._file.tell() if self._file and not self._file.closed else 0)
 
     def _streams(self) -> Iterator[Stream]:
@@ -263,7 +263,7 @@ class Files:
             with path.open("rb") as self._file:
                 for stream in expand(Stream(inside, self._file)):
                     member = stream.name.removeprefix(f"{inside}/")
-                    # Globs choose among the files of a folder, or among the members of an archive given by itself.
+                    # Globs choose among the files of a folder, or among the members of a single archive.
                     chosen = self.is_folder or self._wanted(member)
                     if stream.file is not self._file and (not chosen or _hidden(member)):
                         continue
@@ -308,7 +308,7 @@ class Files:
             raise UserError(f"no text in {self.name}{skipped}: `modality=bytes` takes any file")
 
     def _noted(self, stream: Stream) -> Stream:
-        """Note a file that is UTF-8 where another encoding was named for all."""
+        """Record a file that is UTF-8 although another encoding was named for all."""
         if not self.settings.encoding or codecs.lookup(self.settings.encoding).name == "utf-8":
             return stream
         if stream.name.lower().endswith(".parquet"):
@@ -320,7 +320,7 @@ class Files:
         return Stream(stream.name, io.BufferedReader(Peeked(start, stream.file)))
 
     def _by_content(self, stream: Stream) -> tuple[Stream, bool]:
-        # Records, one a line or in an array, are often called .json.
+        # JSON lines and arrays of records are often called .json.
         if not stream.name.lower().endswith(".json"):
             return stream, False
         with broken(stream.name):
@@ -355,9 +355,9 @@ class Files:
 
 
 def _splits_of(names: Sequence[str]) -> dict[str, str | None]:
-    """What each name says of a split in its last part, in one word of it; None where it says none, or several.
+    """The split in the last part of each name, as one of its words; None if there is none, or several.
 
-    "eval" is validation, unless there is another word for that: then it is the test.
+    "eval" is validation, or the test split if another name is validation.
     """
     found: dict[str, str | None] = {}
     for name in names:
@@ -369,7 +369,7 @@ def _splits_of(names: Sequence[str]) -> dict[str, str | None]:
 
 
 def report_skipped(source: Source, wanted: str, usable: int) -> None:
-    """Warn about the files in `source.skipped`; raises UserError if `usable`, the number of the others, is 0."""
+    """Warn about the files in `source.skipped`. Raises UserError if `usable`, the number of other files, is 0."""
     skipped = source.skipped
     names = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
     if not usable:
@@ -379,9 +379,9 @@ def report_skipped(source: Source, wanted: str, usable: int) -> None:
 
 
 def remembered(cache: Path, what: Sequence[str], paths: Sequence[Any], compute: Callable[[], str]) -> str:
-    """`compute()`, or what it gave before for the same files, as long as none changes its path, size or time.
+    """The result of `compute()`, cached until a file changes its path, size or time.
 
-    `what` tells apart different things computed from the same files.
+    `what` distinguishes results computed from the same files.
     """
     stats = [path.stat() for path in paths]
     listing = hashlib.sha256("\0".join(what).encode(errors="surrogateescape"))
@@ -393,9 +393,9 @@ def remembered(cache: Path, what: Sequence[str], paths: Sequence[Any], compute: 
     if memory.is_file() and (known := memory.read_text()):
         return known
     result = compute()
-    # A file changed within the clock's grain of its last change would go unnoticed: remember settled ones only.
+    # A second change within the resolution of the clock would go unnoticed: cache only if the last one is older.
     if all(time.time_ns() - status.st_mtime_ns > 2e9 for status in stats):
-        with contextlib.suppress(OSError):  # to remember is a convenience
+        with contextlib.suppress(OSError):  # the cache is optional
             memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
             temporary.write_text(result)
@@ -430,13 +430,13 @@ def _chunks(stream: Stream) -> Iterator[bytes]:
 
 
 def looks_like_text(start: bytes) -> bool:
-    """Whether a file that starts so is text, in whatever encoding: no NUL, and hardly any control character."""
+    """Whether a file with this start is text in any encoding: no NUL and hardly any control characters."""
     start = start[: 1 << 16]
     return b"\0" not in start and len(start) - len(start.translate(None, _CONTROLS)) <= len(start) // 50
 
 
 def matches(name: str, globs: str) -> bool:
-    """Whether a path, or its last part, matches one of the globs, which are separated by commas."""
+    """Whether a path or its last part matches one of the globs, which are separated by commas."""
     patterns = [pattern.strip() for pattern in globs.split(",") if pattern.strip()]
     return any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(name.rpartition("/")[2], p) for p in patterns)
 

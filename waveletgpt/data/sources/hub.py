@@ -19,7 +19,7 @@ PREFIX = "hf:"
 
 
 def fail_soon() -> None:
-    """Without a connection let the hub's libraries use what they have cached, instead of trying for a minute."""
+    """Without a connection, make the hub's libraries use their caches at once instead of trying for a minute."""
     proxied = any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"))
     host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
     if proxied or host is None or os.environ.get("HF_HUB_OFFLINE"):
@@ -34,7 +34,7 @@ def fail_soon() -> None:
 
 
 class Hub:
-    """A data set of the hub, streamed. Its own splits are kept if it has all three; else its `train` is divided."""
+    """A data set of the hub, streamed. If it has all three splits they are kept; else its `train` is divided."""
 
     size = 0
 
@@ -56,7 +56,7 @@ class Hub:
         return set(SPLITS) if set(SPLITS) <= set(self._sets()) else set()
 
     def key(self, cache: Path) -> str:
-        """The name itself: what it stood for when first prepared is kept, also offline; pin or change `@revision`."""
+        """The name itself. The content at the first preparation is kept, also offline; change it with `@revision`."""
         if Path(self._path).is_dir():
             # Not the key of the folder by itself, which is divided in another way.
             return PREFIX + Files(Path(self._path), DataSettings()).key(cache)
@@ -92,7 +92,7 @@ class Hub:
                 self._opened = dict(
                     datasets.load_dataset(self._path, self._config, revision=self._revision, streaming=True)
                 )
-            except Exception as error:  # the library raises nearly anything
+            except Exception as error:  # the library raises nearly any exception
                 raise self._unreachable(error) from error
         return self._opened
 

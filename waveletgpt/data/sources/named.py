@@ -1,4 +1,4 @@
-"""Data sets that are known by name. Licences are theirs: nothing of them is part of this project."""
+"""Data sets known by name. They have their own licences and are not part of this project."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from waveletgpt.errors import UserError
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set: where it is, how to know it, and what to make of it."""
+    """A data set: its address, how to verify it, and how to prepare it."""
 
     name: str
     description: str
     modality: str
-    """The modality it is prepared in unless another is asked for."""
+    """Its default modality."""
     licence: str
     url: str | None
     """Its address; None if it is on every machine."""
     file: str = ""
-    """The name a copy has, in the cache or in `data_dir`."""
+    """The file name of a copy in the cache or in `data_dir`."""
     size: int | None = None
-    """Bytes of that file."""
+    """Size of that file in bytes."""
     sha256: str | None = None
-    """Its hash; None if none is published: then the first download's is recorded beside it and holds from then on."""
+    """Its hash. None if none is published: the hash of the first download is then recorded and checked later."""
     include: str | None = None
     exclude: str | None = None
     made: Callable[[DataSettings], Source] | None = None
-    """What generates it, for a set that is nowhere."""
+    """The function that generates it, for a set without files."""
     splits: dict[str, str] = field(default_factory=dict)
-    """The set's own splits: file name -> split. Without, it is divided like any other data."""
+    """The set's own splits: file name -> split. If empty, it is divided like any other data."""
 
     def path(self, settings: DataSettings) -> Path:
         """Where a download of it lies, or will lie."""
@@ -146,9 +146,9 @@ NAMED = {
 
 
 def fetch(named: NamedSet, settings: DataSettings, progress: bool = True) -> Source:
-    """The set's files: those on this machine, else downloaded, in either case verified.
+    """The set's files, from this machine or downloaded, and verified.
 
-    Raises UserError if it cannot be reached, if a copy isn't what it should be, or if `data_dir` has none.
+    Raises UserError if the address cannot be reached, a copy is not the expected file, or `data_dir` has no copy.
     """
     globs = replace(
         settings,

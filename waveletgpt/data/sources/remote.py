@@ -1,7 +1,7 @@
 """Files at addresses: `s3://`, `gs://`, `az://` and `hf://datasets/` through fsspec, `https://` as a download.
 
-What fsspec knows of files is listed and read in blocks, in place of the local ones that `Files` reads; nothing is kept
-but the tokens. What a web server has is downloaded once and kept, so that it need not know of parts of files.
+Files of fsspec are listed and read in blocks, like the local files of `Files`; only the tokens are kept. Files of a web
+server are downloaded once and kept, so that the server need not support reading in parts.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ PACKAGES = {
     "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
     "hf": "huggingface_hub",
 }  # fmt: skip
-"""What opens addresses, by the word before ://."""
+"""The library for addresses, by the word before ://."""
 WEB = ("http", "https")
 BLOCK = 1 << 23
-"""Bytes asked for at a time."""
+"""Number of bytes requested at a time."""
 
 
 def is_address(data: str) -> bool:
-    """Whether data names a place of this kind."""
+    """Whether `data` is such an address."""
     return data.partition("://")[0] in (*PACKAGES, *WEB) and "://" in data
 
 
 def at_address(data: str, settings: DataSettings, progress: bool = True) -> Files:
-    """The files at an address. Raises UserError where it cannot be reached, or what opens it is not installed."""
+    """The files at an address. Raises UserError if it cannot be reached, or the library for it is not installed."""
     if data.partition("://")[0] not in WEB:
         return RemoteFiles(data, settings)
     parts = urllib.parse.urlsplit(data)
@@ -50,7 +50,7 @@ def at_address(data: str, settings: DataSettings, progress: bool = True) -> File
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at an address, with as much of `Path` as `Files` asks for."""
+    """A file at an address, with the methods of `Path` that `Files` uses."""
 
     system: Any
     address: str
@@ -67,12 +67,12 @@ class RemoteFile:
         return io.BufferedReader(_Reader(self), 1 << 20)
 
     def __str__(self) -> str:
-        """The address, and what the service says of the content: its time, its hash."""
+        """The address, with the time and hash that the service gives for the content."""
         return f"{self.address} {sorted((key, str(value)) for key, value in self.info.items())}"
 
 
 class _Reader(io.RawIOBase):
-    """The bytes of a remote file; what goes wrong, an end before the end among it, is a UserError."""
+    """The bytes of a remote file. Any fault, such as an early end, raises UserError."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._size, self._address = file.stat().st_size, file.address
@@ -109,7 +109,7 @@ class _Reader(io.RawIOBase):
 
 @contextlib.contextmanager
 def _reaching(address: str) -> Iterator[None]:
-    """Turns what the services' libraries raise, which is nearly anything, into a UserError that names the address."""
+    """Turns any exception of the services' libraries into a UserError that names the address."""
     try:
         yield
     except UserError:
@@ -127,7 +127,7 @@ def _reaching(address: str) -> Iterator[None]:
 
 
 class RemoteFiles(Files):
-    """A file at an address, or all that lies below it, in sorted order and without hidden files."""
+    """A file at an address, or all files below it, in sorted order and without hidden files."""
 
     def __init__(self, address: str, settings: DataSettings) -> None:
         self._address = address.rstrip("/")

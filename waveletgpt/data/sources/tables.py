@@ -1,4 +1,4 @@
-"""Files of records with a column of text: JSON lines, CSV, TSV, Parquet. Read a record at a time."""
+"""Files of records with a column of text: JSON lines, CSV, TSV, Parquet. They are read one record at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from waveletgpt.errors import UserError, suggest
 
 GUESSES = ("text", "content")
 LONGEST = 1 << 28
-"""The longest line, in bytes; a longer one is not what the file's name promises, and must not fill the memory."""
+"""The longest line, in bytes. A longer one is not of a table, and must not fill the memory."""
 
 Row = tuple[str, str]
 """(name, text) of a record."""
@@ -24,12 +24,12 @@ Row = tuple[str, str]
 def rows(
     stream: Stream, column: str | None, encoding: str | None = None, records: bool = False
 ) -> Iterator[Row] | None:
-    """The records that have text in `column`; None if the file is not of this kind, by its name.
+    """The records that have text in `column`; None if the file's name is not of a table.
 
-    Tables of text are UTF-8, or what their mark says, or in `encoding`.
-    `records`: it is JSON with records (see `has_records`), whatever its name.
+    Tables of text are UTF-8, or in the encoding of their mark, or in `encoding`.
+    `records`: the file is JSON with records (see `has_records`), whatever its name.
 
-    Raises UserError for a column that is not there, and for a broken line, with its number.
+    Raises UserError for a missing column, and for a broken line, with its number.
     """
     suffix = "json" if records else stream.name.lower().rpartition(".")[2]
     reader = _READERS.get(suffix) if suffix != "json" or records else None
@@ -40,10 +40,9 @@ def rows(
 
 
 def has_records(start: bytes, column: str | None = None, encoding: str | None = None) -> bool:
-    """Whether a file of JSON that starts so holds records: an array of objects, objects in a row, or one with a text.
+    """Whether a JSON file with this start holds records: an array of objects, several objects, or one with a text.
 
-    What else is JSON is text by itself. An object is a text with what goes with it if it has the `column`, or one of
-    `GUESSES`.
+    Any other JSON file is a text. A single object is a record if it has the `column`, or one of `GUESSES`.
     """
     text = begin(start, encoding).lstrip()
     if text.startswith("["):
@@ -59,7 +58,7 @@ def has_records(start: bytes, column: str | None = None, encoding: str | None = 
 
 
 def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
-    """The column of `name` to read: the one asked for, else the first of `GUESSES` that there is."""
+    """The column of `name` to read: `column` if given, else the first of `GUESSES` that exists."""
     if column is None:
         found = next((guess for guess in GUESSES if guess in columns), None)
         if found is None:
@@ -76,11 +75,11 @@ def choose(name: str, column: str | None, columns: Sequence[str]) -> str:
 
 
 def headerless(row: Sequence[str], column: str | None) -> bool:
-    """Whether a table's first row looks like data: a number, a sentence or a repeated field in it.
+    """Whether a table's first row looks like data, with a number, a sentence or a repeated field.
 
-    Names of columns are short words, each there once.
+    Names of columns are short words that differ.
     """
-    if any(name in row for name in GUESSES) or row == [*map(str, range(len(row)))]:  # as what was unnamed is called
+    if any(name in row for name in GUESSES) or row == [*map(str, range(len(row)))]:  # default names of unnamed columns
         return False
     if column is not None and column in row and not column.isdecimal():
         return False
@@ -100,7 +99,7 @@ def _shown(row: Sequence[str]) -> str:
 
 
 def text_of(value: Any, name: str, column: str) -> str:
-    """The text in a record; nothing where there is no value."""
+    """The text in a record; "" without a value."""
     if value is None or isinstance(value, str):
         return value or ""
     found = type(value).__name__
@@ -135,14 +134,14 @@ def _json_lines(stream: Stream, column: str | None) -> Iterator[Row]:
 
 
 class _Text:
-    """A stream as text of which a part is at hand: `text` from `place` on. Broken bytes raise UserError."""
+    """A stream as text, read in parts: `text` from `place` on is in memory. Broken bytes raise UserError."""
 
     def __init__(self, stream: Stream) -> None:
         self.name, self._file, self._decode = stream.name, stream.file, codecs.getincrementaldecoder("utf-8")().decode
         self.text, self.place, self.ended = "", 0, False
 
     def more(self) -> None:
-        """Have at least twice as much at hand, so that something long is not looked at over and over."""
+        """Read at least as much again, so that a long record is not parsed over and over."""
         self.text, self.place = self.text[self.place :], 0
         with broken(self.name):
             block = self._file.read(max(1 << 16, len(self.text)))
@@ -151,7 +150,7 @@ class _Text:
             raise UserError(f"{self.name} has a record of more than {LONGEST >> 20} MB: is it what its name says?")
 
     def next(self, passed: str = " \t\r\n") -> str:
-        """The next character that is not `passed` over; nothing at the end."""
+        """The next character that is not in `passed`; "" at the end."""
         while True:
             while self.place < len(self.text) and self.text[self.place] in passed:
                 self.place += 1
@@ -161,7 +160,7 @@ class _Text:
 
 
 def _json_values(stream: Stream, column: str | None) -> Iterator[Row]:
-    """The objects of an array, or in a row, however they are broken into lines."""
+    """The objects of an array, or one after the other, with any line breaks."""
     text, decode, number = _Text(stream), json.JSONDecoder().raw_decode, 0
     in_array = text.next() == "["
     text.place += in_array
@@ -194,7 +193,7 @@ def _json_values(stream: Stream, column: str | None) -> Iterator[Row]:
 
 
 def _long_fields(reader: Iterator[list[str]]) -> Iterator[list[str]]:
-    """The rows of a csv.reader, with fields as long as lines may be; the process's limit is put back."""
+    """The rows of a csv.reader, with fields as long as lines may be. The limit of the process is restored."""
     while True:
         before = csv.field_size_limit(LONGEST)
         try:
@@ -208,7 +207,7 @@ def _long_fields(reader: Iterator[list[str]]) -> Iterator[list[str]]:
 
 def _separated(separator: str) -> Callable[[Stream, str | None], Iterator[Row]]:
     def read(stream: Stream, column: str | None) -> Iterator[Row]:
-        # What makes TSV is that nothing is quoted: a quote is a character.
+        # In TSV nothing is quoted: a quote is a character.
         reader = csv.reader(
             _lines(stream), delimiter=separator, strict=True,
             quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
