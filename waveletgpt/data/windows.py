@@ -45,8 +45,8 @@ class MixedWindows(Dataset):
 
     Item i is item i of the source in whose interval of [0, 1] the i-th point of a scrambled van der Corput sequence
     falls: the digits of i in base 67, each replaced by a permutation that the seed decides, behind the point instead of
-    before it (H. Faure, 1992). Any 67 items in a row fall into 67 equal parts of [0, 1]. As 67 is a prime, so do the items
-    that one of several processes gets, every n-th, unless n is a multiple of 67.
+    before it (H. Faure, 1992). Any 67 items in a row fall into 67 equal parts of [0, 1]. As 67 is a prime, so do the
+    items that one of several processes gets, every n-th, unless n is a multiple of 67.
     """
 
     def __init__(self, parts: Sequence[RandomWindows], weights: Sequence[float], seed: int):
