@@ -51,7 +51,7 @@ def _read(kind: type, name: str, value: Any, called: str) -> Any:
     """`value` as the type of the field `name` of `kind` has it; messages call the setting `called`."""
     from pydantic import ValidationError
 
-    mistakes = []
+    mistakes: list[Any] = []
     for reading in _readings(value):
         try:
             return _reader(kind, name).validate_python(reading)
