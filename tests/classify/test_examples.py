@@ -335,13 +335,13 @@ def test_for_a_human(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 0}, "length is 0: give 1 or more"),
-        ({"train_examples": -1}, "train_examples is -1"),
+        ({"length": 0}, "length must be greater than 0, got 0"),
+        ({"train_examples": -1}, "train_examples must be greater than 0, got -1"),
         ({"length": 10, "min_length": 11}, "min_length is 11, but length 10"),
-        ({"data_seed": -1}, "data_seed is -1"),
-        ({"clip_seconds": float("nan")}, "clip_seconds is nan"),
-        ({"sample_rate": 10}, "sample_rate is 10"),
-        ({"fold": 11}, "fold is 11: give 1 to 10"),
+        ({"data_seed": -1}, "data_seed must be greater than or equal to 0, got -1"),
+        ({"clip_seconds": float("nan")}, "clip_seconds must be less than or equal to 600, got nan"),
+        ({"sample_rate": 10}, "sample_rate must be greater than or equal to 1000, got 10"),
+        ({"fold": 11}, "fold must be less than or equal to 10, got 11"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:

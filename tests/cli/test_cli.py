@@ -56,10 +56,10 @@ def test_help_needs_no_heavy_library() -> None:
     code = (
         "import sys; sys.orig_argv = ['python', '-m', 'waveletgpt']\n"
         "from waveletgpt import cli\n"
-        "for words in ('--help', 'train --help', 'compare --help-all', 'ladder --help', 'data list'):\n"
+        "for words in ('--help', 'train --help', 'compare --help-all', 'ladder --help', 'classify -h', 'data list'):\n"
         "    try: cli.main(words.split())\n"
         "    except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pyarrow', 'datasets'}\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'pyarrow', 'datasets', 'pydantic'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -40,7 +40,11 @@ PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="`", exclude_cat
         ("ladder", "`out=a b/c`: another process is training there", "--out a b/c: another process is training there"),
         ("train", "`resume=True` with other data: use another `out`", "--resume with other data: use another --out"),
         ("train", "with 3: give `batch_size=8`", "with 3: give --batch-size 8"),
-        ("compare", "`arms=none:lr=a`: lr='a' is not a float", "--arms none:lr=a: lr='a' is not a float"),
+        (
+            "compare",
+            "`arms=none:lr=a`: lr must be a valid number, got 'a'",
+            "--arms none:lr=a: lr must be a valid number, got 'a'",
+        ),
         ("compare", '`arms`: no "fixd"; use one of', '--arms: no "fixd"; use one of'),
         ("lra", "`arms` names none twice", "--arms names none twice"),
         ("compare", "`seeds` must be at least 1, got 0", "--seeds must be at least 1, got 0"),
@@ -78,7 +82,7 @@ PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="`", exclude_cat
         # Not options of that command, or no settings between backticks.
         ("evaluate", "go on with `resume=True`", "go on with `resume=True`"),
         ("lra", "`base_model=gpt2`", "`base_model=gpt2`"),
-        ("train", "r.yaml: lr='a' is not a float", "r.yaml: lr='a' is not a float"),
+        ("train", "r.yaml: lr must be a valid number, got 'a'", "r.yaml: lr must be a valid number, got 'a'"),
         ("train", "ask it with `waveletgpt predict`", "ask it with `waveletgpt predict`"),
         ("train", "runs/`out`x and x`out` stay", "runs/`out`x and x`out` stay"),
     ],

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe
+from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe, ClassifierSettings
+from waveletgpt.data import MODALITIES
 from waveletgpt.errors import UserError
+from waveletgpt.model.configuration import POOLINGS, STARTS, WAVELETS
 from waveletgpt.training.compare import parse_arms
 from waveletgpt.training.recipe import (
     PRESETS,
     Recipe,
+    TrainingSettings,
     check_settings_are_read,
     load_recipe,
 )
@@ -48,24 +52,30 @@ def test_preset_fills_what_is_not_set() -> None:
     [
         ({"max_stps": 3}, 'no setting "max_stps"; did you mean "max_steps"'),
         ({"model": {"n_layers": 3}}, 'no setting "model.n_layers"; did you mean "model.n_layer"'),
-        ({"max_steps": "many"}, "max_steps='many' is not an integer"),
-        ({"max_steps": 1.5}, "max_steps=1.5 is not an integer"),
-        ({"max_steps": None}, "max_steps needs a value"),
-        ({"training.compile": "maybe"}, "training.compile='maybe' is not a bool"),
+        ({"max_steps": "many"}, "recipe.yaml: max_steps must be a valid integer, got 'many'"),
+        ({"max_steps": 1.5}, "max_steps must be a valid integer, got 1.5"),
+        ({"max_steps": None}, "max_steps must be a valid integer, got None"),
+        ({"training.compile": "maybe"}, "training.compile must be a valid boolean, got 'maybe'"),
         ({"max_steps": 0}, "max_steps must be greater than 0, got 0"),
         ({"lr": float("nan")}, "lr must be greater than 0, got nan"),
-        ({"seed": -1}, "seed must be from 0 to 2147483648, got -1"),
-        ({"workers": -1}, "training.workers must be at least 0, got -1"),
-        ({"warmup_steps": -5}, "training.warmup_steps must be at least 0, got -5"),
-        ({"weight_decay": float("nan")}, "training.weight_decay must be at least 0, got nan"),
-        ({"dropout": float("nan")}, "model.dropout must be from 0 to 1, got nan"),
-        ({"beta2": 1}, "training.beta2 must be from 0 to 0.999999, got 1.0"),
+        ({"seed": -1}, "seed must be greater than or equal to 0, got -1"),
+        ({"workers": -1}, "training.workers must be greater than or equal to 0, got -1"),
+        ({"warmup_steps": -5}, "training.warmup_steps must be greater than or equal to 0, got -5"),
+        ({"weight_decay": float("nan")}, "training.weight_decay must be greater than or equal to 0, got nan"),
+        ({"dropout": float("nan")}, "model.dropout must be less than or equal to 1, got nan"),
+        ({"beta2": 1}, "training.beta2 must be less than or equal to 0.999999, got 1"),
         ({"preset": "smal"}, 'preset: no "smal"; use one of tiny, small, paper, gpt2; did you mean "small"'),
         ({"mixing": "fixd"}, 'did you mean "fixed"'),
         ({"device": "gpu"}, 'device: no "gpu"'),
-        ({"max_steps": datetime.date(2024, 1, 1)}, "is not an integer"),  # as YAML reads 2024-01-01
+        ({"max_steps": datetime.date(2024, 1, 1)}, "max_steps must be a valid integer"),  # as YAML reads 2024-01-01
         ({"model": 5}, "recipe.yaml: model holds settings, one a line below it, not 5"),
         ({"precision": "fp16"}, 'training.precision: no "fp16"'),
+        ({"modality": "byte"}, 'did you mean "bytes"'),
+        ({"model": {1: 2}}, 'no setting "model.1"'),
+        ({"batch_size": True}, "batch_size must be a valid integer, got True"),
+        ({"lr": True}, "lr must be a valid number, got True"),
+        ({"n_layer": "2.5"}, "model.n_layer must be a valid integer, got '2.5'"),
+        ({"sample_rate": 0}, "recipe.yaml: sample_rate must be greater than or equal to 1000, got 0"),
     ],
 )
 def test_mistakes_name_the_setting_the_value_and_the_mend(changes: dict, message: str) -> None:
@@ -73,6 +83,45 @@ def test_mistakes_name_the_setting_the_value_and_the_mend(changes: dict, message
         Recipe().override(changes, "recipe.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "read"),
+    [
+        *(("max_steps", value, 2) for value in (2, 2.0, "2", "2.0", "2e0")),
+        *(("lr", value, 0.001) for value in (0.001, "0.001", "1e-3")),
+        *(("training.compile", value, True) for value in (True, "true", "True", "yes")),
+        *(("training.threads", value, None) for value in (None, "none", "None", "null")),
+        ("model.position_embedding", "none", "none"),
+        ("source.tokenizer", "none", "none"),
+        *(("source.include", value, "*.md,*.rst") for value in ("*.md,*.rst", ["*.md", "*.rst"])),
+        ("source.column", 1, "1"),
+    ],
+)
+def test_values_are_read_in_their_type(name: str, given: object, read: object) -> None:
+    """As Python, YAML and arms give them."""
+    group, _, setting = name.rpartition(".")
+    for recipe in (Recipe(), Recipe(max_steps=7, lr=1.0, training=TrainingSettings(threads=3))):
+        changed = recipe.override({name: given}, "test")
+        found = getattr(getattr(changed, group) if group else changed, setting)
+        assert (found, type(found)) == (read, type(read))
+    built = type(getattr(Recipe(), group) if group else Recipe())(**{setting: given})
+    assert getattr(built, setting) == read
+
+
+def test_choices_are_those_of_the_tables() -> None:
+    """They are written twice, as types and as tables, for the tables may need libraries that help must not load."""
+
+    def choices(kind: type, name: str) -> set[str]:
+        hint = get_type_hints(kind)[name]
+        return {choice for option in (hint, *get_args(hint)) for choice in get_args(option) if isinstance(choice, str)}
+
+    assert choices(Recipe, "preset") == set(PRESETS)
+    assert choices(ClassifierRecipe, "preset") == set(CLASSIFIER_PRESETS)
+    assert choices(Recipe, "modality") == set(MODALITIES)
+    assert choices(ClassifierSettings, "mix_wavelet") == set(WAVELETS)
+    assert choices(ClassifierSettings, "mix_start") == set(STARTS)
+    assert choices(ClassifierSettings, "pooling") == set(POOLINGS)
 
 
 @given(st.sampled_from([Recipe, ClassifierRecipe]), st.integers(100, 10**6), st.integers(4, 512), st.integers(1, 8))

@@ -1,17 +1,18 @@
-"""Settings of classifiers: examples, models, training.
-
-The docstrings under the fields are what the command line says of its options.
-"""
+"""Settings of classifiers: examples, models, training. The help of the command line shows the fields' docstrings."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Gt, Interval
+
+from waveletgpt.data.settings import ModalityName
 from waveletgpt.errors import UserError
-from waveletgpt.training.recipe import ModelSettings, Recipe, TrainingSettings, check_range
+from waveletgpt.settings import NotNegative, Positive, SampleRate, Settings, Share
+from waveletgpt.training.recipe import ModelSettings, Recipe, TrainingSettings
 
 _SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
 _LEARNED = {"position_embedding": "learned", "pooling": "mean"}
@@ -32,28 +33,32 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
     "clips": {"n_layer": 6, "n_embd": 64, "n_head": 8, "frame_size": 400, "frame_hidden": 2048, "pooling": "mean"},
 }
 
+ClassifierPreset = Literal[
+    "lra-small", "lra-listops", "lra-text", "lra-retrieval", "lra-image", "lra-pathfinder", "lra-pathx", "clips"
+]
+
 
 @dataclass(frozen=True)
-class TaskSettings:
+class TaskSettings(Settings):
     """Which examples, how long they are, and where they are kept."""
 
-    length: int | None = None
+    length: Positive | None = None
     """Longest input in tokens: longer texts are cut, pictures resized to as many pixels (default: the task's)."""
-    min_length: int | None = None
+    min_length: Positive | None = None
     """Shortest expression of `listops`, in tokens (default: a quarter of the longest)."""
-    train_examples: int | None = None
+    train_examples: Positive | None = None
     """Examples to train on (default: all there are; of generated tasks the published number)."""
-    validation_examples: int | None = None
+    validation_examples: Positive | None = None
     """Examples to choose by (default: all; a tenth of those to train on if the data has none of its own)."""
-    test_examples: int | None = None
+    test_examples: Positive | None = None
     """Examples of the final test (default: all; of generated tasks the published number)."""
-    data_seed: int = 0
+    data_seed: NotNegative = 0
     """Which examples are generated, and which ones a smaller number leaves."""
-    clip_seconds: float = 1.0
+    clip_seconds: Annotated[float, Interval(ge=0.01, le=600)] = 1.0
     """Recordings are cut into clips of so many seconds, whose scores are averaged."""
-    sample_rate: int = 16_000
+    sample_rate: SampleRate = 16_000
     """Samples a second to which recordings are brought."""
-    fold: int = 1
+    fold: Annotated[int, Interval(ge=1, le=10)] = 1
     """Which of ESC-50's five folds, or of UrbanSound8K's ten, is the test split."""
     cache_dir: str | None = None
     """Where stores and downloads are kept (default: $WAVELETGPT_CACHE, else ~/.cache/waveletgpt)."""
@@ -61,20 +66,9 @@ class TaskSettings:
     """A folder with copies of named data sets that are already there: nothing is downloaded then."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "min_length", "train_examples", "validation_examples", "test_examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: give 1 or more")
+        super().__post_init__()
         if self.length and self.min_length and self.min_length > self.length:
             raise UserError(f"min_length is {self.min_length}, but length {self.length}: give at most that")
-        if self.data_seed < 0:
-            raise UserError(f"data_seed is {self.data_seed}: give 0 or more")
-        if not 0.01 <= self.clip_seconds <= 600:
-            raise UserError(f"clip_seconds is {self.clip_seconds}: give 0.01 to 600 seconds")
-        if not 1000 <= self.sample_rate <= 192_000:
-            raise UserError(f"sample_rate is {self.sample_rate}: give 1000 to 192000 samples a second")
-        if not 1 <= self.fold <= 10:
-            raise UserError(f"fold is {self.fold}: give 1 to 10, for ESC-50 1 to 5")
 
     @property
     def cache(self) -> Path:
@@ -93,8 +87,8 @@ class ClassifierSettings(ModelSettings):
 
     causal: bool | None = None
     """Whether attention and mixing see the past only (True), or both directions."""
-    pooling: str | None = None
-    """One vector from all tokens: "mean", "last" or "attention"."""
+    pooling: Literal["mean", "last", "attention"] | None = None
+    """How all tokens become one vector."""
     frame_size: int | None = None
     """Samples of a recording that become one token."""
     frame_hidden: int | None = None
@@ -105,16 +99,16 @@ class ClassifierSettings(ModelSettings):
 class ClassifierTraining(TrainingSettings):
     """Optimiser, schedule, evaluation, checkpoints, augmentation."""
 
-    eval_windows: int | None = None
+    eval_windows: Positive | None = None
     """Held-out examples that the evaluations on the way read (default: 500, fewer in short runs); the one at the end
     reads all."""
-    samples: int = 6
+    samples: NotNegative = 6
     """Examples of the test split that the report shows, with what the model says of them."""
-    gain: float = 0.0
+    gain: Annotated[float, Interval(ge=0, le=60)] = 0.0
     """Augmentation of recordings: loudness changed at random by up to so many dB; 0 for none."""
-    crop: float = 0.0
+    crop: Share = 0.0
     """Augmentation of recordings: shifted at random by up to this share of their length; 0 for none."""
-    mixup: float = 0.0
+    mixup: Annotated[float, Interval(ge=0, le=100)] = 0.0
     """Augmentation of recordings: mixed in pairs with Beta(a, a) weights, arXiv 1710.09412; 0 for none."""
 
 
@@ -122,16 +116,15 @@ class ClassifierTraining(TrainingSettings):
 class ClassifierRecipe(Recipe):
     """All settings of a classifier's run but the task's name and the output folder."""
 
-    modality: str | None = None
+    modality: ModalityName | None = None
     """What examples are: a task and a folder of recordings have their own; leave it out."""
-    preset: str = "lra-small"
-    """Sizes of the model: lra-small, lra-listops, lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx,
-    clips."""
-    max_steps: int = 2000
+    preset: ClassifierPreset = "lra-small"  # type: ignore[assignment]
+    """Sizes of the model."""
+    max_steps: Positive = 2000
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Examples per batch and process."""
-    lr: float = 1e-3
+    lr: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate."""
     model: ClassifierSettings = field(default_factory=ClassifierSettings)
     training: ClassifierTraining = field(default_factory=ClassifierTraining)
@@ -146,6 +139,3 @@ class ClassifierRecipe(Recipe):
         super().__post_init__()
         if self.base_model is not None:
             raise UserError("base_model is for language models: classifiers are this package's own; leave it out")
-        check_range("training.gain", self.training.gain, 0, 60)  # a thousandfold
-        check_range("training.crop", self.training.crop, 0, 1)
-        check_range("training.mixup", self.training.mixup, 0, 100)

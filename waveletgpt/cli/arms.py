@@ -12,7 +12,7 @@ from tyro.conf import arg
 from waveletgpt.classify.settings import ClassifierRecipe
 from waveletgpt.cli.printing import print_summary, say
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, added_mixing_names, mixing_names
+from waveletgpt.training.recipe import DeviceName, Recipe, added_mixing_names, mixing_names
 
 Flat = arg(name="")
 Mixing = Annotated[
@@ -25,6 +25,7 @@ _WORKERS = (
 )
 Workers = Annotated[str, arg(help=_WORKERS)]
 _ENGINE = "ray: each run is a task of a Ray cluster, which decides how many run at a time."
+Device = Annotated[DeviceName, arg(help="Where it computes; auto: on a GPU if there is one.")]
 Engine = Annotated[Literal["local", "ray"], arg(help=_ENGINE)]
 
 

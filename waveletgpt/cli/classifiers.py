@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, Suppress
 
-from waveletgpt.classify.settings import ClassifierRecipe, TaskSettings
-from waveletgpt.cli.arms import Engine, Flat, Mixing, Workers, train_arms
+from waveletgpt.classify.settings import ClassifierPreset, ClassifierRecipe, TaskSettings
+from waveletgpt.cli.arms import Device, Engine, Flat, Mixing, Workers, train_arms
 from waveletgpt.cli.printing import say
 from waveletgpt.errors import UserError, suggest
 from waveletgpt.training import processes
@@ -22,6 +22,11 @@ class ClassifierOptions(ClassifierRecipe):
     pretrained: Suppress[Literal["replace"] | None] = None
     mixing: Mixing = ClassifierRecipe.mixing
     source: Annotated[TaskSettings, Flat] = field(default_factory=TaskSettings)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class ClipOptions(ClassifierOptions):
+    preset: ClassifierPreset = "clips"  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Classify:
     """Go on with the comparison in --out."""
     recipe: str | None = None
     """YAML file of settings; options given here win over it."""
-    settings: Annotated[ClassifierOptions, Flat] = field(default_factory=lambda: ClassifierOptions(preset="clips"))
+    settings: Annotated[ClipOptions, Flat] = field(default_factory=ClipOptions)
 
     def run(self) -> None:
         from waveletgpt.classify.clips import prepare_clips
@@ -109,8 +114,7 @@ class Predict:
     """Recordings, texts or pictures, as the run was trained on; for retrieval the two texts of each pair in turn."""
     top: int = 3
     """How many of the likeliest classes to print."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
     json: bool = False
     """Print JSON."""
 

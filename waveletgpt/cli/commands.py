@@ -11,13 +11,13 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from waveletgpt.classify.settings import CLASSIFIER_PRESETS
 from waveletgpt.cli import wording
-from waveletgpt.cli.arms import Engine, Flat, Mixing, Workers, plain, train_arms
+from waveletgpt.cli.arms import Device, Engine, Flat, Mixing, Workers, plain, train_arms
 from waveletgpt.cli.classifiers import Classify, Lra, Predict, is_classifier, print_scores
 from waveletgpt.cli.data import DEFAULT_DATA, DataList, DataPrepare, named, prepare_store
 from waveletgpt.cli.printing import by_source, print_ladder, print_summary, say
@@ -220,16 +220,15 @@ class Evaluate:
 
     run_folder: Positional[str]
     """Run folder."""
-    split: str = "validation"
-    """validation or test."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Which part of the data."""
     windows: int | None = None
     """Windows to read; default: the whole split, without overlap. Classifiers always read all of it."""
     context: int | None = None
     """Tokens of a window, also more than the model was trained on (default: as many); not for classifiers."""
     batch_size: int = 16
     """Windows at once."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
     json: bool = False
     """Print JSON."""
 
@@ -276,8 +275,7 @@ class Generate:
     """Only the likeliest tokens that make up this probability."""
     seed: int = 0
     """Seed of the samples."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
 
     def run(self) -> None:
         if is_classifier(self.run_folder):

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from waveletgpt.cli import wording
 from waveletgpt.cli.arms import Flat
 from waveletgpt.cli.printing import say
-from waveletgpt.data.settings import DataSettings
+from waveletgpt.data.settings import DataSettings, ModalityName
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe
 
@@ -51,9 +51,8 @@ class DataPrepare:
     data: Positional[tuple[str, ...]] = (DEFAULT_DATA,)
     """File, folder, archive, address (https://, s3://, gs://, az://, hf://datasets/), data set name, or hf:OWNER/NAME;
     several, each with a weight, are mixed: a/=0.7 b/=0.3."""
-    modality: str | None = None
-    """text8, chars, bytes, bpe, audio, acoustic, images, music or listops; default: the data set's own, else what the
-    names of the files tell."""
+    modality: ModalityName | None = None
+    """How files become tokens; default: the data set's own, else what the names of the files tell."""
     source: Annotated[DataSettings, Flat] = field(default_factory=DataSettings)
 
     def run(self) -> None:

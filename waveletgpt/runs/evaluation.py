@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import sys
@@ -264,7 +263,7 @@ def print_info(what: str, recipe: Recipe, vocab_size: int, classifiers: dict[str
     """Print what a preset's or a run's model has, and what mixing adds to it; `classifiers` are presets of those."""
     known = {**PRESETS, **classifiers}
     if recipe.base_model is not None and what in PRESETS:
-        new = dataclasses.replace(recipe, preset=what, from_pretrained=False, pretrained=None)
+        new = recipe.override({"preset": what, "from_pretrained": False, "pretrained": None}, what)
         with torch.device("meta"):
             model = build(new, vocab_size, None)
             rows = _model_rows(model.config, describe(model))

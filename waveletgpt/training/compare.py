@@ -18,8 +18,9 @@ from waveletgpt.errors import UserError, tell
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
+from waveletgpt.settings import check_choice
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, check_choice, check_settings_are_read, load_recipe
+from waveletgpt.training.recipe import Recipe, check_settings_are_read, load_recipe
 from waveletgpt.training.resuming import check_comparison_folder
 from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
 

@@ -1,7 +1,7 @@
-"""A recipe: every setting of one training run. Its field docstrings are what the command line says of its options.
+"""A recipe: every setting of one training run. The help of the command line shows the docstrings of its fields.
 
-Precedence: command line, then the YAML file of a recipe (which holds differences only), then the defaults here; a
-preset fills the model's sizes where none of these does. Imports no torch, so that help is instant.
+A setting is taken from the command line, else from the YAML file of a recipe, else it is the default here; the preset
+gives the sizes of the model that are set nowhere. Nothing here imports torch, so that help is instant.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import dataclasses
 import functools
 import math
 import sys
-import types
-import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from waveletgpt.data.settings import DataSettings
+from annotated_types import Ge, Gt, Interval
+
+from waveletgpt.data.settings import DataSettings, ModalityName
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.settings import NotNegative, Positive, Seed, Settings, Share, check_choice
 
 # Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
 # (docs/results.md, "Windows"); the paper's, up to the context, are those of `paper` and of the configuration.
@@ -32,23 +34,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     # GPT-2 small: 124 M parameters with its own vocabulary.
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "max_window": 4},
 }
-
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 # Model settings that a model of transformers leaves open; all others are in its own configuration.
 OF_ADDED_MIXING = frozenset({"min_window", "max_window", "mix_fraction", "mix_edge", "mix_layers"})
 
 
 def mixing_names() -> tuple[str, ...]:
-    """Names that `mixing` takes: "none", and those in the table of model/mixing.py.
+    """What `mixing` may be: "none", or a name in the table of model/mixing.py.
 
-    Unless something has imported it, it is read as text: with it comes torch, too slow for a command's help.
+    That file is read as text unless it has been imported already: importing it imports torch, too slow for help.
     """
     loaded = sys.modules.get("waveletgpt.model.mixing")
     return ("none", *(_names_in_source("model/mixing.py", "MIXERS") if loaded is None else loaded.MIXERS))
 
 
 def added_mixing_names() -> tuple[str, ...]:
-    """Names that `mixing` takes where a model of transformers is the architecture."""
+    """What `mixing` may be where a model of transformers is the architecture."""
     return ("none", *_names_in_source("integrations/huggingface.py", "MIXINGS"))
 
 
@@ -63,13 +65,14 @@ def _names_in_source(file: str, table: str) -> tuple[str, ...]:
     return tuple(ast.literal_eval(key) for key in next(tables).keys if key is not None)
 
 
-def check_settings_are_read(
-    recipe: Recipe, mixings: typing.Sequence[str], given: typing.Iterable[str] | None = None
-) -> None:
-    """Refuse settings of filters that none of `mixings` reads; `given` are names, by default all that the recipe sets.
+def check_settings_are_read(recipe: Recipe, mixings: Sequence[str], given: Iterable[str] | None = None) -> None:
+    """Refuse settings of the model that none of `mixings` uses.
+
+    Args:
+        given: names of the settings to check; by default all that the recipe sets.
 
     Raises:
-        UserError: with the name, the value, and the mixings that read it.
+        UserError: a setting without effect; it names the mixings that the setting is for.
     """
     from waveletgpt.model.mixing import MIXERS
 
@@ -87,8 +90,10 @@ def check_settings_are_read(
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """What differs from the preset; fields are those of `WaveletGPTConfig`."""
+
+    prefix: ClassVar[str] = "model."
 
     n_layer: int | None = None
     """Decoder blocks."""
@@ -108,7 +113,7 @@ class ModelSettings:
     """Positions; default: the architecture's."""
     rope_fraction: float | None = None
     """Share of each head's channels that rotary positions turn (1)."""
-    dropout: float | None = None
+    dropout: Share | None = None
     """Dropout of embeddings, attention and residuals."""
     initializer_range: float | None = None
     """Standard deviation of the initial weights (1 / sqrt(n_embd); from a width of 768 on 0.02, GPT-2's)."""
@@ -133,8 +138,8 @@ class ModelSettings:
     """What learned taps start as; haar: means and details. Default: the filter's own."""
     mix_kernel_size: int | None = None
     """Mixing "conv" and "dynamic": taps (4)."""
-    mix_wavelet: str | None = None
-    """Mixing "wavelet": "haar" or "db2" ... "db8" (db2)."""
+    mix_wavelet: Literal["haar", "db2", "db3", "db4", "db5", "db6", "db7", "db8"] | None = None
+    """Mixing "wavelet": Haar's wavelet or one of Daubechies' (db2)."""
     mix_band: Literal["approximation", "detail", "both"] | None = None
     """Mixing "wavelet": which coefficients (approximation)."""
     mix_row: int | None = None
@@ -144,25 +149,27 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Settings):
     """Optimiser, schedule, evaluation, checkpoints."""
+
+    prefix: ClassVar[str] = "training."
 
     schedule: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
     """After the warm-up: cosine to lr/10, linear to 0, constant, or plateau (lr/10 when the held-out loss has
     not fallen for 3 evaluations, the paper's)."""
-    warmup_steps: int | None = None
+    warmup_steps: NotNegative | None = None
     """Linear warm-up; default: 5 % of the steps, at most 1000."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Ge(0)] = 0.1
     """AdamW's decay, on matrices only."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Interval(ge=0, le=0.999999)] = 0.95
     """AdamW's second-moment decay."""
-    clip: float = 1.0
+    clip: Annotated[float, Gt(0)] = 1.0
     """Largest gradient norm."""
-    kernel_lr_scale: float | None = None
+    kernel_lr_scale: Annotated[float, Gt(0)] | None = None
     """Learning rate of learned kernels in multiples of lr (1); long ones, which start at 1/window, may want less."""
     packing: bool = False
     """Keep the documents in a sequence apart: no attention, positions or mixing beyond where one begins."""
-    accumulation: int = 1
+    accumulation: Positive = 1
     """Batches added up before each step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; weights stay fp32."""
@@ -172,35 +179,34 @@ class TrainingSettings:
     """torch.compile the model."""
     fsdp: bool = False
     """Each of several processes holds a part of the model (FSDP 2); without, each holds a copy (DDP)."""
-    eval_every: int | None = None
+    eval_every: Positive | None = None
     """Steps between evaluations; default: a 40th of the run, more where that would cost over 5 % of it."""
-    eval_windows: int | None = None
+    eval_windows: Positive | None = None
     """Held-out windows of one context each that every evaluation reads; default: 128, fewer in short runs."""
-    log_every: int = 10
+    log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
-    save_every: int | None = None
+    save_every: Positive | None = None
     """Steps between checkpoints; default: a 10th of the run."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Positive = 2
     """Checkpoints kept; older ones are deleted."""
-    threads: int | None = None
+    threads: Positive | None = None
     """CPU threads of torch; default: its own choice."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Processes that read batches."""
-    samples: int = 3
+    samples: NotNegative = 3
     """Samples generated at the end."""
-    sample_tokens: int | None = None
+    sample_tokens: Positive | None = None
     """Tokens of each sample; default: what suits the modality, 200 for text."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """All settings of a run but the data's name and the output folder."""
 
-    modality: str | None = None
-    """How files become tokens: text8, chars, bytes, bpe, audio, acoustic, images, music, listops; default: the data
-    set's own, else what the names of the files tell."""
-    preset: str = "small"
-    """Sizes of the model: tiny, small, paper, gpt2."""
+    modality: ModalityName | None = None
+    """How files become tokens; default: the data set's own, else what the names of the files tell."""
+    preset: Literal["tiny", "small", "paper", "gpt2"] = "small"
+    """Sizes of the model."""
     architecture: Literal["gpt2", "llama"] = "gpt2"
     """Blocks: gpt2 (learned positions, LayerNorm, GELU) or llama (RoPE, RMSNorm, SwiGLU)."""
     base_model: str | None = None
@@ -212,15 +218,15 @@ class Recipe:
     """replace: with pretrained weights, allow mixing fixed and learnable, which ruin trained weights at first."""
     mixing: str = "fixed"
     """The filter over time."""
-    max_steps: int = 1200
+    max_steps: Positive = 1200
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Sequences per batch and process."""
-    lr: float = 2e-3
+    lr: Annotated[float, Gt(0)] = 2e-3
     """Peak learning rate."""
-    seed: int = 0
+    seed: Seed = 0
     """Initial weights, order of the batches, samples."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
     """Where it computes; auto: on a GPU if there is one."""
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -233,40 +239,9 @@ class Recipe:
         return PRESETS
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, self.presets())
+        super().__post_init__()
         self._check_base_model()
         check_choice("mixing", self.mixing, self.mixings())
-        for settings, group in ((self, ""), (self.model, "model."), (self.training, "training.")):
-            for name, hint in _hints(type(settings)).items():
-                choices, value = _choices(hint), getattr(settings, name, None)
-                if choices and value is not None:
-                    check_choice(group + name, value, choices)
-        training = self.training
-        positive = {
-            "max_steps": self.max_steps,
-            "batch_size": self.batch_size,
-            "lr": self.lr,
-            "training.accumulation": training.accumulation,
-            "training.clip": training.clip,
-            "training.kernel_lr_scale": training.kernel_lr_scale,
-            "training.eval_every": training.eval_every,
-            "training.eval_windows": training.eval_windows,
-            "training.log_every": training.log_every,
-            "training.save_every": training.save_every,
-            "training.keep_checkpoints": training.keep_checkpoints,
-            "training.threads": training.threads,
-            "training.sample_tokens": training.sample_tokens,
-        }
-        for name, value in positive.items():
-            if value is not None and not value > 0:
-                raise UserError(f"{name} must be greater than 0, got {value}")
-        check_range("model.dropout", self.model.dropout or 0.0, 0, 1)
-        check_range("training.warmup_steps", self.warmup_steps, 0)
-        check_range("training.weight_decay", training.weight_decay, 0)
-        check_range("training.workers", training.workers, 0)
-        check_range("training.samples", training.samples, 0)
-        check_range("training.beta2", training.beta2, 0, 0.999999)
-        check_range("seed", self.seed, 0, 2**31)  # NumPy takes up to 2^32, and every further seed is one more
 
     def _check_base_model(self) -> None:
         """Refuse settings that need a model of transformers where there is none, and those that have no effect on
@@ -288,11 +263,11 @@ class Recipe:
                 )
 
     def mixings(self) -> tuple[str, ...]:
-        """Names that `mixing` takes."""
+        """What `mixing` may be in this recipe."""
         return mixing_names() if self.base_model is None else added_mixing_names()
 
-    def reading(self) -> tuple[str | None, DataSettings]:
-        """Modality and settings with which data is read: for trained weights text becomes tokens as they know them."""
+    def reading(self) -> tuple[ModalityName | None, DataSettings]:
+        """The modality and the settings to read data with: trained weights need the tokens they were trained on."""
         if not self.from_pretrained or self.source.tokenizer or self.modality not in (None, "bpe"):
             return self.modality, self.source
         return "bpe", dataclasses.replace(self.source, tokenizer=self.base_model)
@@ -301,27 +276,28 @@ class Recipe:
 
     @property
     def eval_every(self) -> int:
-        """So that all evaluations together cost under 5 %: 40 of them, or as few as `_evaluated` pays for."""
+        """Steps between evaluations: there are 40, or fewer where 40 would read more than `_evaluated` sequences."""
         times = min(40, max(1, self._evaluated // self.eval_windows - 1))  # one more is before the first step
         return self.training.eval_every or -(-self.max_steps // times)
 
     @property
     def eval_windows(self) -> int:
-        """A power of two, about three times as many as there are evaluations: 32 in a run of 300 batches of 16."""
+        """A power of two, about three times the number of evaluations: 32 in a run of 300 batches of 16."""
         suits = 1 << (max(1, math.isqrt(3 * self._evaluated)).bit_length() - 1)
         return self.training.eval_windows or min(self.most_eval_windows, max(8, suits))
 
     @property
     def _evaluated(self) -> int:
-        """Sequences that all evaluations together may read: a tenth of those trained on. Reading one costs a third
-        of training
-        on it, so that is 3.3 % of the run."""
+        """How many sequences all evaluations together may read: a tenth of those trained on.
+
+        Evaluating a sequence costs a third of training on it, so this is 3.3 % of the run.
+        """
         return self.max_steps * self.batch_size * self.training.accumulation // 10
 
     def with_evaluations(self, recorded: dict[str, Any] | None = None) -> Recipe:
-        """A copy with `eval_every` and `eval_windows` set, so that they no longer follow from other settings.
+        """A copy with `eval_every` and `eval_windows` set, so that they no longer depend on other settings.
 
-        What is not set is as in the recipe that a run has `recorded`, else the default.
+        Where this recipe sets neither, they are those of the recipe that a run has `recorded`, else the defaults.
         """
         then = (recorded or {}).get("training") or {}
         numbers = {
@@ -361,136 +337,46 @@ class Recipe:
         return {"architecture": self.architecture, "mixing": self.mixing, **given}
 
     def override(self, changes: dict[str, Any], where: str) -> Recipe:
-        """A copy with `changes`, nested as in a recipe file; a bare model setting (`n_layer`) also goes.
+        """A copy with `changes`, which are as in a recipe file: `{"model": {"n_layer": 2}}`, or just `{"n_layer": 2}`.
 
         Raises:
-            UserError: unknown name (with a suggestion) or a value of the wrong type; `where` names the source.
+            UserError: an unknown name, or a value that does not fit. The message begins with `where`, the origin of the
+                changes.
         """
-        nested: dict[str, Any] = {}
-        groups = self.groups()
+        own = [field.name for field in dataclasses.fields(self)]
+        groups = {name: getattr(self, name) for name in own if isinstance(getattr(self, name), Settings)}
+        known = [name for name in own if name not in groups]
+        known += [f"{group}.{field.name}" for group in groups for field in dataclasses.fields(groups[group])]
+        flat: dict[str, Any] = {}
         for name, value in changes.items():
+            if name not in groups:
+                flat[name] = value
+            elif isinstance(value, dict):
+                flat |= {f"{name}.{key}": item for key, item in value.items()}
+            elif value is not None:  # nothing but comments
+                raise UserError(f"{where}: {name} holds settings, one a line below it, not {value!r}")
+        given: dict[str, dict[str, Any]] = {group: {} for group in ("", *groups)}
+        for name, value in flat.items():
             name = name.replace("-", "_")
-            group, _, rest = name.partition(".")
-            if rest:
-                nested.setdefault(group, {})
-                nested[group] = {**nested[group], rest: value}
-            elif name in groups and isinstance(value, dict):
-                nested[name] = {**nested.get(name, {}), **value}
-            elif name in _fields(type(self)) and name not in groups:
-                nested[name] = value
-            elif name in groups:
-                if value is not None:  # nothing but comments
-                    raise UserError(f"{where}: {name} holds settings, one a line below it, not {value!r}")
-            else:
-                home = next((g for g, kind in groups.items() if name in _fields(kind)), None)
-                if home is None:
-                    raise self._unknown(name, where)
-                nested[home] = {**nested.get(home, {}), name: value}
-        arguments: dict[str, Any] = {}
-        for name, value in nested.items():
-            if name in groups:
-                kind, current = groups[name], getattr(self, name)
-                for key in value:
-                    if key.replace("-", "_") not in _fields(kind):
-                        raise self._unknown(f"{name}.{key}", where)
-                typed = {
-                    key.replace("-", "_"): _typed(kind, key.replace("-", "_"), item, f"{where}: {name}.{key}")
-                    for key, item in value.items()
-                }
-                arguments[name] = dataclasses.replace(current, **typed)
-            elif name in _fields(type(self)):
-                arguments[name] = _typed(type(self), name, value, f"{where}: {name}")
-            else:
-                raise self._unknown(name, where)
-        return dataclasses.replace(self, **arguments)
+            full = next((full for full in known if name in (full, full.partition(".")[2])), None)
+            if full is None:
+                raise UserError(f'{where}: no setting "{name}"{suggest(name, known)}')
+            group, _, setting = full.rpartition(".")
+            given[group][setting] = value
+        try:
+            changed = {group: dataclasses.replace(part, **given[group]) for group, part in groups.items()}
+            return dataclasses.replace(self, **given[""], **changed)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as run.json records it."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def groups(cls) -> dict[str, type]:
-        """Settings that are groups of settings: name and class."""
-        hints = _hints(cls)
-        return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
-
-    def _unknown(self, name: str, where: str) -> UserError:
-        names = [*_fields(type(self)), *(f"{g}.{n}" for g, kind in self.groups().items() for n in _fields(kind))]
-        return UserError(f'{where}: no setting "{name}"{suggest(name, names)}')
-
-    @classmethod
     def from_dict(cls, value: dict[str, Any], where: str = "run.json") -> Recipe:
         """The inverse of `as_dict`."""
         return cls().override({k: v for k, v in value.items() if v is not None}, where)
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The values that a setting takes, where its type names them."""
-    for option in (hint, *typing.get_args(hint)):
-        if typing.get_origin(option) is Literal:
-            return typing.get_args(option)
-    return ()
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    """The types of a class's settings, looked up once."""
-    if kind not in _FOUND_HINTS:
-        _FOUND_HINTS[kind] = typing.get_type_hints(kind)
-    return _FOUND_HINTS[kind]
-
-
-_FOUND_HINTS: dict[Any, dict[str, Any]] = {}
-
-
-def _fields(kind: type) -> dict[str, Any]:
-    return {f.name: f for f in dataclasses.fields(kind)}
-
-
-def _typed(kind: type, name: str, value: Any, where: str) -> Any:
-    """`value` in the field's type; strings (from an arm such as `none:lr=1e-3`) are parsed."""
-    hint = _hints(kind)[name]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    choices = _choices(hint)
-    said = isinstance(value, str) and value.lower() in ("none", "null") and str not in options and value not in choices
-    if value is None or said:
-        if type(None) in options:
-            return None
-        raise UserError(f"{where} needs a value")
-    if choices:
-        check_choice(where, str(value), choices)
-        return str(value)
-    wanted = next(option for option in options if option is not type(None))
-    if wanted is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-    elif wanted is str:
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    elif not isinstance(value, bool | list | dict):
-        try:
-            number = float(value)
-            if wanted is float:
-                return number
-            if number == int(number):
-                return int(number)
-        except (ValueError, TypeError, OverflowError):
-            pass
-    raise UserError(f"{where}={value!r} is not {'an integer' if wanted is int else 'a ' + wanted.__name__}")
-
-
-def check_choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
-    """Raises UserError, with a suggestion, unless `value` is one of `choices`."""
-    choices = list(choices)
-    if value not in choices:
-        raise UserError(f'{name}: no "{value}"; use one of {", ".join(choices)}{suggest(value, choices)}')
-
-
-def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raises UserError unless `value` is from `least` to `most`."""
-    if not least <= value <= most:
-        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise UserError(f"{name} must be {bounds}, got {value}")
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def test_codecs_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None
         with pytest.raises(UserError, match=message) as error:
             prepare(tmp_path / "in", "acoustic", chosen, progress=False)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="codebooks is 0: give 1 or more"):
+    with pytest.raises(UserError, match="codebooks must be greater than 0, got 0"):
         DataSettings(codebooks=0)
 
 

@@ -147,7 +147,7 @@ def test_sample_rate_is_a_setting(tmp_path: Path) -> None:
     assert len(AUDIO.encode_prompt(str(path), tokenizer)) == 8000
     with wave.open(str(AUDIO.write_sample([128], tokenizer, tmp_path / "one").path)) as file:
         assert file.getframerate() == 8000
-    with pytest.raises(UserError, match="sample_rate is 0: give 1000 to 192000"):
+    with pytest.raises(UserError, match="sample_rate must be greater than or equal to 1000, got 0"):
         DataSettings(sample_rate=0)
     with pytest.raises(UserError, match="goes with `modality=bpe` or `modality=chars` only"):
         prepare(path, "audio", DataSettings(tokenizer="gpt2", cache_dir=str(tmp_path / "cache")), progress=False)

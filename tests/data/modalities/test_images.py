@@ -301,8 +301,8 @@ def test_cifar_by_name(tmp_path: Path, settings: DataSettings, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 0}, "image_size is 0: give 1 to 1024"),
-        ({"image_mode": "cmyk"}, 'image_mode is "cmyk": give grey or rgb'),
+        ({"image_size": 0}, "image_size must be greater than 0, got 0"),
+        ({"image_mode": "cmyk"}, 'image_mode: no "cmyk"; use one of grey, rgb'),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
