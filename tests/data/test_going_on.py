@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from waveletgpt.data import DataSettings, StoreWriter, prepare, splits, store
+from waveletgpt.data import DataSettings, StoreWriter, parallel, prepare, splits, store
 from waveletgpt.data.modalities import text
 from waveletgpt.errors import UserError
 
@@ -159,6 +159,82 @@ def test_disk_never_holds_more_than_twice_the_corpus(
     size = sum(split["bytes"] for split in made.meta["splits"].values())
     # Two bytes a token; what was encoded since it was last noted is still there as text.
     assert 2 * size <= peak < 2 * size + 2 * (1 << 14) + 2 * (1 << 13)
+
+
+@pytest.mark.parametrize("modality", ["bytes", "chars", "text8", "bpe"])
+def test_no_file_is_held_that_is_not_needed(
+    modality: str, tmp_path: Path, prose: Callable[[int, int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step of reading and encoding: all that lies in the cache, against the text."""
+    data, settings = corpus(tmp_path, prose, "file"), settings_in(tmp_path, "cache")
+    reading = encoding = 0
+    append, end_document = StoreWriter.append, splits.Spool.end_document
+
+    def held() -> int:
+        return sum(path.stat().st_size for path in settings.cache.rglob("*") if path.name.endswith(".bin"))
+
+    def appended(writer: StoreWriter, *arguments: Any, **more: Any) -> None:
+        nonlocal encoding
+        append(writer, *arguments, **more)
+        for file in writer._open.values():
+            file.flush()
+        encoding = max(encoding, held())
+
+    def ended(spool: splits.Spool, *arguments: Any) -> None:
+        nonlocal reading
+        end_document(spool, *arguments)
+        spool._text.sync()
+        reading = max(reading, held())
+
+    monkeypatch.setattr(StoreWriter, "append", appended)
+    monkeypatch.setattr(splits.Spool, "end_document", ended)
+    made = prepare(data, modality, settings, progress=False)
+    text_size = sum(split["bytes"] for split in made.meta["splits"].values())
+    tokens = sum(2 * split["tokens"] for split in made.meta["splits"].values())
+    # The text since it was last noted, what was encoded with it, and the file that all this begins in.
+    kept = splits.SEGMENT + 2 * (1 << 13)
+    assert reading <= text_size + 32
+    assert tokens <= encoding <= max(text_size, tokens) + kept + 32
+    assert tokens <= 2 * text_size + 2
+
+
+@pytest.mark.parametrize("modality", ["bytes", "chars", "text8", "bpe"])
+@pytest.mark.parametrize("kind", ["file", "many"])
+def test_the_store_is_the_same_on_any_number_of_cores_and_however_it_is_cut(
+    modality: str, kind: str, tmp_path: Path, prose: Callable[[int, int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = corpus(tmp_path, prose, kind)
+    made = []
+    for cores, size in ((1, 1 << 20), (1, 1 << 12), (2, 4093), (5, 611)):
+        monkeypatch.setattr(parallel, "cores", lambda cores=cores: cores)
+        for module, name in ((splits, "BLOCK"), (text, "BATCH"), (text, "SAVED")):
+            monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr("waveletgpt.data.sources.files.CHUNK", 3 * size + 1)
+        monkeypatch.setattr(text.encoders.Characters, "batch", size)
+        whole = prepare(data, modality, settings_in(tmp_path, f"{cores}-{size}"), progress=False)
+        made.append(content(whole.path))
+    assert all(one == made[0] for one in made)
+
+
+def test_what_goes_wrong_on_another_thread_is_told_here(
+    tmp_path: Path, prose: Callable[[int, int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, settings = corpus(tmp_path, prose, "file"), settings_in(tmp_path, "cache")
+    encode, count = text.encoders.Bytes.encode, 0
+
+    def broken(encoder: text.encoders.Bytes, pieces: list[bytes]) -> list[np.ndarray]:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise UserError("one clear line")
+        return encode(encoder, pieces)
+
+    monkeypatch.setattr(text.encoders.Bytes, "encode", broken)
+    with pytest.raises(UserError, match=r"^one clear line$"):
+        prepare(data, "bytes", settings, progress=False)
+    assert all(path.name.endswith(".lock") for path in (settings.cache / "stores").iterdir())
+    monkeypatch.undo()
+    assert prepare(data, "bytes", settings, progress=False)
 
 
 def stopped(path: Path, fingerprint: str, error: type[BaseException], state: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from waveletgpt.data.parallel import batches
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.store import SPLITS, sync
 from waveletgpt.errors import UserError
@@ -54,7 +55,7 @@ def split_of(given: str | None, point: float, settings: DataSettings, own: Set[s
     return "test" if point < test else "validation" if point < test + validation else "train"
 
 
-SEGMENT = 1 << 25
+SEGMENT = 1 << 23
 """Bytes of a spool that lie in one file, and are given back to the disk together."""
 
 
@@ -75,15 +76,18 @@ class _Segments:
         self._folder = folder
         self._files: dict[str, tuple[int, BinaryIO]] = {}
         self._freed = 0
+        self._unsafe: set[int] = set()
+        """The files written since `sync`."""
         self.end = 0
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"documents-{number}.bin"
 
     def _file(self, mode: str, number: int) -> BinaryIO:
         if mode in self._files and self._files[mode][0] == number:
             return self._files[mode][1]
-        if mode == "w":
-            self.sync()
         self.close(mode)
-        path = self._folder / f"documents-{number}.bin"
+        path = self._path(number)
         file: BinaryIO = path.open("rb" if mode == "r" else "r+b" if path.exists() else "wb")
         if mode == "w":
             file.seek(self.end % SEGMENT)
@@ -94,6 +98,7 @@ class _Segments:
         rest = memoryview(data)
         while rest:
             number, at = divmod(self.end, SEGMENT)
+            self._unsafe.add(number)
             taken = self._file("w", number).write(rest[: SEGMENT - at])
             self.end += taken
             rest = rest[taken:]
@@ -120,6 +125,7 @@ class _Segments:
             start = int(path.stem.removeprefix("documents-")) * SEGMENT
             if start >= end:
                 path.unlink()
+                self._unsafe.discard(start // SEGMENT)
             elif path.stat().st_size > end - start:
                 os.truncate(path, end - start)
         self.end = end
@@ -128,12 +134,17 @@ class _Segments:
         """Delete the files that end at `before` or earlier."""
         self.close("r")
         for number in range(self._freed, before // SEGMENT):
-            (self._folder / f"documents-{number}.bin").unlink(missing_ok=True)
+            self._path(number).unlink(missing_ok=True)
+            self._unsafe.discard(number)
         self._freed = max(self._freed, before // SEGMENT)
 
     def sync(self) -> None:
-        if "w" in self._files:
-            sync(self._files["w"][1])
+        """Make sure that what was written is on the disk."""
+        self.close("w")
+        for number in self._unsafe:
+            with self._path(number).open("r+b") as file:
+                sync(file)
+        self._unsafe.clear()
 
     def close(self, mode: str | None = None) -> None:
         for each in [mode] if mode else [*self._files]:
@@ -356,16 +367,7 @@ class Spool:
 
     def batches(self, cut: Callable[[bytes], int], size: int, since: tuple[int, int] = (0, 0)) -> Iterator[list[Piece]]:
         """The pieces, those after the place `since`, in lists of about `size` bytes."""
-        batch: list[Piece] = []
-        gathered = 0
-        for piece in self.pieces(cut, since=since):
-            batch.append(piece)
-            gathered += len(piece.data) + 1
-            if gathered >= size:
-                yield batch
-                batch, gathered = [], 0
-        if batch:
-            yield batch
+        return batches(self.pieces(cut, since=since), size)
 
 
 def _near(sizes: dict[str, int], shares: dict[str, float]) -> bool:

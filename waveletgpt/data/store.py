@@ -127,7 +127,7 @@ class FolderWriter:
         for left in _leftovers(self.path):
             with contextlib.suppress(OSError, ValueError):  # nothing was saved, or another process took it
                 saved = json.loads((left / _STATE).read_bytes())
-                if saved["fingerprint"] == self.fingerprint:
+                if (saved["fingerprint"], saved.get("layout")) == (self.fingerprint, _LAYOUT):
                     left.rename(self.folder)  # onto an empty one
                     self.saved = saved["state"]
                     break
@@ -138,7 +138,7 @@ class FolderWriter:
     def save(self, state: dict[str, Any]) -> None:
         """Record the progress, `state`, for a process that continues; the files it names are on the disk already."""
         with (self.folder / f"{_STATE}.new").open("w") as file:
-            json.dump({"fingerprint": self.fingerprint, "state": state}, file)
+            json.dump({"fingerprint": self.fingerprint, "layout": _LAYOUT, "state": state}, file)
             sync(file)
         (self.folder / f"{_STATE}.new").replace(self.folder / _STATE)
 
@@ -349,6 +349,8 @@ def remove_leftovers(path: Path) -> None:
 
 
 _STATE = "state.json"
+_LAYOUT = 2
+"""How a state and the files it names are written: raised when a later version cannot go on from an earlier one's."""
 
 
 def _leftovers(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from waveletgpt.data.parallel import cores
 from waveletgpt.errors import UserError, tell
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
@@ -22,7 +23,7 @@ from waveletgpt.settings import check_choice
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe, check_settings_are_read, load_recipe
 from waveletgpt.training.resuming import check_comparison_folder
-from waveletgpt.training.workers import Job, cores, one_by_one, side_by_side, worker_count
+from waveletgpt.training.workers import Job, one_by_one, side_by_side, worker_count
 
 if TYPE_CHECKING:
     from waveletgpt.data import Mixture, TokenStore

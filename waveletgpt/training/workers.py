@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from waveletgpt.data.parallel import cores
 from waveletgpt.errors import UserError
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
@@ -119,11 +120,6 @@ def worker_count(wanted: str | int, device: str, jobs: int) -> int:
             "or give 1 worker"
         )
     return min(count, jobs)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus(device: str) -> list[str]:

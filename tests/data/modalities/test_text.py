@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from waveletgpt.data import MODALITIES, DataSettings, TokenStore, prepare
 from waveletgpt.data.modalities import encoders
 from waveletgpt.data.modalities.encoders import END, Bytes, Characters, HuggingFace, fit_bpe, load, text8_normalizer
-from waveletgpt.data.modalities.text import Text8, Utf8
+from waveletgpt.data.modalities.text import Block, Text8, Utf8
 from waveletgpt.data.splits import Spool
 from waveletgpt.errors import UserError
 
@@ -178,6 +178,34 @@ def test_wrong_utf8_is_replaced_and_chunks_do_not_matter(data: bytes, chunk: int
     normaliser = Utf8()
     pieces = [normaliser(data[start : start + chunk], False) for start in range(0, len(data), chunk)]
     assert b"".join([*pieces, normaliser(b"", True)]).decode() == data.decode("utf-8-sig", "replace")
+
+
+@given(
+    text=st.text("aB 09\n\t.éß½ﬁ東\u0301", max_size=60),
+    wrong=st.binary(max_size=6),
+    lengths=st.lists(st.integers(0, 9), min_size=1),
+)
+@quick
+@pytest.mark.parametrize("kind", [Utf8, Text8])
+def test_blocks_are_worked_on_in_any_order(kind: type[Utf8], text: str, wrong: bytes, lengths: list[int]) -> None:
+    """A document cut at any places, its blocks done backwards, is the document as a whole; wrong bytes, too."""
+    data = b"plain words " * (len(text) % 3) + text.encode()[: len(text)] + wrong + text.encode()
+    cut = kind()
+    blocks, rest = [], data
+    for length in lengths * 20:
+        blocks.append(Block(cut.cut(rest[:length], False), cut, 0, 0, False, None))
+        rest = rest[length:]
+    blocks.append(Block(cut.cut(rest, True), cut, 0, 0, False, None))
+    done = [block.normalised() for block in reversed(blocks)]
+    assert b"".join(map(cut.join, reversed(done))) == kind()(data, True)
+
+
+@given(text=texts)
+@quick
+def test_text8_of_few_letters_beyond_ascii(text: str) -> None:
+    """Where they are so few that they are looked for one by one."""
+    text = f"Of ordinary words there are {len(text)} times more. " * (1 + len(text)) + text
+    assert normalised(Text8(), text, len(text) + 9) == text8_normalizer().normalize_str(text)
 
 
 @pytest.mark.parametrize("modality", ["text8", "chars", "bytes", "bpe"])

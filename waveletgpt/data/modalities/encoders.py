@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from waveletgpt.data.parallel import in_order
 from waveletgpt.data.settings import DataSettings
 from waveletgpt.data.sources.hub import fail_soon
-from waveletgpt.data.splits import Spool
+from waveletgpt.data.splits import Piece, Spool
 from waveletgpt.errors import UserError
 
 END = "<|endoftext|>"
@@ -34,7 +34,7 @@ TRAINING_BYTES = 200_000_000
 
 
 class Encoder(Protocol):
-    """Turns pieces of UTF-8 (or of anything, for bytes) into tokens, in bulk."""
+    """Turns pieces of UTF-8 (or of anything, for bytes) into tokens, in bulk, in several threads at once."""
 
     vocab_size: int
     end: int
@@ -113,7 +113,7 @@ class Characters:
     cut = staticmethod(last_character)
 
     def encode(self, pieces: list[bytes]) -> list[np.ndarray]:
-        return [self._table[codes(piece)] for piece in pieces]
+        return [np.concatenate([self._table[found] for found in codes(piece)]) for piece in pieces]
 
     def tokenizer(self) -> Any:
         from tokenizers import Tokenizer, decoders, models
@@ -127,11 +127,15 @@ class Characters:
         return fast(tokenizer)
 
 
-def codes(text: bytes) -> np.ndarray:
-    """Code points of UTF-8 text, (characters,) integers."""
-    if text.isascii():
-        return np.frombuffer(text, np.uint8)
-    return np.frombuffer(text.decode().encode("utf-32-le"), np.uint32)
+def codes(text: bytes) -> Iterator[np.ndarray]:
+    """Code points of UTF-8 text, 1-D integers, one array or more: some at a time, which stay in a core's cache."""
+    characters = text if text.isascii() else text.decode()
+    for at in range(0, max(1, len(characters)), 1 << 18):
+        part = characters[at : at + (1 << 18)]
+        if isinstance(part, bytes):
+            yield np.frombuffer(part, np.uint8)
+        else:
+            yield np.frombuffer(part.encode("utf-32-le"), np.uint32)
 
 
 Shares = Sequence[tuple[Spool, float]]
@@ -151,9 +155,15 @@ def fit_chars(shares: Shares, settings: DataSettings) -> Encoder:
             raise UserError(f"tokenizer {settings.tokenizer} is no alphabet: name the folder of a model of characters")
         return Characters("".join(alphabet))
     seen = np.zeros(0x110000, bool)
+
+    def note(piece: Piece) -> None:
+        for found in codes(piece.data):
+            if not seen[found].all():  # to look is quicker than to write
+                seen[found] = True
+
     for spool, _ in shares:
-        for piece in spool.pieces(last_character, "train"):
-            seen[codes(piece.data)] = True
+        for _ in in_order(note, spool.pieces(last_character, "train")):
+            pass
     return Characters("".join(map(chr, np.flatnonzero(seen))))
 
 
@@ -223,15 +233,15 @@ def fit_bytes(shares: Shares, settings: DataSettings) -> Encoder:
 
 
 class HuggingFace:
-    """Any Hugging Face tokenizer; encodes about a megabyte at a time on each core, which bounds the memory it takes."""
+    """Any Hugging Face tokenizer. Meanwhile it takes fifty bytes a byte of text, so that it gets little at a time."""
 
-    batch = 1 << 24
+    batch = 1 << 20
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.end = tokenizer.eos_token_id
-        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._one_thread = threading.Lock()
 
     def cut(self, block: bytes) -> int:
         """Before a lone space or after a lone line end: byte-level tokenizers cut there anyway, so the pieces add up.
@@ -252,32 +262,13 @@ class HuggingFace:
         texts = [piece.decode() for piece in pieces]
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
-            return [
-                np.array(ids, np.uint32)
-                for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            ]
-
-        def encode(group: list[str]) -> list[np.ndarray]:
-            return [np.array(one.ids, np.uint32) for one in backend.encode_batch_fast(group, add_special_tokens=False)]
-
-        # One call for the whole batch would be as fast, but keep fifty bytes a byte of text until its end.
-        return [ids for found in self._threads.map(encode, _groups(texts)) for ids in found]
+            with self._one_thread:  # those in Python are not made for several
+                found = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return [np.array(ids, np.uint32) for ids in found]
+        return [np.array(one.ids, np.uint32) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def tokenizer(self) -> Any:
         return self._tokenizer
-
-
-def _groups(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in order, about a megabyte at a time."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= 1 << 20:
-            yield group
-            group, size = [], 0
-    yield group
 
 
 def fit_bpe(shares: Shares, settings: DataSettings) -> Encoder:

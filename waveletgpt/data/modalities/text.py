@@ -8,66 +8,64 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import logging
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from waveletgpt.data import parallel, splits
 from waveletgpt.data.modalities import encoders
 from waveletgpt.data.modalities.modality import SampleFile, counted, evenly_spaced
 from waveletgpt.data.progress import bar
 from waveletgpt.data.settings import DataSettings
-from waveletgpt.data.sources.files import Document, Source
-from waveletgpt.data.splits import HASHED, Spool, point_of, split_of
+from waveletgpt.data.sources.files import Source
+from waveletgpt.data.splits import HASHED, Piece, Spool, point_of, split_of
 from waveletgpt.data.store import FORMAT, SPLITS, FolderWriter, StoreWriter, made_once, read_meta
 from waveletgpt.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BATCH = 1 << 20
-"""Bytes of text read between two looks at the progress."""
+BATCH = 1 << 18
+"""Bytes of text that a core brings into its form at a time: what stays in its cache takes half of the time."""
 SAVED = 1 << 26
 """Bytes of text after which, again and again, it is noted how far the preparation is."""
 
-_BEYOND_ASCII = re.compile("[^\\0-\x7f]+")
-
 
 class Normaliser(Protocol):
-    """Brings one document into the form that is tokenised, chunk by chunk."""
+    """Brings one document into the form that is tokenised: cut, work on the blocks, join.
 
-    def __call__(self, chunk: bytes, last: bool) -> bytes: ...
+    `cut` and `join` are quick, and take the document in order; `work` has all the rest to do, on any thread.
+    """
+
+    def cut(self, chunk: bytes, last: bool) -> bytes:
+        """The next block that can be worked on by itself, now that the document goes on with `chunk`."""
+
+    def work(self, block: bytes) -> bytes:
+        """A block in its new form."""
+
+    def join(self, text: bytes) -> bytes:
+        """What `work` made of the next block, as it is beside the one before."""
 
 
 class AsIs:
     """No change: for bytes."""
 
-    def __call__(self, chunk: bytes, last: bool) -> bytes:
+    def cut(self, chunk: bytes, last: bool) -> bytes:
         return chunk
 
+    def work(self, block: bytes) -> bytes:
+        return block
 
-class Decoder:
-    """UTF-8 in chunks to text: wrong bytes become U+FFFD, a byte order mark at the start goes.
-
-    Python's own "utf-8-sig" loses a text that is nothing but the beginning of such a mark.
-    """
-
-    def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._begun = False
-
-    def __call__(self, chunk: bytes, last: bool) -> str:
-        text = self._decode(chunk, last)
-        if text and not self._begun:
-            self._begun = True
-            return text.removeprefix("\ufeff")
+    def join(self, text: bytes) -> bytes:
         return text
 
 
@@ -75,45 +73,104 @@ class Utf8:
     """Valid UTF-8: wrong bytes become U+FFFD, a byte order mark at the start goes."""
 
     def __init__(self) -> None:
-        self._decode = Decoder()
+        self._rest = b""
+        self._begun = False
 
     def __call__(self, chunk: bytes, last: bool) -> bytes:
-        return self._decode(chunk, last).encode()
+        """All three steps, for a document in one thread."""
+        return self.join(self.work(self.cut(chunk, last)))
+
+    def cut(self, chunk: bytes, last: bool) -> bytes:
+        block = self._rest + chunk if self._rest else chunk
+        length = len(block) if last else encoders.last_character(block)
+        block, self._rest = block[:length], block[length:]
+        if block and not self._begun:
+            self._begun = True
+            return block.removeprefix(codecs.BOM_UTF8)
+        return block
+
+    def work(self, block: bytes) -> bytes:
+        if block.isascii():
+            return block
+        try:
+            block.decode()
+        except UnicodeDecodeError:
+            return block.decode(errors="replace").encode()
+        return block
+
+    def join(self, text: bytes) -> bytes:
+        return text
 
 
-class Text8:
+class Text8(Utf8):
     """Lower-case a-z and single spaces, digits spelled out (http://mattmahoney.net/dc/textdata.html); accents go."""
 
-    _ascii = bytes(byte if chr(byte).isalnum() and byte < 128 else 32 for byte in range(256)).lower()
+    _small = bytes(byte if chr(byte).isalnum() and byte < 128 else 32 for byte in range(256)).lower()
     _digits = tuple((digit.encode(), f" {name} ".encode()) for digit, name in encoders.DIGITS.items())
 
     def __init__(self) -> None:
-        self._decode = Decoder()
+        super().__init__()
         self._after_space = False
 
-    def __call__(self, chunk: bytes, last: bool) -> bytes:
-        text = self._decode(chunk, last)
-        if not text.isascii():
-            table = encoders.text8_table()
-            if len(text.encode()) > 1.1 * len(text):  # so many characters that to look for them costs more
-                text = text.translate(table)
-            text = _BEYOND_ASCII.sub(lambda found: found.group().translate(table), text)
-        data = text.encode().translate(self._ascii)
+    def work(self, block: bytes) -> bytes:
+        if not block:
+            return block
+        data = _to_ascii(block).translate(self._small)
         for digit, name in self._digits:
             data = data.replace(digit, name)
-        return self._single_spaces(data)
-
-    def _single_spaces(self, data: bytes) -> bytes:
-        if not data:
-            return data
         letters = np.frombuffer(data, np.uint8)
         space = letters == 32
-        keep = np.empty(len(space), bool)
-        keep[0] = not (space[0] and self._after_space)
+        keep = np.ones(len(letters), bool)
         np.logical_and(space[1:], space[:-1], out=keep[1:])
         np.logical_not(keep[1:], out=keep[1:])
-        self._after_space = bool(space[-1])
         return letters[keep].tobytes()
+
+    def join(self, text: bytes) -> bytes:
+        if self._after_space and text.startswith(b" "):
+            text = text[1:]
+        if text:
+            self._after_space = text.endswith(b" ")
+        return text
+
+
+def _to_ascii(text: bytes) -> bytes:
+    """UTF-8 with all beyond ASCII as text8 has it, digits as words; runs of spaces remain."""
+    if text.isascii():
+        return text
+    far = np.frombuffer(text, np.uint8) > 127
+    if np.count_nonzero(far) > len(text) // 8:  # so many that to look for them costs more
+        return _as_text8(text)
+    edges = [0, *(np.flatnonzero(far[1:] != far[:-1]) + 1).tolist(), len(text)]
+    runs = [text[start:stop] for start, stop in itertools.pairwise(edges)]
+    first = int(not far[0])
+    runs[first::2] = [_known(run) if len(run) < 32 else _as_text8(run) for run in runs[first::2]]
+    return b"".join(runs)
+
+
+def _as_text8(text: bytes) -> bytes:
+    return text.decode(errors="replace").translate(encoders.text8_table()).encode()
+
+
+_known = functools.lru_cache(1 << 14)(_as_text8)
+"""For accents, dashes and quotation marks, which come again and again."""
+
+
+class Block(NamedTuple):
+    """A part of a document on its way to the spool."""
+
+    data: bytes
+    normaliser: Normaliser
+    document: int
+    number: int
+    """Of the block in its document, from 1 on."""
+    there: bool
+    """Whether it is on the spool already, and only tells how the document goes on."""
+    ending: tuple[str, float] | None
+    """Split and point of the document, where this is its end."""
+
+    def normalised(self) -> bytes:
+        """What `Normaliser.join` takes."""
+        return self.normaliser.work(self.data)
 
 
 @dataclass(frozen=True)
@@ -165,54 +222,53 @@ class TextModality:
         With `writer`, what has been read is saved on the way, and reading continues where an earlier process stopped.
         """
         saved = writer.saved if writer else {}
-        first, own = saved.get("documents", 0), source.own_splits
-        last = spool.written
+        size, last = saved.get("size", 0), spool.written
+        blocks = parallel.batches(self._blocks(source, settings, saved), BATCH)
         with bar(f"reading {source.name}", source.size, progress) as advance:
-            for number, document in enumerate(source.documents(binary=self.binary)):
-                if number < first:
-                    continue
-                open_at = saved if number == first else {}
-                for chunks, size in self._spool(document, spool, settings, own, open_at):
-                    advance(source.done)
-                    # What a source without a size gives (the hub's) may be something else next time.
-                    if writer and source.size and spool.written - last >= SAVED:
-                        last = spool.written
-                        writer.save({"spool": spool.state(), "documents": number, "chunks": chunks, "size": size})
+            for batch, texts in parallel.in_order(lambda batch: [block.normalised() for block in batch], blocks):
+                for block, text in zip(batch, texts, strict=True):
+                    text = block.normaliser.join(text)
+                    size += 0 if block.there else spool.write(text)
+                    if block.ending:
+                        spool.end_document(block.ending[0], size, block.ending[1])
+                        size = 0
+                advance(source.done)
+                # What a source without a size gives (the hub's) may be something else next time.
+                if writer and source.size and spool.written - last >= SAVED:
+                    last = spool.written
+                    at = (block.document + 1, 0) if block.ending else (block.document, block.number)
+                    writer.save({"spool": spool.state(), "documents": at[0], "blocks": at[1], "size": size})
         if source.skipped:
             names = ", ".join(source.skipped[:3]) + (", ..." if len(source.skipped) > 3 else "")
             log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
-        spool.divide(settings, own)
+        spool.divide(settings, source.own_splits)
         require_splits(source.name, spool.sizes, settings, "bytes of text")
         return {"count": len(source.skipped), "names": source.skipped[:100]}
 
-    def _spool(
-        self, document: Document, spool: Spool, settings: DataSettings, own: Set[str], saved: dict[str, Any]
-    ) -> Iterator[tuple[int, int]]:
-        """Write a document onto the spool; yields, about once for each `BATCH`, how many chunks and bytes it is in.
-
-        `saved` says how much of it is there already.
-        """
-        normalise = self.normaliser()
-        start = before = b""
-        there, size = saved.get("chunks", 0), saved.get("size", 0)
-        for number, chunk in enumerate(document.chunks, 1):
-            if len(start) < HASHED:
-                start += chunk[: HASHED - len(start)]
-            if number <= there:
-                before = chunk
+    def _blocks(self, source: Source, settings: DataSettings, saved: dict[str, Any]) -> Iterator[Block]:
+        """The documents in blocks, each at least one, without those that are on the spool, as `saved` says."""
+        own = source.own_splits
+        first = saved.get("documents", 0)
+        for number, document in enumerate(source.documents(binary=self.binary)):
+            if number < first:
                 continue
-            if before:  # what a normaliser keeps in mind is of the end of the last chunk
-                normalise(before, False)
-                before = b""
-            size += spool.write(normalise(chunk, False))
-            if (spool.size + size) // BATCH != (spool.size + size - len(chunk)) // BATCH:  # often enough for the eye
-                yield number, size
-        if before:
-            normalise(before, False)
-        size += spool.write(normalise(b"", True))
-        point = point_of(start)
-        # Without splits of its own, text is never dealt out whole: all documents share a point.
-        spool.end_document(split_of(document.split, point, settings, own), size, point if own else 0.0)
+            normaliser = self.normaliser()
+            there = saved.get("blocks", 0) if number == first else 0
+            start, before, count = b"", b"", 0
+            parts = (chunk[at : at + BATCH] for chunk in document.chunks for at in range(0, len(chunk), BATCH))
+            for count, part in enumerate(parts, 1):
+                if len(start) < HASHED:
+                    start += part[: HASHED - len(start)]
+                block = normaliser.cut(part, False)
+                before = block or before
+                if count == there:  # what a normaliser keeps in mind is of the end of the last that is not empty
+                    yield Block(before, normaliser, number, count, True, None)
+                elif count > there:
+                    yield Block(block, normaliser, number, count, False, None)
+            point = point_of(start)
+            # Without splits of its own, text is never dealt out whole: all documents share a point.
+            ending = (split_of(document.split, point, settings, own), point if own else 0.0)
+            yield Block(normaliser.cut(b"", True), normaliser, number, count, False, ending)
 
     def _encode(
         self,
@@ -222,11 +278,12 @@ class TextModality:
         advance: Callable[[int], None],
         skipped: dict[str, Any],
     ) -> None:
-        end = np.array([encoder.end], np.uint32)
-        since = tuple(writer.saved.get("encoded", (0, 0)))
-        done = sum(counts["bytes"] for counts in writer.counts.values())
-        last = since[0]
-        for batch in spool.batches(encoder.cut, encoder.batch, since):
+        end = np.array([encoder.end], writer.dtype)
+        none = end[:0]  # so that all is of the dtype that is written, or of a wider one
+
+        def encode(batch: list[Piece]) -> list[tuple[str, np.ndarray, int, int]]:
+            """(split, tokens, documents, bytes) of the splits in a batch."""
+            found = []
             tokens = encoder.encode([piece.data for piece in batch])
             for split in SPLITS:
                 mine = [(ids, piece) for ids, piece in zip(tokens, batch, strict=True) if piece.split == split]
@@ -234,11 +291,21 @@ class TextModality:
                     parts = [part for ids, piece in mine for part in ((ids, end) if piece.ends_document else (ids,))]
                     size = sum(len(piece.data) for _, piece in mine)
                     documents = sum(piece.ends_document for _, piece in mine)
-                    writer.append(split, np.concatenate(parts), documents=documents, size=size)
-                    done += size
+                    found.append((split, np.concatenate([none, *parts]), documents, size))
+            return found
+
+        since = tuple(writer.saved.get("encoded", (0, 0)))
+        done = sum(counts["bytes"] for counts in writer.counts.values())
+        last = since[0]
+        # Text stays on the disk until its tokens are noted: of a small corpus they are more often.
+        step = min(SAVED, max(splits.SEGMENT, spool.size // 64))
+        for batch, found in parallel.in_order(encode, spool.batches(encoder.cut, encoder.batch, since)):
+            for split, tokens, documents, size in found:
+                writer.append(split, tokens, documents=documents, size=size)
+                done += size
             advance(done)
             place = batch[-1].place
-            if place[0] - last >= SAVED:
+            if place[0] - last >= step:
                 last = place[0]
                 state = {"spool": spool.state(), "tokens": writer.state(), "encoded": place, "skipped": skipped}
                 writer.save(state)

@@ -61,6 +61,7 @@ class Utf8File(io.RawIOBase):
             mend = f"try `encoding={likely}`" if choosable else "save it as UTF-8"
             raise UserError(f"{name} seems to be {likely.upper()} without a mark: {mend}")
         self._encoding = found or encoding or "utf-8"
+        self._as_is = codecs.lookup(self._encoding).name == "utf-8"
         self._decoder = codecs.getincrementaldecoder(self._encoding)("strict")
         self._next = start[len(mark) :]
         self._started = False
@@ -80,7 +81,11 @@ class Utf8File(io.RawIOBase):
                 text = self._decoder.decode(block, final=self._ended)
             except UnicodeError:
                 raise self._refused(state + block) from None
-            self._out = memoryview(text.encode("utf-8", "replace"))
+            if self._as_is:  # all but a character that is not complete yet, without encoding it again
+                whole = state + block
+                self._out = memoryview(whole)[: len(whole) - len(self._decoder.getstate()[0])]
+            else:
+                self._out = memoryview(text.encode("utf-8", "replace"))
         count = min(len(buffer), len(self._out))
         buffer[:count] = self._out[:count]
         self._out = self._out[count:]

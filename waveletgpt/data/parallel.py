@@ -1,0 +1,65 @@
+"""Work on all cores, in the order in which it comes, and in bounded memory.
+
+Threads do it: what the work spends its time in (NumPy, tokenizers, files) lets the others run meanwhile. They start
+within a millisecond, share the memory, and stop with the caller.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class _Sized(Protocol):
+    @property
+    def data(self) -> bytes: ...
+
+
+_Data = TypeVar("_Data", bound=_Sized)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Result]]:
+    """Each item with `work(item)`, in the order of the items; up to two items a core are held at a time.
+
+    `items` are taken, and results given, in the caller's thread. What `work` or `items` raise is raised here, at its
+    place in the order; what was begun then, or when the caller stops, is waited for, and no more begins.
+    """
+    waiting: deque[tuple[_Item, Future[_Result]]] = deque()
+    most = 2 * cores()
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="waveletgpt-data")
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) == most:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[_Data], size: int) -> Iterator[list[_Data]]:
+    """The items in lists of about `size` bytes of `data`; no list is empty."""
+    batch: list[_Data] = []
+    gathered = 0
+    for item in items:
+        batch.append(item)
+        gathered += len(item.data) + 1
+        if gathered >= size:
+            yield batch
+            batch, gathered = [], 0
+    if batch:
+        yield batch
