@@ -23,11 +23,11 @@ from measuring import Report, in_turn, ratio, training_step
 
 from waveletgpt import WaveletGPTConfig, WaveletGPTForSequenceClassification
 from waveletgpt.classify.long_range_arena import TASKS, Task
+from waveletgpt.classify.settings import ClassifierRecipe
 from waveletgpt.model.cost import flops_per_token
-from waveletgpt.training.recipe import ClassifierRecipe, load_recipe
+from waveletgpt.recipes import load_recipe
 
 ARMS = ("none", "fixed", "learnable")
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[list[Any]]:
 
 
 def read(task: str) -> ClassifierRecipe:
-    changes = load_recipe(RECIPES / f"lra-{task}.yaml")
+    changes = load_recipe(f"lra-{task}")
     for extra in ("task", "data", "compare"):
         changes.pop(extra, None)
     recipe = ClassifierRecipe().override(changes, task)

@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, H heads, D channels of a head, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,15 +19,15 @@ from tests.tiny import tiny_config, tiny_model, tokens
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
 from waveletgpt.model.configuration import SITES
 from waveletgpt.model.mixing import MIXERS, Mixer, starting_taps
-from waveletgpt.training.recipe import Recipe, load_recipe
+from waveletgpt.recipes import load_recipe
+from waveletgpt.training.recipe import Recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 HEADS = {"query": 4, "key": 2, "value": 2}
 
 
 def of_recipe(name: str) -> WaveletGPTForCausalLM:
     """A tiny Llama of a recipe's settings, whose filters have random weights."""
-    recipe = Recipe().override({"architecture": "llama", **load_recipe(RECIPES / f"{name}.yaml")}, name)
+    recipe = Recipe().override({"architecture": "llama", **load_recipe(name)}, name)
     sizes = {
         "vocab_size": 31,
         "n_positions": 32,

@@ -14,13 +14,13 @@ from waveletgpt.classify.settings import CLASSIFIER_PRESETS, ClassifierRecipe, C
 from waveletgpt.data import MODALITIES
 from waveletgpt.errors import UserError
 from waveletgpt.model.configuration import POOLINGS, STARTS, WAVELETS
+from waveletgpt.recipes import HERE, find, load_recipe
 from waveletgpt.training.compare import parse_arms
 from waveletgpt.training.recipe import (
     PRESETS,
     Recipe,
     TrainingSettings,
     check_settings_are_read,
-    load_recipe,
 )
 
 
@@ -173,8 +173,26 @@ def test_missing_recipe_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
 
 
+def test_recipes_of_the_package_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder; a file of one's own goes before one of the package."""
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("demo") == load_recipe("recipes/demo.yaml") == load_recipe(HERE / "demo.yaml")
+    assert find("recipes/architectures/llama") == HERE / "architectures" / "llama"
+    (tmp_path / "demo").write_text("max_steps: 7")
+    assert load_recipe("demo") == {"max_steps": 7}
+    with pytest.raises(UserError, match=r"cannot read the recipe demos: No such file or directory; did you mean .demo"):
+        load_recipe("demos")
+    arms = parse_arms(["none", "haar-inputs:max_window=8", "smear"], Recipe())
+    assert [arm.name for arm in arms] == ["none", "haar-inputs:max_window=8", "smear"]
+    assert arms[1].recipe.mixing == "learnable"
+    assert arms[1].recipe.model.max_window == 8
+    assert arms[2].recipe.model.mix_placement is None  # the mixing of that name, not the recipe
+    with pytest.raises(UserError, match=r'no "haar-input".*did you mean "haar-inputs"'):
+        parse_arms(["none", "haar-input"], Recipe())
+
+
 def test_every_recipe_of_the_project_loads() -> None:
-    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    recipes = sorted(HERE.glob("*.yaml"))
     assert recipes
     for path in recipes:
         changes = load_recipe(path)

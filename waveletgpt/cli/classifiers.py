@@ -52,7 +52,7 @@ class Lra:
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
+    """YAML file of settings, or a name such as lra-laptop; options given here win over it."""
     settings: Annotated[ClassifierOptions, Flat] = field(default_factory=ClassifierOptions)
 
     def run(self) -> None:
@@ -90,7 +90,7 @@ class Classify:
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
+    """YAML file of settings, or a name such as lra-laptop; options given here win over it."""
     settings: Annotated[ClipOptions, Flat] = field(default_factory=ClipOptions)
 
     def run(self) -> None:

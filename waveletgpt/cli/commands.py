@@ -48,7 +48,7 @@ class Train:
     resume: bool = False
     """Go on with the run in --out, exactly where it was saved."""
     recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
+    """YAML file of settings, or a name such as demo; options given here win over it."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
@@ -91,7 +91,7 @@ class Compare:
     out: str = "runs/compare"
     """Folder to write: report.html, summary.json, curves.csv, and a run folder per arm and seed."""
     arms: tuple[str, ...] = ("none", "fixed")
-    """Arms, the baseline first: mixings or recipe files, each with :name=value,... if need be."""
+    """Arms, the baseline first: mixings, or recipes (haar-inputs, canon-a, my.yaml), with :name=value,... if needed."""
     seeds: int = 1
     """Seeds per arm, from --seed on."""
     sweep: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class Compare:
     resume: bool = False
     """Go on with the comparison in --out."""
     recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
+    """YAML file of settings, or a name such as demo; options given here win over it."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:
@@ -188,7 +188,7 @@ class Ladder:
     workers: Workers = "auto"
     engine: Engine = "local"
     recipe: str | None = None
-    """YAML file of settings; options given here win over it."""
+    """YAML file of settings, or a name such as demo; options given here win over it."""
     settings: Annotated[Settings, Flat] = field(default_factory=Settings)
 
     def run(self) -> None:

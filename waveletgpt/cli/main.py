@@ -15,8 +15,8 @@ from typing import Any
 
 from waveletgpt import __version__
 from waveletgpt.errors import UserError, reworded, suggest, tell
+from waveletgpt.recipes import load_recipe
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import load_recipe
 
 HELP: dict[str, str] = {
     "train DATA": "train one model",

@@ -10,7 +10,6 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.trainer_utils import set_seed
 
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.huggingface import add_mixing
+from waveletgpt.recipes import find
 from waveletgpt.training.recipe import OF_ADDED_MIXING
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def read_config(name: str) -> PreTrainedConfig:
     """
     from waveletgpt.data.sources.hub import fail_soon
 
-    folder = Path(name)
+    folder = find(name)
     if folder.exists() and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is a file"
         raise UserError(f"base_model {name} {what}: name a folder with the config.json of a model of transformers")
     if not folder.exists():
         fail_soon()
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder if folder.exists() else name, trust_remote_code=False)
     except _BROKEN as error:
         if "trust_remote_code" in str(error):
             reason = "it needs its own code, which is not run here; choose an architecture of transformers"

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from waveletgpt.data.parallel import cores
 from waveletgpt.errors import UserError, tell
+from waveletgpt.recipes import filter_names, load_recipe
 from waveletgpt.report import write_results
 from waveletgpt.report.summary import windows_of
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.settings import check_choice
 from waveletgpt.training import processes
-from waveletgpt.training.recipe import Recipe, check_settings_are_read, load_recipe
+from waveletgpt.training.recipe import Recipe, check_settings_are_read
 from waveletgpt.training.resuming import check_comparison_folder
 from waveletgpt.training.workers import Job, one_by_one, side_by_side, worker_count
 
@@ -45,7 +46,7 @@ class Arm:
 
 
 def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
-    """The arms that are named, mixings or recipe files, with settings of their own; the first is the baseline.
+    """The arms that are named: mixings, or recipes by name or file, with settings of their own; first the baseline.
 
     Raises:
         UserError: unknown mixing or setting, one of the data or the seed, an arm given twice, no arm.
@@ -56,7 +57,7 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
     for spec in specs:
         first, _, rest = spec.partition(":")
         changes: dict[str, Any] = {}
-        if first.endswith((".yaml", ".yml")):
+        if first.endswith((".yaml", ".yml")) or (first not in recipe.mixings() and first in filter_names()):
             changes = {name: value for name, value in load_recipe(first).items() if name not in ("data", "compare")}
             spec = Path(first).stem + (f":{rest}" if rest else "")
         else:
@@ -69,7 +70,7 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
             changes[name.strip()] = value.strip()
         if first == changes.get("mixing"):
             base = {name: value for name, value in changes.items() if name == "base_model"}
-            check_choice("`arms`", first, recipe.override(base, where).mixings())
+            check_choice("`arms`", first, (*recipe.override(base, where).mixings(), *filter_names()))
         arm = Arm(spec, recipe.override(changes, where))
         own = [*changes.get("model", ()), *(name.replace("-", "_").removeprefix("model.") for name in changes)]
         try:

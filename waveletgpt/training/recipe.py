@@ -377,27 +377,3 @@ class Recipe(Settings):
     def from_dict(cls, value: dict[str, Any], where: str = "run.json") -> Recipe:
         """The inverse of `as_dict`."""
         return cls().override({k: v for k, v in value.items() if v is not None}, where)
-
-
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML recipe: differences from the defaults, with `data` and `compare` (arms, seeds) as extras.
-
-    Raises:
-        UserError: unreadable, no YAML, or no mapping of settings.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text file"
-        raise UserError(f"cannot read the recipe {path}: {reason}") from None
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{path} must hold settings as `name: value` lines, such as `max_steps: 1200`")
-    return value
