@@ -10,7 +10,8 @@ import pytest
 
 from tests.report.synthetic_runs import make_run
 from tests.report.test_report import EVIL, Page
-from waveletgpt.report.ladder import arm_sentence, headline, read_ladder, write_ladder
+from waveletgpt.report.ladder import arm_sentence, headline, read_ladder
+from waveletgpt.report.ladder_page import write_ladder
 from waveletgpt.report.scaling import Law
 from waveletgpt.runs.folder import find_runs
 

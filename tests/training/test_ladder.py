@@ -16,7 +16,8 @@ from tests.helpers import make_store, tiny_recipe, waveletgpt, write_text
 from waveletgpt import WaveletGPTConfig, WaveletGPTForCausalLM
 from waveletgpt.data import TokenStore
 from waveletgpt.errors import UserError
-from waveletgpt.report.ladder import block_parameters, find_rungs, parse_rung, rung_name, write_ladder
+from waveletgpt.report.ladder import block_parameters, find_rungs, parse_rung, rung_name
+from waveletgpt.report.ladder_page import write_ladder
 from waveletgpt.runs.folder import RunFolder, find_runs
 from waveletgpt.training.ladder import parse_count, plan, shape_of, train_ladder
 from waveletgpt.training.recipe import Recipe

@@ -312,7 +312,8 @@ class Report:
 
     def run(self) -> None:
         from waveletgpt.report import write_results
-        from waveletgpt.report.ladder import find_rungs, write_ladder
+        from waveletgpt.report.ladder import find_rungs
+        from waveletgpt.report.ladder_page import write_ladder
         from waveletgpt.runs.folder import RunFolder, find_runs
 
         if not self.runs:

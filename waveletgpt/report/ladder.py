@@ -1,4 +1,4 @@
-"""A ladder's run folders -> ladder.json and ladder.csv: what an arm's lead is worth in compute, and whether it lasts.
+"""A ladder's run folders -> the contents of ladder.json and ladder.csv: what an arm's lead is worth in compute, and whether it lasts.
 
 A *ladder* is a folder with a comparison for each of its *rungs*, named SIZE-TOKENS: a size of model trained on a number
 of tokens, each run with its own learning-rate decay. This module reads the run folders and the records of sweeps beside
@@ -29,8 +29,8 @@ from waveletgpt.errors import UserError, suggest
 from waveletgpt.report.records import LossSummary, baseline_arm
 from waveletgpt.report.scaling import PARAMETERS, Estimates, Point, can_fit, can_fit_tokens, estimate
 from waveletgpt.report.summary import SWEEP_FILE, Record, check_comparable, read_records, summarize_records
-from waveletgpt.report.wording import plural
-from waveletgpt.runs.folder import find_runs, write_atomically, write_json
+from waveletgpt.report.wording import plural, plus_minus
+from waveletgpt.runs.folder import find_runs
 from waveletgpt.runs.records import RunRecord
 
 SCHEMA = 1
@@ -474,26 +474,6 @@ def with_interval(entry: dict[str, Any], form: str) -> str:
     return form.format(entry["value"]) + (f" [{ends}]" if ends else "")
 
 
-def write_ladder(
-    folder: str | Path, baseline: str | None = None, out: str | Path | None = None, replicates: int = 100
-) -> dict[str, Any]:
-    """Write ladder.json, ladder.csv and report.html for the rungs in `folder`, into it or into `out`.
-
-    `replicates` is the number of bootstrap replicates. Returns the content of ladder.json. Raises UserError: see
-    `read_ladder`.
-    """
-    from waveletgpt.report.ladder_page import render
-
-    folder = Path(folder)
-    place = Path(out) if out is not None else folder
-    rungs = read_ladder(folder, baseline)
-    ladder = summarize_ladder(rungs, find_sweeps(folder), replicates)
-    write_json(place / "ladder.json", ladder)
-    write_atomically(place / "ladder.csv", ladder_csv(rungs))
-    write_atomically(place / "report.html", render(rungs, ladder))
-    return ladder
-
-
 LADDER_HEADER = [
     "rung", "arm", "settings", "final nll", "gap", "step speed-up", "tokens/s", "throughput", "data multiplier",
     "compute multiplier",
@@ -502,8 +482,6 @@ LADDER_HEADER = [
 
 def ladder_table(ladder: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of short strings for a terminal and the report, one row for each arm of each rung."""
-    from waveletgpt.report.wording import plus_minus
-
     rows = []
     for rung in ladder["rungs"]:
         for arm, entry in rung["arms"].items():

@@ -1,10 +1,11 @@
-"""A ladder -> report.html: the losses of all rungs with the fitted law, what the lead is worth, and the tables."""
+"""A ladder -> ladder.json, ladder.csv and report.html: the losses of all rungs with the fitted law, what the lead is worth, and the tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from waveletgpt.report.charts import HALF, Axis, Line, Point, chart, swatch
@@ -14,8 +15,12 @@ from waveletgpt.report.ladder import (
     Rung,
     arm_sentence,
     count_name,
+    find_sweeps,
     headline,
+    ladder_csv,
     ladder_table,
+    read_ladder,
+    summarize_ladder,
     told_retention,
     top_rung,
     with_interval,
@@ -23,6 +28,7 @@ from waveletgpt.report.ladder import (
 from waveletgpt.report.page import frame, notes, rich, setup, styles_of, table, tiles
 from waveletgpt.report.scaling import Law
 from waveletgpt.report.wording import plural, quantity
+from waveletgpt.runs.folder import write_atomically, write_json
 
 Ladder = dict[str, Any]
 
@@ -349,3 +355,21 @@ alone would not separate the two: a lead that shrinks with more tokens could see
 among the rungs.</dd>
 <dt>Retention</dt><dd>10 to the power of the slope of log10 gap over log10 tokens, with a separate level for each size:
 gap(10 D) / gap(D).</dd> </dl>"""
+
+
+def write_ladder(
+    folder: str | Path, baseline: str | None = None, out: str | Path | None = None, replicates: int = 100
+) -> dict[str, Any]:
+    """Write ladder.json, ladder.csv and report.html for the rungs in `folder`, into it or into `out`.
+
+    `replicates` is the number of bootstrap replicates. Returns the content of ladder.json. Raises UserError: see
+    `read_ladder`.
+    """
+    folder = Path(folder)
+    place = Path(out) if out is not None else folder
+    rungs = read_ladder(folder, baseline)
+    ladder = summarize_ladder(rungs, find_sweeps(folder), replicates)
+    write_json(place / "ladder.json", ladder)
+    write_atomically(place / "ladder.csv", ladder_csv(rungs))
+    write_atomically(place / "report.html", render(rungs, ladder))
+    return ladder

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from waveletgpt.data.mixture import Mixture, parts_of
 from waveletgpt.errors import UserError, tell
-from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name, write_ladder
+from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name
+from waveletgpt.report.ladder_page import write_ladder
 from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
