@@ -6,8 +6,8 @@
 Prose of made-up words in one file, with digits, accents and dashes as English has them. Each preparation is a process
 with a cache of its own, held to so many cores; its tokens must be the same in every way. Medians of the rounds; MB/s is
 of wall time, from the file to the store, its fingerprint included; "cpu" is processor time, which other programs on the
-machine lengthen less; memory is that at the peak beyond the imports; disk is the largest sum of the sizes of all files
-in the cache, looked at every 20 ms, over the size of the text.
+machine lengthen less; memory is that at the peak beyond the imports (on Linux); disk is the largest sum of the sizes of
+all files in the cache, looked at every 20 ms, over the size of the text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from measuring import Report
 
 HERE = Path(__file__).resolve().parents[1]
 CHILD = """
-import json, os, resource, sys, time
+import json, os, sys, time
 cores, modality, data, cache = int(sys.argv[1]), *sys.argv[2:]
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
@@ -37,11 +37,18 @@ os.environ["RAYON_NUM_THREADS"] = str(cores)
 os.cpu_count = lambda: cores  # what versions before this one go by
 import transformers, tokenizers
 from waveletgpt.data import DataSettings, prepare
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # in kB, since the last time; what a process has at its start is in getrusage's
+    with open("/proc/self/status") as file:
+        found = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return found
+peak()
+before = peak()
 wall, cpu = time.perf_counter(), time.process_time()
 store = prepare(data, modality, DataSettings(cache_dir=cache), progress=False)
 figures = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "store": str(store.path)}
-figures["memory"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+figures["memory"] = (peak() - before) / 1024
 print(json.dumps(figures))
 """
 

@@ -324,9 +324,13 @@ class Spool:
         return position + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
     def pieces(
-        self, cut: Callable[[bytes], int], only: str | None = None, since: tuple[int, int] = (0, 0)
+        self,
+        cut: Callable[[bytes], int],
+        only: str | None = None,
+        since: tuple[int, int] = (0, 0),
+        size: int | None = None,
     ) -> Iterator[Piece]:
-        """The documents in order, in pieces of about `BLOCK` bytes; with `only`, those of one split.
+        """The documents in order, in pieces of about `size` bytes (default: `BLOCK`); with `only`, those of one split.
 
         With `since`, the `place` of a piece, those after it.
         `cut(block)` says how many bytes of a block may be handed on before more of its document is known (0: none yet).
@@ -339,7 +343,7 @@ class Spool:
                 start = max(since)
                 rest = self._text.read(since[0], start - since[0])
             while start < stop:
-                block = rest + self._text.read(start, min(BLOCK, stop - start))
+                block = rest + self._text.read(start, min(size or BLOCK, stop - start))
                 start += len(block) - len(rest)
                 done = start == stop
                 length = len(block) if done else cut(block)
@@ -367,7 +371,7 @@ class Spool:
 
     def batches(self, cut: Callable[[bytes], int], size: int, since: tuple[int, int] = (0, 0)) -> Iterator[list[Piece]]:
         """The pieces, those after the place `since`, in lists of about `size` bytes."""
-        return batches(self.pieces(cut, since=since), size)
+        return batches(self.pieces(cut, since=since, size=min(size, BLOCK)), size)
 
 
 def _near(sizes: dict[str, int], shares: dict[str, float]) -> bool:

@@ -421,6 +421,7 @@ def test_memory_stays_flat(
         return [Document("big", iter(lambda: file.read(CHUNK), b""))]
 
     monkeypatch.setattr(Files, "documents", documents)
+    monkeypatch.setattr("waveletgpt.data.parallel.cores", lambda: 2)
     prepare(tmp_path / "big.txt", "bytes", DataSettings(cache_dir=str(tmp_path / "warm")), False)  # imports
     tracemalloc.start()
     store = prepare(tmp_path / "big.txt", modality, settings, progress=False)

@@ -168,9 +168,9 @@ class Block(NamedTuple):
     ending: tuple[str, float] | None
     """Split and point of the document, where this is its end."""
 
-    def normalised(self) -> bytes:
-        """What `Normaliser.join` takes."""
-        return self.normaliser.work(self.data)
+
+def _normalised(blocks: list[Block]) -> list[bytes]:
+    return [block.normaliser.work(block.data) for block in blocks]
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,9 @@ class TextModality:
         saved = writer.saved if writer else {}
         size, last = saved.get("size", 0), spool.written
         blocks = parallel.batches(self._blocks(source, settings, saved), BATCH)
+        quick = self.normaliser is AsIs
         with bar(f"reading {source.name}", source.size, progress) as advance:
-            for batch, texts in parallel.in_order(lambda batch: [block.normalised() for block in batch], blocks):
+            for batch, texts in parallel.in_order(_normalised, blocks, quick):
                 for block, text in zip(batch, texts, strict=True):
                     text = block.normaliser.join(text)
                     size += 0 if block.there else spool.write(text)
@@ -297,9 +298,10 @@ class TextModality:
         since = tuple(writer.saved.get("encoded", (0, 0)))
         done = sum(counts["bytes"] for counts in writer.counts.values())
         last = since[0]
-        # Text stays on the disk until its tokens are noted: of a small corpus they are more often.
-        step = min(SAVED, max(splits.SEGMENT, spool.size // 64))
-        for batch, found in parallel.in_order(encode, spool.batches(encoder.cut, encoder.batch, since)):
+        # Text stays on the disk until its tokens are noted: often, but for what is so small that it does not matter.
+        step = SAVED if spool.size <= SAVED else min(SAVED, max(splits.SEGMENT, spool.size // 64))
+        quick = isinstance(encoder, encoders.Bytes)
+        for batch, found in parallel.in_order(encode, spool.batches(encoder.cut, encoder.batch, since), quick):
             for split, tokens, documents, size in found:
                 writer.append(split, tokens, documents=documents, size=size)
                 done += size
