@@ -1,4 +1,4 @@
-"""A ladder's run folders -> the contents of ladder.json and ladder.csv: what an arm's lead is worth in compute, and whether it lasts.
+"""What a ladder's run folders say: what an arm's lead is worth in compute, and whether it lasts.
 
 A *ladder* is a folder with a comparison for each of its *rungs*, named SIZE-TOKENS: a size of model trained on a number
 of tokens, each run with its own learning-rate decay. This module reads the run folders and the records of sweeps beside

@@ -1,4 +1,4 @@
-"""A ladder -> ladder.json, ladder.csv and report.html: the losses of all rungs with the fitted law, what the lead is worth, and the tables."""
+"""Writes ladder.json, ladder.csv and report.html: the losses of all rungs with the fitted law, and the tables."""
 
 from __future__ import annotations
 
