@@ -156,10 +156,19 @@ def one_line_usage_errors(name: str) -> Iterator[None]:
         choice = re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", message)
         if choice is not None:
             value, option, rest = choice.groups()
-            choices = re.findall(r"'([^']*)'", rest)
+            choices = sorted({*re.findall(r"'([^']*)'", rest)} - {"None"})  # tyro has them in any order
             raise UserError(
                 f'{option}: no "{value}"; use one of {", ".join(choices)}{suggest(value, choices)}'
             ) from None
+        wrong = re.match(r"Error parsing (\S+): (.*)", message)
+        if wrong is not None:
+            option, reason = wrong.groups()
+            number = re.match(r"(could not convert string to float|invalid literal for int\(\)).*: ('.*')", reason)
+            if number is not None:
+                kind = "a number" if "float" in number[1] else "an integer"
+                raise UserError(f"{option} must be {kind}, got {number[2]}") from None
+            if not option.startswith("-"):  # the settings' own message, which names the setting
+                raise UserError(reason) from None
         options = (line for line in lines[lines.index(first[0]) :] if line.startswith("--"))
         near = next((line.split()[0].rstrip(",") for line in options), None)
         hint = f'; did you mean "{near}"?' if near and "Unrecognized" in message else f"; see waveletgpt {name} --help"
