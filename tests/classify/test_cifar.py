@@ -87,5 +87,5 @@ def test_wrong_batches(prepare: Prepare, tmp_path: Path) -> None:
     store = prepare("image", tmp_path / "data")
     assert store.meta["source"]["examples"] == 100
     assert [name.split(": ")[1][:33] for name in store.meta["skipped"]["names"]] == [
-        "3,000 bytes are no whole number o", "a label is 12, there are 10 class", "not a batch of CIFAR-10's Python",
+        "3,000 bytes are no whole number o", "a label is 12, but there are 10 c", "not a batch of CIFAR-10's Python ",
     ]  # fmt: skip

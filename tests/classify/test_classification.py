@@ -214,7 +214,7 @@ def test_a_report_tells_that_the_baseline_only_guesses(
         ("waves", {**AUDIO, "frame_size": -4}, "frame_size=-4 must be at least 1"),
         ("texts", {"n_positions": 5}, "too short for examples of"),
         ("texts", {"pooling": "max"}, "pooling"),
-        ("texts", {"gain": 3.0}, "change recordings"),
+        ("texts", {"gain": 3.0}, "are for recordings, and this data has none"),
     ],
 )
 def test_settings_that_do_not_fit_are_told(tmp_path: Path, name: str, changes: dict, message: str) -> None:

@@ -581,7 +581,7 @@ def test_spoken_digits_by_name(tmp_path: Path, chosen: TaskSettings, monkeypatch
 
 def test_named_sets_without_classes(chosen: TaskSettings) -> None:
     with pytest.raises(
-        UserError, match='the data set "librispeech-dev-clean" has no recordings with classes: fsdd has'
+        UserError, match='the data set "librispeech-dev-clean" has no recordings with classes: give fsdd or a folder'
     ):
         prepare_clips("librispeech-dev-clean", chosen, progress=False)
 

@@ -309,7 +309,7 @@ def test_packed_documents_are_each_document_alone(mixing: str, architecture: str
     """Positions that start again keep attention and mixing, at every site, within a document."""
     model = tiny_model(
         mixing=mixing, architecture=architecture, mix_placement="+".join(SITES), attn_implementation=attention
-    )
+    ).double()  # ten filters a block make rounding larger than it is elsewhere
     documents = [tokens(1, length, seed=length) for length in (5, 1, 9)]
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
     packed = model(torch.cat(documents, 1), position_ids=positions).logits
