@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from waveletgpt.data import DataSettings, TokenStore, prepare
 from waveletgpt.training.recipe import Recipe
@@ -27,6 +30,17 @@ def make_store(folder: Path, words: int = 6000) -> TokenStore:
     folder.mkdir(parents=True, exist_ok=True)
     path = write_text(folder / "words.txt", words)
     return prepare(str(path), "chars", DataSettings(cache_dir=str(folder / "cache")), progress=False)
+
+
+def with_meta(key: str, value: Any) -> Callable[[Path], None]:
+    """A change of a store's meta.json, to be made in a folder."""
+
+    def change(path: Path) -> None:
+        meta = json.loads((path / "meta.json").read_text())
+        meta[key] = value
+        (path / "meta.json").write_text(json.dumps(meta))
+
+    return change
 
 
 def tiny_recipe(**changes: object) -> Recipe:

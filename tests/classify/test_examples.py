@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pickle
 import threading
@@ -18,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.helpers import with_meta
 from waveletgpt.classify.examples import ExampleStore, ExampleWriter, balanced, prepare_once, show
 from waveletgpt.classify.settings import TaskSettings
 from waveletgpt.data import SPLITS, StoreWriter
@@ -183,15 +183,6 @@ def test_tokens_and_waveforms_need_their_own(tmp_path: Path) -> None:
                 writer.begin(modality="text", classes=["a"], **wrong)
 
 
-def _set(key: str, value: Any) -> Any:
-    def change(path: Path) -> None:
-        meta = json.loads((path / "meta.json").read_text())
-        meta[key] = value
-        (path / "meta.json").write_text(json.dumps(meta))
-
-    return change
-
-
 DAMAGE = {
     "truncated data": (lambda path: os.truncate(path / "data-train.bin", 3), "is truncated"),
     "truncated labels": (lambda path: os.truncate(path / "labels-train.bin", 3), "is truncated"),
@@ -199,8 +190,8 @@ DAMAGE = {
     "missing names": (lambda path: (path / "names-train.jsonl").unlink(), "is missing"),
     "no description": (lambda path: (path / "meta.json").unlink(), "is not an example store"),
     "truncated description": (lambda path: os.truncate(path / "meta.json", 50), "is damaged"),
-    "another description": (_set("kind", "pictures"), "is damaged"),
-    "a later format": (_set("format", 99), "has format 99"),
+    "another description": (with_meta("kind", "pictures"), "is damaged"),
+    "a later format": (with_meta("format", 99), "has format 99"),
 }
 
 

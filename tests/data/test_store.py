@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import with_meta
 from waveletgpt.data import DataSettings, StoreWriter, TokenStore, prepare
 from waveletgpt.data.modalities.audio import write_wav
 from waveletgpt.data.modalities.text import TextModality
@@ -64,15 +64,6 @@ def _remove(name: str) -> Any:
     return lambda path: (path / name).unlink()
 
 
-def _set(key: str, value: Any) -> Any:
-    def change(path: Path) -> None:
-        meta = json.loads((path / "meta.json").read_text())
-        meta[key] = value
-        (path / "meta.json").write_text(json.dumps(meta))
-
-    return change
-
-
 DAMAGE = {
     "truncated": (lambda path: os.truncate(path / "tokens-train.bin", 100), "is truncated"),
     "missing tokens": (_remove("tokens-test.bin"), "is missing"),
@@ -82,9 +73,9 @@ DAMAGE = {
     "truncated description": (lambda path: os.truncate(path / "meta.json", 50), "is damaged"),
     "binary description": (lambda path: (path / "meta.json").write_bytes(b"\xff\0"), "is damaged"),
     "other description": (lambda path: (path / "meta.json").write_text("[]"), "is damaged"),
-    "wrong counts": (_set("splits", {"train": 3}), "is damaged"),
-    "wrong type": (_set("dtype", "nonsense"), "is damaged"),
-    "a later format": (_set("format", 99), "has format 99"),
+    "wrong counts": (with_meta("splits", {"train": 3}), "is damaged"),
+    "wrong type": (with_meta("dtype", "nonsense"), "is damaged"),
+    "a later format": (with_meta("format", 99), "has format 99"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.data.sources.serving import serving
 from waveletgpt.data import MODALITIES, NAMED, SPLITS, DataSettings, NamedSet, prepare
-from waveletgpt.data.sources import download as downloading
 from waveletgpt.data.sources.download import download, recorded
 from waveletgpt.data.sources.named import fetch
 from waveletgpt.errors import UserError
@@ -60,16 +59,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(downloading, "PAUSE", 0.0)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with Server(("127.0.0.1", 0), Handler) as found:
-        found.requests = []
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
-        thread.start()
+    found = Server(("127.0.0.1", 0), Handler)
+    found.requests = []
+    with serving(found, monkeypatch):
         yield found
-        found.shutdown()
-        thread.join()
 
 
 def url(server: Server, name: str = "set.bin") -> str:

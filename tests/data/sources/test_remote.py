@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import WORDS
+from tests.data.sources.serving import serving
 from waveletgpt.data import DataSettings, Files, find, prepare
-from waveletgpt.data.sources import download as downloading
 from waveletgpt.data.sources import remote
 from waveletgpt.data.sources.hub import Hub
 from waveletgpt.errors import UserError
@@ -169,15 +168,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(downloading, "PAUSE", 0.0)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with Server(("127.0.0.1", 0), Handler) as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(Server(("127.0.0.1", 0), Handler), monkeypatch) as found:
         yield found
-        found.shutdown()
-        thread.join()
 
 
 def test_the_web_without_ranges(server: Server, tmp_path: Path, settings: DataSettings) -> None:
