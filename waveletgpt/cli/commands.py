@@ -98,7 +98,8 @@ class Compare:
     """Settings to try with every arm, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3. An arm gets those with the lowest
     validation loss; one rate for all misjudges arms."""
     sweep_steps: int | None = None
-    """Steps of a trial of --sweep (default: as many as of a run, and the best trial is a run)."""
+    """Steps of a trial of --sweep (default: as many as of a run, and the best trial is a run). Much shorter trials find
+    other rates than the run needs."""
     workers: Workers = "auto"
     engine: Engine = "local"
     print_runs: bool = False
