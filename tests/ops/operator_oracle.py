@@ -26,8 +26,7 @@ def _parameter(backend: str) -> object:
 FAST = [_parameter(backend) for backend in autograd.KERNELS]
 BACKENDS = [*FAST, "reference"]
 EDGES = ("zero", "partial")
-# The same examples on every run; no deadline, since first calls take longer.
-examples = settings(derandomize=True, deadline=None, max_examples=40)
+examples = settings(max_examples=40)
 
 
 def rounding(backend: str, dtype: torch.dtype, learned: bool) -> tuple[float, float]:

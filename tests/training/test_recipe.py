@@ -182,6 +182,9 @@ def test_recipes_of_the_package_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert load_recipe("demo") == {"max_steps": 7}
     with pytest.raises(UserError, match=r"cannot read the recipe demos: No such file or directory; did you mean .demo"):
         load_recipe("demos")
+    (tmp_path / "paper").mkdir()
+    assert load_recipe("paper") == load_recipe(HERE / "paper.yaml")
+    assert find("paper") == Path("paper")  # a base model's name is not a recipe's
     arms = parse_arms(["none", "haar-inputs:max_window=8", "smear"], Recipe())
     assert [arm.name for arm in arms] == ["none", "haar-inputs:max_window=8", "smear"]
     assert arms[1].recipe.mixing == "learnable"

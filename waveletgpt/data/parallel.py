@@ -1,7 +1,7 @@
-"""Work on all cores, in the order in which it comes, and in bounded memory.
+"""Work on all cores, with the results in order and in bounded memory.
 
-Threads do it: what the work spends its time in (NumPy, tokenizers, files) lets the others run meanwhile. They start
-within a millisecond, share the memory, and stop with the caller.
+Threads are enough: NumPy, tokenizers and files, where the time goes, let other threads run. They start within a
+millisecond, share memory, and stop with the caller.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def cores() -> int:
 def in_order(
     work: Callable[[_Item], _Result], items: Iterable[_Item], quick: bool = False
 ) -> Iterator[tuple[_Item, _Result]]:
-    """Each item with `work(item)`, in the order of the items; up to two items a core are held at a time.
+    """Each item with `work(item)`, in the order of the items; at most two items per core are held at a time.
 
-    `quick` work takes less than to hand it on would: it is done in the caller's thread.
+    `items` are read, and results given, in the caller's thread. An error in `work` or `items` is raised there too, at
+    its place in the order. Then, and if the caller stops early, running work is waited for and no more begins.
 
-    `items` are taken, and results given, in the caller's thread. What `work` or `items` raise is raised here, at its
-    place in the order; what was begun then, or when the caller stops, is waited for, and no more begins.
+    Args:
+        quick: `work` takes less time than handing it to another thread, so it is done in the caller's.
     """
     if quick:
         yield from ((item, work(item)) for item in items)

@@ -28,17 +28,13 @@ def filter_names() -> tuple[str, ...]:
 
 
 def find(name: str | Path) -> Path:
-    """Where `name` is: as a path, or else in this package (`demo`, `recipes/demo.yaml`, `recipes/architectures/llama`).
+    """Where the file or folder `name` is. What is not there, but is below `recipes/` in this package, is found there.
 
-    A name that is in neither place is given back as a path.
+    `recipes/architectures/llama` is found from any folder, then. Any other name is given back as a path.
     """
     path = Path(name)
-    if path.exists():
-        return path
-    if str(name) in recipe_names():
-        return HERE / f"{name}.yaml"
     inside = HERE.parent / path
-    return inside if path.parts[:1] == ("recipes",) and inside.exists() else path
+    return inside if path.parts[:1] == ("recipes",) and not path.exists() and inside.exists() else path
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
@@ -51,7 +47,9 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     """
     import yaml
 
-    path = find(name)
+    # A file of one's own goes first, a folder that happens to have the name does not.
+    named = str(name) in recipe_names() and not Path(name).is_file()
+    path = HERE / f"{name}.yaml" if named else find(name)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

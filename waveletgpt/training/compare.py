@@ -70,7 +70,9 @@ def parse_arms(specs: list[str] | tuple[str, ...], recipe: Recipe) -> list[Arm]:
             changes[name.strip()] = value.strip()
         if first == changes.get("mixing"):
             base = {name: value for name, value in changes.items() if name == "base_model"}
-            check_choice("`arms`", first, dict.fromkeys((*recipe.override(base, where).mixings(), *filter_names())))
+            known = recipe.override(base, where).mixings()
+            if first not in known:  # reading all recipes takes a moment: only for the message
+                check_choice("`arms`", first, dict.fromkeys((*known, *filter_names())))
         arm = Arm(spec, recipe.override(changes, where))
         own = [*changes.get("model", ()), *(name.replace("-", "_").removeprefix("model.") for name in changes)]
         try:

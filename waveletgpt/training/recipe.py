@@ -297,7 +297,7 @@ class Recipe(Settings):
     def with_evaluations(self, recorded: dict[str, Any] | None = None) -> Recipe:
         """A copy with `eval_every` and `eval_windows` set, so that they no longer depend on other settings.
 
-        Where this recipe sets neither, they are those of the recipe that a run has `recorded`, else the defaults.
+        Each that this recipe does not set is that of the recipe that a run has `recorded`, else the default.
         """
         then = (recorded or {}).get("training") or {}
         numbers = {

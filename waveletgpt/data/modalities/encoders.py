@@ -109,7 +109,7 @@ class Characters:
         self._table = np.full(0x110000, self.end, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
-    batch = 1 << 18  # what stays in a core's cache takes half of the time
+    batch = 1 << 18  # fits a core's cache, which halves the time
     cut = staticmethod(last_character)
 
     def encode(self, pieces: list[bytes]) -> list[np.ndarray]:
@@ -154,7 +154,7 @@ def fit_chars(shares: Shares, settings: DataSettings) -> Encoder:
 
     def note(piece: Piece) -> None:
         found = codes(piece.data)
-        if not seen[found].all():  # to look is quicker than to write
+        if not seen[found].all():  # looking is quicker than writing
             seen[found] = True
 
     for spool, _ in shares:
@@ -229,7 +229,7 @@ def fit_bytes(shares: Shares, settings: DataSettings) -> Encoder:
 
 
 class HuggingFace:
-    """Any Hugging Face tokenizer. Meanwhile it takes fifty bytes a byte of text, so that it gets little at a time."""
+    """Any Hugging Face tokenizer. It needs fifty bytes of memory per byte of text, so batches are small."""
 
     batch = 1 << 20
 

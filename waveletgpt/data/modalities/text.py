@@ -35,25 +35,26 @@ from waveletgpt.errors import UserError
 log = logging.getLogger(__name__)
 
 BATCH = 1 << 18
-"""Bytes of text that a core brings into its form at a time: what stays in its cache takes half of the time."""
+"""Bytes of text in a block: it fits a core's cache, which halves the time."""
 SAVED = 1 << 26
 """Bytes of text after which, again and again, it is noted how far the preparation is."""
 
 
 class Normaliser(Protocol):
-    """Brings one document into the form that is tokenised: cut, work on the blocks, join.
+    """Brings one document into the form that is tokenised, in three steps for each block of it.
 
-    `cut` and `join` are quick, and take the document in order; `work` has all the rest to do, on any thread.
+    `cut` and `join` see the blocks in order, in one thread, and must be quick. `work` may run in any thread, and on
+    several blocks at once.
     """
 
     def cut(self, chunk: bytes, last: bool) -> bytes:
-        """The next block that can be worked on by itself, now that the document goes on with `chunk`."""
+        """Append `chunk` to the document, and return the next block that needs nothing after it."""
 
     def work(self, block: bytes) -> bytes:
-        """A block in its new form."""
+        """The block in its new form."""
 
     def join(self, text: bytes) -> bytes:
-        """What `work` made of the next block, as it is beside the one before."""
+        """Fit what `work` returned for the next block to the block before it."""
 
 
 class AsIs:
@@ -77,7 +78,7 @@ class Utf8:
         self._begun = False
 
     def __call__(self, chunk: bytes, last: bool) -> bytes:
-        """All three steps, for a document in one thread."""
+        """All three steps at once."""
         return self.join(self.work(self.cut(chunk, last)))
 
     def cut(self, chunk: bytes, last: bool) -> bytes:
@@ -134,11 +135,11 @@ class Text8(Utf8):
 
 
 def _to_ascii(text: bytes) -> bytes:
-    """UTF-8 with all beyond ASCII as text8 has it, digits as words; runs of spaces remain."""
+    """Replaces what is not ASCII in UTF-8 as text8 does. Runs of spaces remain."""
     if text.isascii():
         return text
     far = np.frombuffer(text, np.uint8) > 127
-    if np.count_nonzero(far) > len(text) // 8:  # so many that to look for them costs more
+    if np.count_nonzero(far) > len(text) // 8:  # replacing them one by one would take longer
         return _as_text8(text)
     edges = [0, *(np.flatnonzero(far[1:] != far[:-1]) + 1).tolist(), len(text)]
     runs = [text[start:stop] for start, stop in itertools.pairwise(edges)]
@@ -152,7 +153,7 @@ def _as_text8(text: bytes) -> bytes:
 
 
 _known = functools.lru_cache(1 << 14)(_as_text8)
-"""For accents, dashes and quotation marks, which come again and again."""
+"""Remembered for short runs: accents, dashes and quotation marks are repeated often."""
 
 
 class Block(NamedTuple):
@@ -162,11 +163,11 @@ class Block(NamedTuple):
     normaliser: Normaliser
     document: int
     number: int
-    """Of the block in its document, from 1 on."""
+    """Number of the block in its document, from 1 on."""
     there: bool
-    """Whether it is on the spool already, and only tells how the document goes on."""
+    """Whether it is on the spool already. Then only the normaliser needs it, to go on with the document."""
     ending: tuple[str, float] | None
-    """Split and point of the document, where this is its end."""
+    """Split and point of the document if this block ends it, else None."""
 
 
 def _normalised(blocks: list[Block]) -> list[bytes]:
@@ -247,7 +248,7 @@ class TextModality:
         return {"count": len(source.skipped), "names": source.skipped[:100]}
 
     def _blocks(self, source: Source, settings: DataSettings, saved: dict[str, Any]) -> Iterator[Block]:
-        """The documents in blocks, each at least one, without those that are on the spool, as `saved` says."""
+        """The blocks of all documents, at least one each, without documents that `saved` says are on the spool."""
         own = source.own_splits
         first = saved.get("documents", 0)
         for number, document in enumerate(source.documents(binary=self.binary)):
@@ -262,7 +263,7 @@ class TextModality:
                     start += part[: HASHED - len(start)]
                 block = normaliser.cut(part, False)
                 before = block or before
-                if count == there:  # what a normaliser keeps in mind is of the end of the last that is not empty
+                if count == there:  # the normaliser goes on from the last block that is not empty
                     yield Block(before, normaliser, number, count, True, None)
                 elif count > there:
                     yield Block(block, normaliser, number, count, False, None)
@@ -280,7 +281,7 @@ class TextModality:
         skipped: dict[str, Any],
     ) -> None:
         end = np.array([encoder.end], writer.dtype)
-        none = end[:0]  # so that all is of the dtype that is written, or of a wider one
+        none = end[:0]  # gives the result of `concatenate` the dtype that is written
 
         def encode(batch: list[Piece]) -> list[tuple[str, np.ndarray, int, int]]:
             """(split, tokens, documents, bytes) of the splits in a batch."""
@@ -298,7 +299,7 @@ class TextModality:
         since = tuple(writer.saved.get("encoded", (0, 0)))
         done = sum(counts["bytes"] for counts in writer.counts.values())
         last = since[0]
-        # Text stays on the disk until its tokens are noted: often, but for what is so small that it does not matter.
+        # Text stays on the disk until its tokens are noted. So note often, but not for texts too small to matter.
         step = SAVED if spool.size <= SAVED else min(SAVED, max(splits.SEGMENT, spool.size // 64))
         quick = isinstance(encoder, encoders.Bytes)
         for batch, found in parallel.in_order(encode, spool.batches(encoder.cut, encoder.batch, since), quick):
