@@ -64,6 +64,13 @@ def convolution(mixer: Any, x: torch.Tensor) -> torch.Tensor:
     return depthwise(x, mixer.kernel)
 
 
+def token_shift(mixer: Any, x: torch.Tensor) -> torch.Tensor:
+    """m x_t + (1 - m) x_{t-1}, with one number a channel."""
+    [other] = mixer.kernel.T
+    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+    return (1 - other) * x + other * before
+
+
 def mix_of_two_by_head(mixer: Any, x: torch.Tensor) -> torch.Tensor:
     """a k_t + b k_{t-1} with two numbers a head; channel c of head h is x[c H + h]."""
     B, T, C = x.shape
@@ -107,7 +114,7 @@ def taps_of_the_token(mixer: Any, x: torch.Tensor) -> torch.Tensor:
         ("primer", "query key value", convolution),
         ("sconv", "key value attention_output mlp_output", residual_convolution),
         ("kv-shifting", "key value", mix_of_two_by_head),
-        ("token-shift", "attention_input mlp_input", convolution),
+        ("token-shift", "attention_input mlp_input", token_shift),
         ("partial-key-offset", "key", previous_for_half),
         ("dynamic-convolution", "query key value", taps_of_the_token),
     ],
@@ -167,6 +174,35 @@ def test_other_starts_leave_the_other_weights_as_they_are() -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in plain)
     kernels = [weights[1][name] for name in weights[1] if name.endswith("kernel")]
     assert len({float(kernel.sum()) for kernel in kernels}) == len(kernels)  # no two alike
+
+
+def test_taps_that_sum_to_one_start_as_asked_and_stay_so() -> None:
+    for sharing in ("coordinate", "head", "level"):
+        models = []
+        for unit_sum in (False, True):
+            config = tiny_config(
+                mixing="conv", mix_placement="key", mix_start="convex", mix_sharing=sharing, mix_residual=False,
+                mix_unit_sum=unit_sum,
+            )  # fmt: skip
+            torch.manual_seed(1)
+            models.append(WaveletGPTForCausalLM(config))
+        free, bound = models
+        for one, other in zip(mixers(free), mixers(bound), strict=True):
+            # The random start has that sum already.
+            torch.testing.assert_close(one.weights(), other.weights())  # type: ignore[operator]
+        optimizer = torch.optim.SGD(bound.parameters(), lr=1.0)
+        bound(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        for one, other in zip(mixers(free), mixers(bound), strict=True):
+            [start], [now] = one.weights(), other.weights()  # type: ignore[operator]
+            assert (now - start).abs().max() > 1e-6
+            torch.testing.assert_close(now.sum(1), torch.ones(len(now)))
+
+
+def test_the_squared_relu_is_primers() -> None:
+    model = tiny_model(activation_function="relu2")
+    feed_forward, x = model.model.blocks[0].feed_forward, torch.randn(2, 3, 16)
+    torch.testing.assert_close(feed_forward(x), feed_forward.out_proj(feed_forward.up_proj(x).clamp(min=0) ** 2))
 
 
 def test_rotary_positions_turn_the_last_channels_only() -> None:
@@ -243,6 +279,8 @@ def test_placements_have_several_spellings(placement: str | list[str]) -> None:
         ({"mix_start": "big"}, "mix_start='big' is unknown; use one of mean, haar"),
         ({"mix_start": "haar", "mix_sharing": "level"}, 'needs mix_sharing="coordinate"'),
         ({"mix_kernel_size": 0}, "mix_kernel_size=0 must be at least 1"),
+        ({"mix_kernel_size": 1, "mix_unit_sum": True}, "mix_unit_sum leaves nothing to learn of one tap"),
+        ({"activation_function": "swish3"}, "activation_function='swish3' is unknown; use one of"),
         ({"rope_fraction": 1.5}, "rope_fraction=1.5 must be from 0 to 1"),
         ({"rope_fraction": 0.25, "architecture": "llama"}, "even n_embd / n_head, got 16 / 4 with rope_fraction=0.25"),
     ],

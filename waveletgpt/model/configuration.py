@@ -89,6 +89,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         n_positions: context length trained on, in tokens.
         n_kv_head: key/value heads (grouped queries); None: `n_head`.
         n_inner: width of the feed-forward; None: 4 n_embd for gpt2, 8/3 n_embd rounded up to 32 for llama.
+        activation_function: nonlinearity of the feed-forward, a name of transformers' `ACT2FN`, such as "relu2"
+            (Primer's squared ReLU); None: the architecture's own, "gelu_pytorch_tanh" or "silu".
         rope_fraction: share of each head's channels that rotary positions turn, the last ones; with 0 there are no
             positions.
         norm_position: "pre" (normalise each sub-layer's input) or "post" (its sum with the residual, as in 2017).
@@ -110,6 +112,7 @@ class WaveletGPTConfig(PreTrainedConfig):
         min_window, max_window: shortest and longest window in tokens; `max_window=None` is the largest power of two
             within `n_positions`. Equal values give a single-scale control. For "wavelet" they are scales, 2^level.
         mix_kernel_size: taps of "conv" and "dynamic".
+        mix_unit_sum: for "conv": the taps of a channel sum to 1, the newest is what the others leave.
         mix_allocation: how channels are dealt to windows, "uniform" or "geometric" (see `window_schedule`).
         mix_edge: for "fixed" and "learnable": "zero" (values before the sequence count as 0) or "partial" (mean over
             the values that exist).
@@ -145,6 +148,7 @@ class WaveletGPTConfig(PreTrainedConfig):
         "num_attention_heads": "n_head",
         "num_key_value_heads": "n_kv_head",
         "intermediate_size": "n_inner",
+        "hidden_act": "activation_function",
         "max_position_embeddings": "n_positions",
         "n_ctx": "n_positions",
     }
@@ -158,6 +162,7 @@ class WaveletGPTConfig(PreTrainedConfig):
     # None asks for the default that fits the others; afterwards they all have values.
     n_kv_head: int = None  # type: ignore[assignment]
     n_inner: int = None  # type: ignore[assignment]
+    activation_function: str = None  # type: ignore[assignment]
     norm_position: str = "pre"
     position_embedding: str = None  # type: ignore[assignment]
     norm_epsilon: float = 1e-5
@@ -179,6 +184,7 @@ class WaveletGPTConfig(PreTrainedConfig):
     mix_placement: str | list[str] = "block"
     mix_residual: bool | None = None
     mix_kernel_size: int = 4
+    mix_unit_sum: bool = False
     mix_start: str | None = None
     mix_row: int | None = None
     mix_layers: str | list[int] = "all"
@@ -199,6 +205,8 @@ class WaveletGPTConfig(PreTrainedConfig):
                 setattr(self, name, kwargs.pop(alias))
         if self.position_embedding is None:
             self.position_embedding = "learned" if self.architecture == "gpt2" else "rope"
+        if self.activation_function is None:
+            self.activation_function = "gelu_pytorch_tanh" if self.architecture == "gpt2" else "silu"
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_inner is None:
@@ -214,6 +222,8 @@ class WaveletGPTConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError, as the constructor does; for values that were set later, or while loading."""
+        from transformers.activations import ACT2FN  # imports torch, which `--help` need not
+
         self._check_choice("architecture", ARCHITECTURES)
         sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner", "frame_hidden")
         for name in (*sizes, *(["frame_size"] if self.frame_size is not None else [])):
@@ -232,6 +242,7 @@ class WaveletGPTConfig(PreTrainedConfig):
             )
         if not self.initializer_range > 0:
             raise ValueError(f"initializer_range={self.initializer_range} must be greater than 0")
+        self._check_choice("activation_function", tuple(ACT2FN))
         self._check_choice("norm_position", ("pre", "post"))
         self._check_choice("position_embedding", POSITION_EMBEDDINGS)
         self._check_choice("mixing", ("none", *_filters()))
@@ -246,6 +257,8 @@ class WaveletGPTConfig(PreTrainedConfig):
         for name in ("mix_kernel_size", *(["mix_row"] if self.mix_row is not None else [])):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.mix_unit_sum and self.mix_kernel_size < 2:
+            raise ValueError("mix_unit_sum leaves nothing to learn of one tap: mix_kernel_size must be at least 2")
         unknown = [site for site in self._named_sites() if site not in SITES]
         if unknown or not self._named_sites():
             raise ValueError(

@@ -247,11 +247,15 @@ class Kernels(nn.Module):
             start_taps(kernel, self.start, init, self.salt)
 
 
-def start_taps(kernel: torch.Tensor, start: str, init: Any, salt: int) -> None:
-    """Fill taps (..., w) through the functions of `init`, which leave alone what was loaded."""
+def start_taps(kernel: torch.Tensor, start: str, init: Any, salt: int, skipped: int = 0) -> None:
+    """Fill taps (..., w) through the functions of `init`, which leave alone what was loaded.
+
+    `kernel` lacks as many of the newest taps as are `skipped`.
+    """
     if kernel.device.type == "meta":
         return
-    value = starting_taps(start, kernel.numel() // kernel.shape[-1], kernel.shape[-1], salt).view_as(kernel)
+    taps = starting_taps(start, kernel.numel() // kernel.shape[-1], kernel.shape[-1] + skipped, salt)
+    value = taps[:, skipped:].reshape(kernel.shape)
     if init is nn.init:
         with torch.no_grad():
             kernel.copy_(value)

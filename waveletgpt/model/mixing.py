@@ -121,10 +121,12 @@ class ExponentialMean(Mixer):
 class ShortConvolution(WeightedSum):
     """A depthwise causal convolution of a few learned taps, added to its channels, zero at first (arXiv 2512.17351).
 
-    It has all channels of its site, and `mix_kernel_size` taps.
+    It has all channels of its site, and `mix_kernel_size` taps. With `mix_unit_sum` the newest is 1 minus the others,
+    and `kernel` holds those alone: so token shift, m x_t + (1 - m) x_{t-1}, has one number a channel (RWKV, arXiv
+    2305.13048).
     """
 
-    reads = PLACE | {"mix_residual", "mix_kernel_size", "mix_sharing", "mix_start"}
+    reads = PLACE | {"mix_residual", "mix_kernel_size", "mix_sharing", "mix_start", "mix_unit_sum"}
     residual = True
 
     @classmethod
@@ -139,15 +141,18 @@ class ShortConvolution(WeightedSum):
         super().__init__(config, site)
         self.start = config.mix_start or "zero"
         rows = {"coordinate": self.n_mixed, "level": 1, "head": self.heads}[config.mix_sharing]
-        self.kernel = nn.Parameter(torch.empty(rows, config.mix_kernel_size))
+        self.unit_sum = config.mix_unit_sum
+        self.kernel = nn.Parameter(torch.empty(rows, config.mix_kernel_size - self.unit_sum))
         self.reset_parameters()
 
     def reset_parameters(self, init: Any = nn.init) -> None:
-        start_taps(self.kernel, self.start, init, self.salt)
+        start_taps(self.kernel, self.start, init, self.salt, skipped=int(self.unit_sum))
 
     def taps(self) -> list[torch.Tensor]:
-        rows = len(self.kernel)
-        return [self.kernel if rows == self.n_mixed else self.kernel.repeat(self.n_mixed // rows, 1)]
+        kernel: torch.Tensor = self.kernel
+        if self.unit_sum:
+            kernel = torch.cat([1 - kernel.sum(1, keepdim=True), kernel], dim=1)
+        return [kernel if len(kernel) == self.n_mixed else kernel.repeat(self.n_mixed // len(kernel), 1)]
 
 
 class TokenShift(Mixer):

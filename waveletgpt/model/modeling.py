@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -114,11 +115,12 @@ def rotate(
 
 
 class FeedForward(nn.Module):
-    """GELU feed-forward (GPT-2), or SwiGLU (Llama), whose gate and value come from one projection."""
+    """Feed-forward: two layers (GPT-2), or SwiGLU (Llama), whose gate and value come from one projection."""
 
     def __init__(self, config: WaveletGPTConfig):
         super().__init__()
         self.gated = config.architecture == "llama"
+        self.activation = ACT2FN[config.activation_function]
         self.up_proj = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=not self.gated)
         self.out_proj = ResidualLinear(config.n_inner, config.n_embd, bias=not self.gated)
 
@@ -126,9 +128,9 @@ class FeedForward(nn.Module):
         hidden = mix("mlp_hidden", self.up_proj(hidden))
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)
-            hidden = nn.functional.silu(gate) * value
+            hidden = self.activation(gate) * value
         else:
-            hidden = nn.functional.gelu(hidden, approximate="tanh")
+            hidden = self.activation(hidden)
         result: torch.Tensor = self.out_proj(hidden)
         return result
 

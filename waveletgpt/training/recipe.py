@@ -107,6 +107,8 @@ class ModelSettings(Settings):
     """Feed-forward width; default 4 n_embd (gpt2) or 8/3 n_embd (llama)."""
     n_positions: int | None = None
     """Context length in tokens."""
+    activation_function: str | None = None
+    """Nonlinearity of the feed-forward, as transformers names it (gelu_pytorch_tanh, with llama blocks silu)."""
     norm_position: Literal["pre", "post"] | None = None
     """Norms before or after attention and feed-forward."""
     position_embedding: Literal["learned", "sinusoidal", "rope", "none"] | None = None
@@ -138,6 +140,8 @@ class ModelSettings(Settings):
     """What learned taps start as; haar: means and details. Default: the filter's own."""
     mix_kernel_size: int | None = None
     """Mixing "conv" and "dynamic": taps (4)."""
+    mix_unit_sum: bool | None = None
+    """Mixing "conv": the taps of a channel sum to 1, the newest is what the others leave."""
     mix_wavelet: Literal["haar", "db2", "db3", "db4", "db5", "db6", "db7", "db8"] | None = None
     """Mixing "wavelet": Haar's wavelet or one of Daubechies' (db2)."""
     mix_band: Literal["approximation", "detail", "both"] | None = None
