@@ -77,7 +77,9 @@ def test_shortened_trials_are_no_runs(tmp_path: Path) -> None:
     grid = {"lr": ["1e-3", "3e-3"]}
     arms = sweep(recipe, store, tmp_path / "out", data="words.txt", arms=["none"], grid=grid, steps=3)
     assert not (tmp_path / "out").exists()
-    assert all(run.info["recipe"]["max_steps"] == 3 for run in find_runs(sweep_folder(tmp_path / "out")))
+    trials = list(find_runs(sweep_folder(tmp_path / "out")))
+    assert [run.info["recipe"]["max_steps"] for run in trials] == [3, 3]
+    assert [run.info["recipe"]["training"]["samples"] for run in trials] == [0, 0]  # a comparison's have 1
     assert arms[0] in ("none:lr=1e-3", "none:lr=3e-3")
 
 

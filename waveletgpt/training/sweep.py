@@ -107,7 +107,8 @@ def sweep(
     Args:
         out: folder of the comparison that the sweep is for; trials go to `sweep_folder(out)`, with the recipe's seed.
         workers, engine: trials at a time, and where; see `compare`.
-        steps: length of a trial; None: as long as the comparison's runs. Then the best trials are used as runs.
+        steps: length of a trial, which then draws no samples; None: as long as the comparison's runs, and the best
+            trials are used as runs.
 
     Returns:
         The arms with their best settings, to be compared in `out` with `resume=True`. What was tried is recorded beside
@@ -118,7 +119,9 @@ def sweep(
     """
     named = processes.from_first(lambda: {arm: variants(arm, grid) for arm in arms})
     trials = [variant for combinations in named.values() for variant in combinations.values()]
-    shortened = recipe if steps is None else recipe.override({"max_steps": steps}, "sweep")
+    # Only the loss of a shortened trial counts; drawing thousands of samples of sound takes longer than the trial.
+    changes = {"max_steps": steps, "training": {"samples": 0}}
+    shortened = recipe if steps is None else recipe.override(changes, "sweep")
     # Finds mistakes before the first step. An arm from a recipe file has another name than was given.
     parsed = processes.from_first(lambda: parse_arms(trials, shortened))
     called = dict(zip(trials, (arm.name for arm in parsed), strict=True))
