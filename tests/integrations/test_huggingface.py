@@ -663,3 +663,15 @@ def test_a_cache_without_a_place_for_each_block() -> None:
     assert model(x, use_cache=False).logits.isfinite().all()
     with pytest.raises(UserError, match=r"a MiniMaxCache, has no entry for block 2 .*: use this model with use_cache="):
         model(x)
+
+
+@torch.no_grad()
+def test_layers_with_several_residual_streams() -> None:
+    config = AutoConfig.for_model(
+        "deepseek_v4", **BASE | {"num_hidden_layers": 2}, head_dim=8, moe_intermediate_size=16, q_lora_rank=16,
+        n_routed_experts=4, num_experts_per_tok=2, qk_rope_head_dim=4,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+    )  # fmt: skip
+    model = add_mixing(AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(UserError, match=r"gives hidden states of shape \(1, 9, 4, 32\), not .*: mixing can't be added"):
+        model(tokens(1, 9))

@@ -256,6 +256,11 @@ class MixedLayer:
         if mixer is None:
             return out
         hidden, reach = out[0] if isinstance(out, tuple) else out, told[0]
+        if hidden.dim() != 3:  # hyper-connections (DeepSeek-V4): several residual streams
+            raise UserError(
+                f"{type(self).__name__} gives hidden states of shape {tuple(hidden.shape)}, not (batch, tokens, "
+                "channels): mixing can't be added to this model"
+            )
         if reach is not None:
             reach = reach.to(hidden.device)
         state, cache = None, _cache_among(args, kwargs)
