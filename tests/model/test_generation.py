@@ -22,7 +22,7 @@ from waveletgpt.data.modalities.encoders import Bytes
 from waveletgpt.errors import UserError
 from waveletgpt.model.mixing import MIXERS
 from waveletgpt.runs.evaluation import generate_from_run, print_samples, streaming
-from waveletgpt.runs.sampling import generate_tokens
+from waveletgpt.runs.sampling import continue_prompts, generate_tokens
 from waveletgpt.training.trainer import train
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -234,6 +234,13 @@ def test_what_is_watched_is_what_comes() -> None:
         assert [list(row) for row in zip(*seen, strict=True)] == rows
         assert rows == generate_tokens(model, [1, 2], tokens=40, samples=samples, seed=3, stop=False)
         assert rows != generate_tokens(model, [1, 2], tokens=40, samples=samples, seed=4, stop=False)
+
+
+def test_prompts_side_by_side_are_continued_as_alone() -> None:
+    model = tiny_model(n_positions=16)
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    together = continue_prompts(model, prompts, tokens=40, temperature=0, stop=False)
+    assert together == [generate_tokens(model, prompt, tokens=40, temperature=0, stop=False)[0] for prompt in prompts]
 
 
 def test_suppressed_tokens_never_come() -> None:

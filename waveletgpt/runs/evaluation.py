@@ -170,7 +170,7 @@ def generate_from_run(
     write: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> list[str]:
-    """Continue `prompt` (a text, or for other modalities a file; None: no prompt); settings: `generate_tokens`.
+    """Continue `prompt` (a text, or for other modalities a file; None: no prompt); settings: `continue_prompts`.
 
     A text of one sample is also given to `write` as it comes, prompt included; all else shows a bar on a terminal.
 

@@ -19,12 +19,16 @@ from waveletgpt.errors import UserError
 from waveletgpt.integrations.architecture import context_of, end_tokens
 
 
-def generate_tokens(
+def generate_tokens(model: Any, prompt: list[int], *, samples: int = 1, **settings: Any) -> list[list[int]]:
+    """Continue `prompt` several times; settings, result and errors: `continue_prompts`."""
+    return continue_prompts(model, [prompt] * samples, **settings)
+
+
+def continue_prompts(
     model: Any,
-    prompt: list[int],
+    prompts: Sequence[list[int]],
     *,
     tokens: int,
-    samples: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -33,7 +37,7 @@ def generate_tokens(
     suppress_tokens: Sequence[int] = (),
     watch: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Continue `prompt`, with the cache: `samples` lists of up to `tokens` new token ids.
+    """Continue `prompts`, which have one length, side by side and with the cache: each by up to `tokens` token ids.
 
     `temperature=0` is greedy. `stop`: end a sample at the end-of-text token. `suppress_tokens` never come. `watch` is
     given the new token of every sample as soon as there is one. When the context is full, its last half is kept as the
@@ -42,24 +46,26 @@ def generate_tokens(
     Raises:
         UserError: settings out of range, an empty prompt, or a model whose outputs are NaN.
     """
+    samples = len(prompts)
     if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or samples < 1 or tokens < 1 or not 0 <= seed < 2**63:
         raise UserError(
             f"temperature {temperature} must be >= 0, top-p {top_p} in (0, 1], top-k {top_k} >= 0, "
             f"samples {samples} and tokens {tokens} >= 1, seed {seed} from 0 to 2^63 - 1"
         )
-    if not prompt:
+    length = len(prompts[0])
+    if not length:
         raise UserError("the prompt gives no token the model knows; give a longer one")
     config, device, was_training = model.config, model.device, model.training
     context, ends = context_of(config), end_tokens(config) if stop else []
     choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    ids = torch.tensor([prompt] * samples, device=device)
+    ids = torch.tensor(prompts, device=device)
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        while ids.shape[1] < len(prompt) + tokens:
+        while ids.shape[1] < length + tokens:
             seen = ids if ids.shape[1] <= context else ids[:, -max(1, context // 2) :]
             new = min(
-                context + 1 - seen.shape[1], len(prompt) + tokens - ids.shape[1]
+                context + 1 - seen.shape[1], length + tokens - ids.shape[1]
             )  # the last new token is not read again
             try:
                 out = model.generate(
@@ -79,10 +85,10 @@ def generate_tokens(
                     "the model gives no probabilities (inf or nan): its weights are damaged, or it diverged"
                 ) from None
             ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
-            if ends and all(not set(ends).isdisjoint(row) for row in ids[:, len(prompt) :].tolist()):
+            if ends and all(not set(ends).isdisjoint(row) for row in ids[:, length:].tolist()):
                 break
     model.train(was_training)
-    rows = ids[:, len(prompt) :].tolist()
+    rows = ids[:, length:].tolist()
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
@@ -118,13 +124,22 @@ def sample_run(model: Any, store: Any, recipe: Any, folder: Path) -> list[dict[s
     parts, count = parts_of(store), recipe.training.samples
     # Of a mixture each source in turn.
     excerpts = [modality.excerpts(p.store.split("validation"), -(-count // len(parts)), tokenizer) for p in parts]
-    for i, prompt in enumerate(itertools.islice(itertools.chain(*zip(*excerpts, strict=True)), count)):
+    prompts = list(itertools.islice(itertools.chain(*zip(*excerpts, strict=True)), count))
+    # Half a second of sound is thousands of tokens: prompts of one length are continued side by side.
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, prompt in enumerate(prompts):
         length = recipe.training.sample_tokens or modality.new_tokens(prompt, tokenizer)
-        with counting(f"sample {i + 1}", length) as advance:
-            new = generate_tokens(
-                model, prompt, tokens=length, temperature=0.8, seed=recipe.seed + i, stop=False,
-                suppress_tokens=modality.suppress_tokens, watch=advance,
-            )[0]  # fmt: skip
+        alike.setdefault((len(prompt), length), []).append(i)
+    continued: dict[int, list[int]] = {}
+    for (_, length), members in alike.items():
+        with counting("samples " + ", ".join(str(i + 1) for i in members), length) as advance:
+            made = continue_prompts(
+                model, [prompts[i] for i in members], tokens=length, temperature=0.8, seed=recipe.seed + members[0],
+                stop=False, suppress_tokens=modality.suppress_tokens, watch=advance,
+            )  # fmt: skip
+        continued.update(zip(members, made, strict=True))
+    for i, prompt in enumerate(prompts):
+        new = continued[i]
         (folder / "samples").mkdir(exist_ok=True)
         sample = modality.write_sample(prompt + new, tokenizer, folder / "samples" / str(i))
         row = {"kind": sample.kind, "prompt": "", "text": sample.text or "", "file": f"samples/{sample.path.name}"}
