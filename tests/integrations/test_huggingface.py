@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ from tests.integrations.tiny_models import (
     VOCAB,
     close,
     mixed,
+    placement,
     stock,
     tokens,
 )
 from waveletgpt import add_mixing
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.huggingface import WaveletMixing, _find_layers, upgrade_cache
+from waveletgpt.model.mixer import starting_taps
 from waveletgpt.ops import reference
 
 FULL = ("llama", "qwen3", "gpt2", "gpt_neox")
@@ -98,15 +101,27 @@ def mixers(model: Any) -> list[WaveletMixing]:
 def test_logits_are_those_of_the_definition_in_hooks(name: str) -> None:
     model, plain = mixed(name, "learnable"), stock(name)
     owner, layers = _find_layers(plain)
-    for mixer, layer in zip(mixers(model), getattr(owner, layers), strict=True):
 
-        def hook(module: Any, args: Any, out: Any, mixer: WaveletMixing = mixer) -> Any:
-            hidden = out[0] if isinstance(out, tuple) else out
-            y = reference.wavelet_mix(hidden[..., :16], mixer.windows, mixer.taps())
-            y = torch.cat([y, hidden[..., 16:]], -1)
-            return (y, *out[1:]) if isinstance(out, tuple) else y
+    def filtered(mixer: WaveletMixing, hidden: torch.Tensor) -> torch.Tensor:
+        y = reference.wavelet_mix(hidden[..., :16], mixer.windows, mixer.taps())
+        return torch.cat([y, hidden[..., 16:]], -1)
 
-        layer.register_forward_hook(hook)
+    def after(mixer: WaveletMixing, module: Any, args: Any, out: Any) -> Any:
+        return (filtered(mixer, out[0]), *out[1:]) if isinstance(out, tuple) else filtered(mixer, out)
+
+    def before(mixer: WaveletMixing, module: Any, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (filtered(mixer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": filtered(mixer, kwargs["hidden_states"])}
+
+    for ours, layer in zip(getattr(_find_layers(model)[0], layers), getattr(owner, layers), strict=True):
+        assert [site for site, _ in ours.wavelet_mixers()] == placement(name).split("+")
+        for site, mixer in ours.wavelet_mixers():
+            if site == "block":
+                layer.register_forward_hook(partial(after, mixer))
+            else:
+                reader = getattr(layer, ours.wavelet_readers[site])
+                reader.register_forward_pre_hook(partial(before, mixer), with_kwargs=True)
     x = tokens(2, 23)
     got = model(x).logits
     close(got, plain(x).logits)
@@ -304,7 +319,7 @@ def test_hidden_states_are_mixed(name: str) -> None:
     """Also where they were asked for before mixing was added."""
     model, other, x = mixed(name), stock(name), tokens(1, 9)
     other(x, output_hidden_states=True)
-    add_mixing(other)
+    add_mixing(other, mix_placement=placement(name))
     states = model(x, output_hidden_states=True).hidden_states
     assert len(states) == model.config.num_hidden_layers + 1
     for got, expected in zip(other(x, output_hidden_states=True).hidden_states, states, strict=True):
@@ -360,8 +375,41 @@ def test_offloaded_parameters_are_used(mixing: str) -> None:
 def test_a_mixed_config_makes_a_mixed_model() -> None:
     config = mixed("llama", "learnable").config
     made = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    assert [type(mixer) for mixer in mixers(made)] == [WaveletMixing] * 3
+    assert [type(mixer) for mixer in mixers(made)] == [WaveletMixing] * 9  # three sites in three blocks
     assert made.config.wavelet_mixing == config.wavelet_mixing
+
+
+@torch.no_grad()
+def test_models_saved_by_earlier_versions_are_mixed_at_the_block(tmp_path: Path) -> None:
+    model, x = add_mixing(stock("llama", dtype=torch.float32)), tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("edge", "sites", "start"):
+        del config["wavelet_mixing"][key]
+    path.write_text(json.dumps(config))
+    close(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits, 1e-6)
+
+
+def test_taps_that_start_as_haars_at_what_the_branches_read(tmp_path: Path) -> None:
+    """As `--mixing learnable --model.mix-start haar --model.mix-placement input` of this package's own models."""
+    model = add_mixing(stock("qwen3", dtype=torch.float32), "learnable", mix_placement="input", mix_start="haar")
+    assert len(mixers(model)) == 6
+    for mixer in mixers(model):
+        for taps, (window, n) in zip(mixer.taps() or [], mixer.groups, strict=True):
+            assert torch.equal(taps, starting_taps("haar", n, window))
+    model.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    x = tokens(2, 9)
+    close(other(x).logits, model(x).logits, 1e-6)
+    other.train()(x, labels=x).loss.backward()
+    assert all(bool((mixer.deviation.grad != 0).any()) for mixer in mixers(other))
+
+
+def test_a_reader_called_alone_says_so() -> None:
+    model = mixed("llama")
+    with pytest.raises(RuntimeError, match="LlamaMLP was called outside its layer"):
+        model.model.layers[0].mlp(torch.randn(1, 3, 32, dtype=torch.float64))
 
 
 @each_full
@@ -524,6 +572,9 @@ SETTINGS_WRONG = {
     "word": ({"layers": "first"}, "layers='first': give"),
     "pretrained": ({"pretrained": True}, "pretrained=True is unknown"),
     "edge": ({"mix_edge": "none"}, "edge='none' is unknown"),
+    "site": ({"mix_placement": "block+key"}, "mix_placement='block\\+key': .* at one or several, joined with"),
+    "start": ({"mix_start": "zero", "mixing": "learnable"}, "start='zero' is unknown"),
+    "start of means": ({"mix_start": "haar"}, "mix_start='haar' is for mixing=\"learnable\", not 'fixed'"),
     "fraction": ({"mix_fraction": 2.0}, "mix_fraction=2.0 must be"),
 }
 
@@ -535,6 +586,14 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
         add_mixing(model, **settings)
     assert "\n" not in str(error.value)
     assert type(model) is LlamaForCausalLM
+    assert not mixers(model)
+
+
+def test_a_feed_forward_that_is_no_module() -> None:
+    model = stock("opt")
+    with pytest.raises(UserError, match=r'OPTDecoderLayer has no module mlp or .*: give mix_placement="block"'):
+        add_mixing(model, mix_placement="input")
+    assert not mixers(model)
 
 
 def test_models_that_are_none_of_these() -> None:
@@ -673,5 +732,5 @@ def test_layers_with_several_residual_streams() -> None:
         layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
     )  # fmt: skip
     model = add_mixing(AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(UserError, match=r"gives hidden states of shape \(1, 9, 4, 32\), not .*: mixing can't be added"):
+    with pytest.raises(UserError, match=r"has hidden states of shape \(1, 9, 4, 32\), not .*: mixing can't be added"):
         model(tokens(1, 9))

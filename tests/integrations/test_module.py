@@ -36,6 +36,12 @@ def test_starts() -> None:
     torch.testing.assert_close(WaveletMixing(12, [2, 8], kernels="learnable")(x), fixed)
     for kernels in ("delta", "gate"):
         assert torch.equal(WaveletMixing(12, [2, 8], kernels=kernels)(x), x)
+    haar = WaveletMixing(12, [1, 2, 4], kernels="learnable", start="haar")
+    assert [taps.tolist() for taps in haar.taps() or []] == [
+        [[1.0], [1.0]],
+        [[0.5, 0.5], [0.5, -0.5]],
+        [[0.25] * 4, [0.25, 0.25, -0.25, -0.25]],
+    ]
 
 
 @each_kind
@@ -118,6 +124,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"windows": []}, r"windows=\[\]: give powers of two"),
     "kernels": ({"kernels": "fixed"}, "kernels='fixed' is unknown; use one of"),
     "edge": ({"edge": "reflect"}, "edge='reflect' is unknown; use one of"),
+    "start": ({"start": "zero"}, "start='zero' is unknown; use one of"),
+    "start of means": ({"start": "haar"}, "start='haar' is for kernels=\"learnable\""),
+    "details": ({"start": "haar", "kernels": "learnable", "edge": "partial"}, 'start="haar" has details too'),
     "no average": ({"edge": "partial", "kernels": "delta"}, 'edge="partial" is for averages'),
     "fraction": ({"mix_fraction": 1.5}, "mix_fraction=1.5 must be more than 0"),
     "too many": ({"windows": [1, 2, 4, 8, 16, 32, 64]}, "7 windows for 6 mixed channels"),

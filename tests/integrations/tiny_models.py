@@ -86,9 +86,14 @@ def stock(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     return model.to(dtype).eval()
 
 
+def placement(name: str) -> str:
+    """All sites at once: a wrong one would show. OPT's feed-forward is no module of its own."""
+    return "attention_input+block" if name == "opt" else "attention_input+mlp_input+block"
+
+
 def mixed(name: str, mixing: str = "fixed", mix_edge: str = "zero", **settings: Any) -> Any:
-    """With the mixers' parameters away from their start."""
-    model = add_mixing(stock(name, **settings), mixing=mixing, mix_edge=mix_edge)
+    """At all sites, with the mixers' parameters away from their start."""
+    model = add_mixing(stock(name, **settings), mixing=mixing, mix_edge=mix_edge, mix_placement=placement(name))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

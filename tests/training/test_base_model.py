@@ -100,6 +100,20 @@ def test_compare_and_what_follows(kind: str, store: TokenStore, folders: Path, t
     assert "windows: 2 x3, 4 x3, 8 x2" in told
 
 
+def test_filters_at_what_the_branches_read(store: TokenStore, folders: Path, tmp_path: Path) -> None:
+    """By the recipe that this package's own models take."""
+    out, recipe = tmp_path / "out", recipe_of(folders / "llama", max_steps=6)
+    summary = compare(recipe, store, out, data="words.txt", arms=["none", "haar-inputs"])
+    extra = summary["arms"]["haar-inputs"]["parameters"] - summary["arms"]["none"]["parameters"]
+    assert extra == 2 * 2 * (4 * 2 + 4 * 4)  # two blocks, two sites; 4 channels with 2 taps, 4 with 4
+    page = (out / "report.html").read_text()
+    assert "block 2, attention_input" in page
+    model = AutoModelForCausalLM.from_pretrained(out / "haar-inputs-seed0")
+    assert model.config.wavelet_mixing["sites"] == ["attention_input", "mlp_input"]
+    with pytest.raises(UserError, match="mix_start=haar has no effect on mixing fixed"):
+        compare(recipe, store, tmp_path / "other", data="words.txt", arms=["none", "fixed:mix_start=haar"])
+
+
 def by_hand(store: TokenStore, recipe: Recipe, base: Path) -> dict[str, torch.Tensor]:
     """Weights after the recipe's steps at a constant rate, with nothing of the package but mixing and batches."""
     config = AutoConfig.from_pretrained(base)
@@ -337,7 +351,8 @@ def test_model_and_its_settings_go_side_by_side(folders: Path, capsys: Any) -> N
         ({"mixing": "ema"}, 'mixing: no "ema"; use one of none, fixed, learnable, delta, gate'),
         ({"n_layer": 3}, "model.n_layer=3 has no effect with base_model .*config.json has its sizes"),
         ({"dropout": 0.1}, "model.dropout=0.1 has no effect"),
-        ({"mix_placement": "key"}, "model.mix_placement=key has no effect"),
+        ({"mix_placement": "key"}, "mix_placement='key': a model of transformers is mixed at .* attention_input"),
+        ({"mix_kernel_size": 3}, "model.mix_kernel_size=3 has no effect"),
         ({"architecture": "llama"}, "architecture=llama has no effect with a base_model"),
         ({"pretrained": "replace"}, "pretrained=replace has no effect on new weights"),
         ({"n_positions": 33}, "n_positions=33 is more than the 32 positions"),

@@ -248,7 +248,10 @@ def _mix(model: Any, recipe: Recipe, context: int) -> None:
     settings = recipe.model_settings()
     layers = settings.get("mix_layers", "all")
     longest = settings.get("max_window") or max(2, 1 << context.bit_length() >> 1)
-    more = {key: settings[key] for key in ("min_window", "mix_fraction", "mix_edge") if key in settings}
+    names = ["min_window", "mix_fraction", "mix_edge", "mix_placement"]
+    if recipe.mixing == "learnable":  # of several arms the only one that reads it
+        names.append("mix_start")
+    more = {key: settings[key] for key in names if key in settings}
     add_mixing(
         model,
         recipe.mixing,

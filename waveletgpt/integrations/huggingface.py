@@ -1,9 +1,10 @@
-"""`add_mixing`: mixing after the decoder blocks of a causal language model of transformers.
+"""`add_mixing`: mixing after or inside the decoder blocks of a causal language model of transformers.
 
 `add_mixing` makes subclasses of the model's classes at run time and assigns them to `__class__`. So parameters keep
 their names, and the library finds the classes that it expects:
 
-- A decoder layer runs as before and then mixes, inside gradient checkpointing.
+- A decoder layer runs as before and then mixes, inside gradient checkpointing. At other sites a hook mixes what the
+  layer's attention or feed-forward reads.
 - The model keeps the mixers' states in its cache when it decodes, and can be saved and loaded.
 - Its configuration has another `model_type` on disk, so that no program loads the model without mixing by mistake.
 
@@ -57,6 +58,12 @@ except ImportError:
 MIXINGS: dict[str, str | None] = {"fixed": None, "learnable": "learnable", "delta": "delta", "gate": "gate"}
 ON_DISK = "wavelet_mixed"
 REACH = "wavelet_reach"  # the layers' keyword argument: a tuple of one, so that None differs from no argument
+# A layer's names for what reads at a site.
+READERS = {
+    "attention_input": ("self_attn", "attn", "attention", "self_attention", "linear_attn", "conv"),
+    "mlp_input": ("mlp", "feed_forward", "block_sparse_moe", "moe"),
+}
+SITES = (*READERS, "block")
 CACHES = ("past_key_values", "layer_past", "past_key_value")  # a layer's names for the cache
 
 
@@ -69,8 +76,10 @@ def add_mixing(
     layers: str | Iterable[int] = "all",
     pretrained: str | None = None,
     mix_edge: str = "zero",
+    mix_placement: str = "block",
+    mix_start: str = "mean",
 ) -> PreTrainedModel:
-    """Mix after the decoder blocks of a causal language model of transformers, in place.
+    """Mix in the decoder blocks of a causal language model of transformers, in place.
 
     Args:
         model: one whose blocks get keyword arguments, such as Llama, Qwen or GPT-2, before PEFT or DDP wraps it.
@@ -82,6 +91,9 @@ def add_mixing(
         pretrained: "replace" allows "fixed" or "learnable" for a model with loaded weights. These were trained without
             mixing, so the model must be trained again.
         mix_edge: "zero" or "partial": how windows that begin before a document are averaged; see `WaveletMixing`.
+        mix_placement: the sites, joined with "+": "block" (each block's output), "attention_input" and "mlp_input"
+            (what attention and feed-forward read, after their norms); "input" is short for the last two.
+        mix_start: "mean" or "haar", what "learnable" starts as; see `WaveletMixing`.
 
     Returns:
         The same model.
@@ -129,7 +141,16 @@ def add_mixing(
         raise UserError(f"max_window={max_window} is smaller than min_window={min_window}: give a larger max_window")
     scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
     settings: dict[str, Any] = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
-    settings["edge"] = mix_edge
+    named = [site.strip() for site in mix_placement.split("+")]
+    named = [site for name in named for site in (tuple(READERS) if name == "input" else (name,))]
+    if not set(named) <= set(SITES):
+        raise UserError(
+            f"mix_placement={mix_placement!r}: a model of transformers is mixed at one or several, joined with +, of "
+            f"{', '.join(SITES)}, or input"
+        )
+    if mix_start != "mean" and mixing != "learnable":
+        raise UserError(f'mix_start={mix_start!r} is for mixing="learnable", not {mixing!r}')
+    settings |= {"edge": mix_edge, "sites": [site for site in SITES if site in named], "start": mix_start}
     _install(model, settings)
     kind, config_kind = cast(Any, type(model)), cast(Any, type(config))
     config.__class__ = _known_to_auto_classes(mixed_config(config_kind))
@@ -159,25 +180,32 @@ def _install(model: Any, settings: dict[str, Any]) -> None:
             "mixing can't be added to it"
         )
     layers, width, kernels = getattr(owner, name), model.config.hidden_size, MIXINGS[settings["mixing"]]
-    edge = settings.get("edge", "zero")  # models saved by earlier versions lack it
+    # Models saved by earlier versions lack the last three.
+    edge, start, sites = settings.get("edge", "zero"), settings.get("start", "mean"), settings.get("sites", ["block"])
+    wanted = [i for i in range(len(layers)) if settings["layers"] is None or i in settings["layers"]]
+    readers = {(i, site): _reader(layers[i], site) for i in wanted for site in sites if site != "block"}
     try:
-        mixers = [
-            WaveletMixing(width, settings["windows"], kernels, settings["mix_fraction"], edge)
-            if settings["layers"] is None or i in settings["layers"]
-            else None
-            for i in range(len(layers))
-        ]
+        mixers = {
+            (i, site): WaveletMixing(width, settings["windows"], kernels, settings["mix_fraction"], edge, start)
+            for i in wanted
+            for site in sites
+        }
     except ValueError as error:
         raise UserError(str(error)) from None
-    for i, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
-        if mixer is not None:
-            device = next(layer.parameters()).device
-            mixer.to(dtype=model.dtype) if device.type == "meta" else mixer.to(device, model.dtype)
-            mixer.train(layer.training)
+    for (i, _), mixer in mixers.items():
+        device = next(layers[i].parameters()).device
+        mixer.to(dtype=model.dtype) if device.type == "meta" else mixer.to(device, model.dtype)
+        mixer.train(layers[i].training)
+    for i, layer in enumerate(layers):
         kind: Any = type(layer)
         layer.__class__ = mixed_layer(kind)
         layer.wavelet_layer_idx = i
-        layer.wavelet_mixing = mixer
+        layer.wavelet_mixing = mixers.get((i, "block"))
+        layer.wavelet_readers = {site: readers[i, site] for site in sites if (i, site) in readers}
+        for site, child in layer.wavelet_readers.items():
+            reader = getattr(layer, child)
+            reader.wavelet_mixing, reader.wavelet_site, reader.wavelet_told = mixers[i, site], site, None
+            reader.register_forward_pre_hook(_mix_input, with_kwargs=True)
     owner._wavelet_layers = name
     owner._wavelet_arguments = tuple(inspect.signature(type(owner).forward).parameters)[1:]
     owner.register_forward_pre_hook(_tell_layers, with_kwargs=True)
@@ -198,6 +226,18 @@ def _find_layers(model: Any) -> tuple[Any, str]:
         names = ", ".join(f"{type(module).__name__}.{name}" for module, name in found) or "none"
         raise UserError(f"{type(model).__name__}: its decoder layers are not found (candidates: {names})")
     return found[0]
+
+
+def _reader(layer: nn.Module, site: str) -> str:
+    """The name of the layer's module that reads at a site."""
+    children = dict(layer.named_children())
+    for name in READERS[site]:
+        if name in children:
+            return name
+    raise UserError(
+        f"{type(layer).__name__} has no module {' or '.join(READERS[site])}, so that nothing can be mixed at {site}: "
+        'give mix_placement="block"'
+    )
 
 
 def _hands_on_keywords(owner: Any, name: str) -> bool:
@@ -241,8 +281,14 @@ def _tell_layers(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 class MixedLayer:
     """Adds mixing to a decoder layer; it comes before the layer's own class among the base classes."""
 
-    wavelet_mixing: WaveletMixing | None
+    wavelet_mixing: WaveletMixing | None  # of its output
     wavelet_layer_idx: int
+    wavelet_readers: dict[str, str]  # site -> name of the module that reads there, which has the mixer
+
+    def wavelet_mixers(self) -> list[tuple[str, WaveletMixing]]:
+        """(site, mixer) of this layer."""
+        found = [(site, getattr(self, name).wavelet_mixing) for site, name in self.wavelet_readers.items()]
+        return found if self.wavelet_mixing is None else [*found, ("block", self.wavelet_mixing)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         told = kwargs.pop(REACH, None)
@@ -251,33 +297,55 @@ class MixedLayer:
                 f"{type(self).__name__} was called outside its model's forward pass, so its mixer does not know padding"
                 " and documents: don't use pipelines and engines that call layers themselves"
             )
+        place = (told[0], _cache_among(args, kwargs), self.wavelet_layer_idx)
+        readers = [getattr(self, name) for name in self.wavelet_readers.values()]
+        for reader in readers:
+            reader.wavelet_told = place
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        mixer = self.wavelet_mixing
-        if mixer is None:
+        for reader in readers:
+            reader.wavelet_told = None
+        if self.wavelet_mixing is None:
             return out
-        hidden, reach = out[0] if isinstance(out, tuple) else out, told[0]
-        if hidden.dim() != 3:  # hyper-connections (DeepSeek-V4): several residual streams
-            raise UserError(
-                f"{type(self).__name__} gives hidden states of shape {tuple(hidden.shape)}, not (batch, tokens, "
-                "channels): mixing can't be added to this model"
-            )
-        if reach is not None:
-            reach = reach.to(hidden.device)
-        state, cache = None, _cache_among(args, kwargs)
-        if cache is not None and mixer.past:
-            if self.wavelet_layer_idx >= len(cache.layers):
-                raise UserError(
-                    f"the cache, a {type(cache).__name__}, has no entry for block {self.wavelet_layer_idx} and cannot "
-                    "hold mixing states: use this model with use_cache=False"
-                )
-            if not has_states(cache.layers[self.wavelet_layer_idx]):  # the cache was made in this forward pass
-                upgrade_cache(cache, empty=True)
-            state = cache.layers[self.wavelet_layer_idx].state("block", mixer.past, mixer.edge == "partial")
-        hidden = mixer(hidden, state, reach)
+        hidden = _mix(self, "block", out[0] if isinstance(out, tuple) else out, *place)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, ("layer", self._wavelet_base), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _mix_input(reader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: mixes the hidden states that a layer's attention or feed-forward reads."""
+    if reader.wavelet_told is None:
+        raise RuntimeError(
+            f"{type(reader).__name__} was called outside its layer, so its mixer does not know documents"
+        )
+    if args:
+        return (_mix(reader, reader.wavelet_site, args[0], *reader.wavelet_told), *args[1:]), kwargs
+    hidden = _mix(reader, reader.wavelet_site, kwargs["hidden_states"], *reader.wavelet_told)
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _mix(module: Any, site: str, hidden: torch.Tensor, reach: torch.Tensor | None, cache: Any, layer: int) -> Any:
+    """Hidden states (B, T, channels) at a site of a layer, mixed by the module's mixer, with its state in the cache."""
+    mixer: WaveletMixing = module.wavelet_mixing
+    if hidden.dim() != 3:  # hyper-connections (DeepSeek-V4): several residual streams
+        raise UserError(
+            f"{type(module).__name__} has hidden states of shape {tuple(hidden.shape)}, not (batch, tokens, channels): "
+            "mixing can't be added to this model"
+        )
+    if reach is not None:
+        reach = reach.to(hidden.device)
+    state = None
+    if cache is not None and mixer.past:
+        if layer >= len(cache.layers):
+            raise UserError(
+                f"the cache, a {type(cache).__name__}, has no entry for block {layer} and cannot hold mixing states: "
+                "use this model with use_cache=False"
+            )
+        if not has_states(cache.layers[layer]):  # the cache was made in this forward pass
+            upgrade_cache(cache, empty=True)
+        state = cache.layers[layer].state(site, mixer.past, mixer.edge == "partial")
+    return mixer(hidden, state, reach)
 
 
 def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ except ImportError:
 
 KERNELS = (None, "learnable", "delta", "gate")
 EDGES = ("zero", "partial")
+STARTS = ("mean", "haar")
 
 
 class WaveletMixing(nn.Module):
@@ -34,17 +35,19 @@ class WaveletMixing(nn.Module):
         n_embd: E.
         windows: powers of two, in tokens. They are spread evenly over the mixed channels, shortest first.
         kernels: what a channel becomes. None: the mean over its window, no parameters. "learnable": a weighted sum
-            that starts as the mean. Two change nothing at first, for models that are already trained: "delta", a
+            that starts as `start` says. Two change nothing at first, for models that are already trained: "delta", a
             weighted sum that starts as the value itself; "gate", x + g (mean - x) with a trained g that starts at 0.
         mix_fraction: C / E.
         edge: "zero" counts values before a document's first token as 0. "partial" divides by the number of the
             document's tokens in the window, min(w, reach + 1), instead of w; not for "delta", which is not an average.
+        start: what "learnable" starts as. "mean"; or "haar": the mean for half of the channels of each window, for the
+            others the Haar detail, half the mean of the window's newer half minus half that of its older.
 
     Parameters are differences from the starting weights, in one vector. So optimizers with a special update for
     matrices treat them as usual, and weight decay pulls them to the start instead of to 0.
 
     Raises:
-        ValueError: windows, fraction or edge are not possible.
+        ValueError: windows, fraction, edge or start are not possible.
     """
 
     window: Tensor
@@ -56,6 +59,7 @@ class WaveletMixing(nn.Module):
         kernels: str | None = None,
         mix_fraction: float = 0.5,
         edge: str = "zero",
+        start: str = "mean",
     ):
         super().__init__()
         scales = sorted({int(w) for w in windows})
@@ -67,13 +71,19 @@ class WaveletMixing(nn.Module):
             raise ValueError(f"edge={edge!r} is unknown; use one of {EDGES}")
         if edge == "partial" and kernels == "delta":
             raise ValueError('edge="partial" is for averages, and kernels="delta" is none: use edge="zero"')
+        if start not in STARTS:
+            raise ValueError(f"start={start!r} is unknown; use one of {STARTS}")
+        if start != "mean" and kernels != "learnable":
+            raise ValueError(f'start={start!r} is for kernels="learnable", not {kernels!r}')
+        if start == "haar" and edge == "partial":
+            raise ValueError('edge="partial" is for averages, and start="haar" has details too: use edge="zero"')
         if not 0 < mix_fraction <= 1:
             raise ValueError(f"mix_fraction={mix_fraction} must be more than 0 and at most 1")
         self.n_mixed = round(mix_fraction * n_embd)
         if self.n_mixed < len(scales):
             what = f"{len(scales)} windows for {self.n_mixed} mixed channels"
             raise ValueError(f"{what} (mix_fraction={mix_fraction} of n_embd={n_embd}): give fewer, or a wider model")
-        self.n_embd, self.kernels, self.edge = n_embd, kernels, edge
+        self.n_embd, self.kernels, self.edge, self.start = n_embd, kernels, edge, start
         self.windows = tuple(scales[j * len(scales) // self.n_mixed] for j in range(self.n_mixed))
         self.groups = tuple((window, len(list(members))) for window, members in groupby(self.windows))
         self.past = scales[-1] - 1
@@ -103,10 +113,13 @@ class WaveletMixing(nn.Module):
         parts = self.deviation.split([window * n for window, n in self.groups])
         for part, (window, n) in zip(parts, self.groups, strict=True):
             part = part.view(n, window)
-            if self.kernels == "learnable":
-                taps.append(part + 1 / window)
+            if self.kernels == "delta":
+                start = F.pad(part.new_ones(1), (0, window - 1))
             else:
-                taps.append(part + F.pad(part.new_ones(1), (0, window - 1)))
+                start = part.new_full((n, window), 1 / window)
+                if self.start == "haar" and window > 1:
+                    start[(n + 1) // 2 :, window // 2 :] *= -1
+            taps.append(part + start)
         return taps
 
     def state(self, recording: bool = False) -> State:
@@ -160,4 +173,4 @@ class WaveletMixing(nn.Module):
     def extra_repr(self) -> str:
         windows = [window for window, _ in self.groups]
         shape = f"n_embd={self.n_embd}, n_mixed={self.n_mixed}, windows={windows}"
-        return f"{shape}, kernels={self.kernels!r}, edge={self.edge!r}"
+        return f"{shape}, kernels={self.kernels!r}, edge={self.edge!r}, start={self.start!r}"

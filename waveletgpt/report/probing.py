@@ -99,14 +99,17 @@ def look_inside(path: Path, probe: Sequence[int]) -> Insight:
 def _mixers(model: Any) -> list[tuple[str, Any]]:
     """(site, mixer) for the first mixer of each block; for that of the embedding if the blocks have none."""
     if not hasattr(model, "blocks"):  # a model of transformers
-        layers = [layer for layer in model.modules() if getattr(layer, "wavelet_mixing", None) is not None]
-        return [(f"block {layer.wavelet_layer_idx + 1}", layer.wavelet_mixing) for layer in layers]
+        layers = [layer for layer in model.modules() if hasattr(layer, "wavelet_readers")]
+        blocks = [(layer.wavelet_layer_idx, layer.wavelet_mixers()) for layer in layers]
+    else:
+        blocks = [(block.layer_idx, list(zip(block.mixers.sites, block.mixers, strict=True))) for block in model.blocks]
     found = [
-        (f"block {block.layer_idx + 1}" + ("" if site == "block" else f", {site}"), mixer)
-        for block in model.blocks
-        for site, mixer in list(zip(block.mixers.sites, block.mixers, strict=True))[:1]
+        (f"block {i + 1}" + ("" if site == "block" else f", {site}"), mixer)
+        for i, mixers in blocks
+        for site, mixer in mixers[:1]
     ]
-    return found or list(zip(model.mixers.sites, model.mixers, strict=True))
+    embedding = getattr(model, "mixers", None)
+    return found or (list(zip(embedding.sites, embedding, strict=True)) if embedding is not None else [])
 
 
 def _kernels(mixers: Sequence[tuple[str, Any]]) -> list[Kernel]:

@@ -37,7 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 # Model settings that a model of transformers leaves open; all others are in its own configuration.
-OF_ADDED_MIXING = frozenset({"min_window", "max_window", "mix_fraction", "mix_edge", "mix_layers"})
+OF_ADDED_MIXING = frozenset(
+    {"min_window", "max_window", "mix_fraction", "mix_edge", "mix_layers", "mix_placement", "mix_start"}
+)
 
 
 def mixing_names() -> tuple[str, ...]:
@@ -78,7 +80,8 @@ def check_settings_are_read(recipe: Recipe, mixings: Sequence[str], given: Itera
 
     readers = {name: MIXERS[name].reads for name in mixing_names() if name != "none"}
     if recipe.base_model is not None:
-        readers = {name: OF_ADDED_MIXING for name in added_mixing_names() if name != "none"}
+        readers = {name: OF_ADDED_MIXING - {"mix_start"} for name in added_mixing_names() if name != "none"}
+        readers["learnable"] = OF_ADDED_MIXING
     known = frozenset().union(*readers.values())
     if given is None:
         given = [name for name, value in dataclasses.asdict(recipe.model).items() if value is not None]
