@@ -1,6 +1,6 @@
 """Mixing in every causal language model of the installed transformers: which take it, which are refused, which break.
 
-    python benchmarks/model_zoo.py [MODEL_TYPE ...] [--seconds 60] [--out FOLDER]
+    python benchmarks/model_zoo.py [MODEL_TYPE ...] [--placement block] [--seconds 60] [--out FOLDER]
 
 Tiny random models, whose sizes are set by guess: some cannot be built so, and are left out. What is checked of those
 that take mixing: no token sees later ones; tokens generated with a cache are those of full recomputation; padding on
@@ -89,7 +89,7 @@ def changed_by_padding(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> f
         return math.inf
 
 
-def check(model_type: str) -> tuple[str, list[str]]:
+def check(model_type: str, placement: str) -> tuple[str, list[str]]:
     """What came of it ("mixes", "refused", "breaks", "left out"), and what to say about it."""
     ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     try:
@@ -103,7 +103,7 @@ def check(model_type: str) -> tuple[str, list[str]]:
     except Exception as error:  # whatever a guess of sizes can do to two hundred models
         return "left out", [f"{type(error).__name__} without mixing"]
     try:
-        add_mixing(model, mixing="fixed", max_window=4)
+        add_mixing(model, mixing="fixed", max_window=4, mix_placement=placement)
         whole = model(ids).logits
         made = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
         again = model(made.sequences).logits[:, 11:-1]
@@ -129,6 +129,7 @@ def check(model_type: str) -> tuple[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="model_type of transformers; default: all causal language models")
+    parser.add_argument("--placement", default="block", help="sites, as add_mixing takes them")
     parser.add_argument("--seconds", type=int, default=60, help="at most for one model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for results (JSON)")
@@ -136,12 +137,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    report = Report("model_zoo", options.out)
+    report = Report("model_zoo", options.out, placement=options.placement)
     rows = []
     for model_type in options.models or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             with at_most(options.seconds):
-                outcome, notes = check(model_type)
+                outcome, notes = check(model_type, options.placement)
         except TooLongError as error:
             outcome, notes = "left out", [str(error)]
         print(f"{model_type}: {outcome}{': ' if notes else ''}{'; '.join(notes)}", file=sys.stderr, flush=True)
