@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -220,6 +221,17 @@ def test_rotary_positions_turn_the_last_channels_only() -> None:
     turned = key[..., 2:] * cos[:, None] + rotate_half(key[..., 2:]) * sin[:, None]
     assert cos.shape[-1] == 2
     torch.testing.assert_close(cache.layers[0].keys, torch.cat([still, turned], -1))
+
+
+@pytest.mark.parametrize("mixing", list(MIXERS))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_filtered_heads_go_through_fused_attention(mixing: str, architecture: str) -> None:
+    """Which wants a head's channels side by side in memory, and of which torch otherwise takes a slow way, unasked."""
+    model = tiny_model(
+        mixing=mixing, mix_placement="query+key+value", architecture=architecture, attn_implementation="sdpa"
+    )
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model(tokens()).logits.sum().backward()
 
 
 @pytest.mark.parametrize("mixing", list(MIXERS))

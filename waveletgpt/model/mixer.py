@@ -114,7 +114,8 @@ class Mixer(nn.Module):
         if hidden.ndim == 4:
             B, T, H, E = hidden.shape
             mixed = Mixer.forward(self, hidden.transpose(2, 3).reshape(B, T, E * H), reach, state)
-            return mixed.view(B, T, E, H).transpose(2, 3)
+            # Fused attention wants the channels of a head side by side; with others it takes a slow way, unasked.
+            return mixed.view(B, T, E, H).transpose(2, 3).contiguous()
         # Split, not slices: its gradient is one concatenation instead of two zero-filled sums.
         x, rest = hidden.split_with_sizes(self.parts, dim=-1)
         before, within = (None, reach) if state is None else state.recall(x, reach)
