@@ -393,7 +393,9 @@ def test_models_saved_by_earlier_versions_are_mixed_at_the_block(tmp_path: Path)
 
 def test_taps_that_start_as_haars_at_what_the_branches_read(tmp_path: Path) -> None:
     """As `--mixing learnable --model.mix-start haar --model.mix-placement input` of this package's own models."""
-    model = add_mixing(stock("qwen3", dtype=torch.float32), "learnable", mix_placement="input", mix_start="haar")
+    sites = ["mlp_input", "attention_input"]  # short: "input"
+    model = add_mixing(stock("qwen3", dtype=torch.float32), "learnable", mix_placement=sites, mix_start="haar")
+    assert model.config.wavelet_mixing["sites"] == sites[::-1]
     assert len(mixers(model)) == 6
     for mixer in mixers(model):
         for taps, (window, n) in zip(mixer.taps() or [], mixer.groups, strict=True):
@@ -573,6 +575,7 @@ SETTINGS_WRONG = {
     "pretrained": ({"pretrained": True}, "pretrained=True is unknown"),
     "edge": ({"mix_edge": "none"}, "edge='none' is unknown"),
     "site": ({"mix_placement": "block+key"}, "mix_placement='block\\+key': .* at one or several, joined with"),
+    "no site": ({"mix_placement": []}, r"mix_placement=\[\]: .* at one or several"),
     "start": ({"mix_start": "zero", "mixing": "learnable"}, "start='zero' is unknown"),
     "start of means": ({"mix_start": "haar"}, "mix_start='haar' is for mixing=\"learnable\", not 'fixed'"),
     "fraction": ({"mix_fraction": 2.0}, "mix_fraction=2.0 must be"),

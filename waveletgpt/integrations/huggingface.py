@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -76,7 +77,7 @@ def add_mixing(
     layers: str | Iterable[int] = "all",
     pretrained: str | None = None,
     mix_edge: str = "zero",
-    mix_placement: str = "block",
+    mix_placement: str | Iterable[str] = "block",
     mix_start: str = "mean",
 ) -> PreTrainedModel:
     """Mix in the decoder blocks of a causal language model of transformers, in place.
@@ -91,7 +92,7 @@ def add_mixing(
         pretrained: "replace" allows "fixed" or "learnable" for a model with loaded weights. These were trained without
             mixing, so the model must be trained again.
         mix_edge: "zero" or "partial": how windows that begin before a document are averaged; see `WaveletMixing`.
-        mix_placement: the sites, joined with "+": "block" (each block's output), "attention_input" and "mlp_input"
+        mix_placement: the sites, joined with "+" or as a list: "block" (each block's output), "attention_input" and "mlp_input"
             (what attention and feed-forward read, after their norms); "input" is short for the last two.
         mix_start: "mean" or "haar", what "learnable" starts as; see `WaveletMixing`.
 
@@ -141,9 +142,9 @@ def add_mixing(
         raise UserError(f"max_window={max_window} is smaller than min_window={min_window}: give a larger max_window")
     scales = [1 << k for k in range(min_window.bit_length() - 1, max_window.bit_length())]
     settings: dict[str, Any] = {"mixing": mixing, "windows": scales, "mix_fraction": mix_fraction, "layers": chosen}
-    named = [site.strip() for site in mix_placement.split("+")]
-    named = [site for name in named for site in (tuple(READERS) if name == "input" else (name,))]
-    if not set(named) <= set(SITES):
+    given = re.split(r"[+,\s]+", mix_placement.strip()) if isinstance(mix_placement, str) else list(mix_placement)
+    named = [site for name in given for site in (tuple(READERS) if name == "input" else (name,))]
+    if not named or any(site not in SITES for site in named):
         raise UserError(
             f"mix_placement={mix_placement!r}: a model of transformers is mixed at one or several, joined with +, of "
             f"{', '.join(SITES)}, or input"
