@@ -92,8 +92,8 @@ def add_mixing(
         pretrained: "replace" allows "fixed" or "learnable" for a model with loaded weights. These were trained without
             mixing, so the model must be trained again.
         mix_edge: "zero" or "partial": how windows that begin before a document are averaged; see `WaveletMixing`.
-        mix_placement: the sites, joined with "+" or as a list: "block" (each block's output), "attention_input" and "mlp_input"
-            (what attention and feed-forward read, after their norms); "input" is short for the last two.
+        mix_placement: the sites, joined with "+" or as a list: "block" (each block's output), "attention_input" and
+            "mlp_input" (what attention and feed-forward read, after their norms); "input" is short for the last two.
         mix_start: "mean" or "haar", what "learnable" starts as; see `WaveletMixing`.
 
     Returns:
