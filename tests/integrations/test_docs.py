@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "your-model.md").read_text(encoding
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 MARK = "  # mixing\n"
-EXAMPLES = {"nanoGPT": 2, "nanochat": 3, "litgpt": 4, "torchtitan": 5}
+EXAMPLES = {"nanoGPT": 3, "nanochat": 4, "litgpt": 5, "torchtitan": 6}
 
 
 def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +26,8 @@ def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_text(tmp_path / "text.txt", 400)
     names: dict[str, Any] = {}
-    assert len(BLOCKS) == 7
-    for code in (*BLOCKS[:2], BLOCKS[-1]):
+    assert len(BLOCKS) == 8
+    for code in (*BLOCKS[:3], BLOCKS[-1]):
         exec(compile(code, "docs/your-model.md", "exec"), names)
     assert type(names["model"]).__name__ == "WaveletQwen3ForCausalLM"
 
