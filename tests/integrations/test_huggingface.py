@@ -379,6 +379,22 @@ def test_a_mixed_config_makes_a_mixed_model() -> None:
     assert made.config.wavelet_mixing == config.wavelet_mixing
 
 
+@each_full
+@torch.no_grad()
+def test_a_configuration_makes_other_models_without_mixing(name: str) -> None:
+    config = stock(name).config
+    torch.manual_seed(0)
+    first = AutoModelForCausalLM.from_config(config)
+    mixed_one = add_mixing(first)
+    assert mixed_one.config is not config
+    assert {id(module.config) for module in mixed_one.modules() if hasattr(module, "config")} == {id(mixed_one.config)}
+    torch.manual_seed(0)
+    second = AutoModelForCausalLM.from_config(config)
+    assert not mixers(second)
+    assert type(second.config) is type(config)
+    assert not hasattr(config, "wavelet_mixing")
+
+
 @torch.no_grad()
 def test_models_saved_by_earlier_versions_are_mixed_at_the_block(tmp_path: Path) -> None:
     model, x = add_mixing(stock("llama", dtype=torch.float32)), tokens(2, 9)

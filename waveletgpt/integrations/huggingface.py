@@ -21,6 +21,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 import shutil
@@ -153,6 +154,12 @@ def add_mixing(
         raise UserError(f'mix_start={mix_start!r} is for mixing="learnable", not {mixing!r}')
     settings |= {"edge": mix_edge, "sites": [site for site in SITES if site in named], "start": mix_start}
     _install(model, settings)
+    # The caller's configuration may make other models, such as the one to compare with: it stays without mixing.
+    own = copy.deepcopy(config)
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = own  # type: ignore[assignment]
+    config = own
     kind, config_kind = cast(Any, type(model)), cast(Any, type(config))
     config.__class__ = _known_to_auto_classes(mixed_config(config_kind))
     config.wavelet_mixing = settings
