@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from waveletgpt import add_mixing
+from waveletgpt import WaveletMixing, add_mixing
 
 VOCAB = 97
 BASE = {
@@ -100,6 +100,10 @@ def mixed(name: str, mixing: str = "fixed", mix_edge: str = "zero", **settings: 
             if "wavelet_mixing" in key:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model
+
+
+def mixers(model: Any) -> list[WaveletMixing]:
+    return [module for module in model.modules() if isinstance(module, WaveletMixing)]
 
 
 def tokens(batch: int, length: int, seed: int = 3) -> torch.Tensor:
