@@ -99,7 +99,8 @@ def damaged(whole: list[bytes], rng: random.Random) -> bytes:
 
 
 def midi(folder: Path) -> Reader:
-    from waveletgpt.data.modalities.music import Unusable, read_midi, to_tokens
+    from waveletgpt.data.modalities.events import to_tokens
+    from waveletgpt.data.modalities.midi import Unusable, read_midi
 
     def track(*events: bytes) -> bytes:
         body = b"".join(events) + b"\0\xff\x2f\0"

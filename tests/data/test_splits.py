@@ -216,7 +216,7 @@ def _picture(path: Path, index: int) -> None:
 
 def _piece(path: Path, index: int) -> None:
     pytest.importorskip("symusic")
-    from waveletgpt.data.modalities.music import NOTES, write_midi
+    from waveletgpt.data.modalities.midi import NOTES, write_midi
 
     write_midi(np.array([(0, 1, index, 60)], NOTES), path.with_suffix(".mid"))
 

@@ -75,7 +75,7 @@ def pictures(folder: Path) -> str:
 
 def pieces(folder: Path) -> str:
     pytest.importorskip("symusic")
-    from waveletgpt.data.modalities.music import NOTES, write_midi
+    from waveletgpt.data.modalities.midi import NOTES, write_midi
 
     (folder / "pieces").mkdir()
     for index in range(12):
@@ -120,7 +120,7 @@ def is_picture(written: str, prompt: str) -> None:
 
 def is_music(written: str, prompt: str) -> None:
     """A MIDI file whose first notes are the prompt's."""
-    from waveletgpt.data.modalities.music import read_midi
+    from waveletgpt.data.modalities.midi import read_midi
 
     found = read_midi(Path(written.strip()).read_bytes())
     if prompt:

@@ -358,7 +358,7 @@ def _audio_sample(folder: Path, sample: dict[str, Any]) -> str:
 
 
 def _music_sample(folder: Path, sample: dict[str, Any]) -> str:
-    from waveletgpt.data.modalities.music import picture
+    from waveletgpt.data.modalities.midi import picture
 
     path = _file(folder, sample)
     return _player(path.with_suffix(".wav")) + _image(picture(path), "piano roll") + _caption(sample)
