@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from waveletgpt.classify.examples import ExampleStore, show
-from waveletgpt.classify.long_range_arena import CIFAR10
+from waveletgpt.classify.official import CIFAR10
 from waveletgpt.data import SPLITS
 
 Prepare = Callable[..., ExampleStore]

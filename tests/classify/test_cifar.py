@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.classify.lra_files import Prepare, cifar, packed, python_2_pickle, shown
-from waveletgpt.classify.long_range_arena import CIFAR10, cifar_records
+from waveletgpt.classify.official import CIFAR10, cifar_records
 from waveletgpt.data import SPLITS
 from waveletgpt.data.modalities.images import Unusable
 
