@@ -23,8 +23,8 @@ from waveletgpt.classify.scores import (
 from waveletgpt.report.charts import Axis, Drop, Line, chart, heat_map, heat_map_png, responsive, shorten, swatch
 from waveletgpt.report.figures import Styles, figure, legend, mean_curve, schedule_figure
 from waveletgpt.report.page import frame, inside, notes, rich, setup, shown, styles_of, table, tiles
+from waveletgpt.report.reading import Record, read_records
 from waveletgpt.report.records import ScoreSummary, baseline_arm
-from waveletgpt.report.summary import Record, read_records
 from waveletgpt.report.wording import duration
 from waveletgpt.runs.folder import RunFolder, write_atomically
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from waveletgpt.report.reading import Record, read_records
 from waveletgpt.report.records import ScoreArm, ScoreSummary, SeedNumbers, baseline_arm
-from waveletgpt.report.summary import Measure, Record, assemble, compared, curves_csv, mean, over_seeds, read_records
+from waveletgpt.report.summary import Measure, assemble, compared, curves_csv, mean, over_seeds
 from waveletgpt.report.wording import duration, plural, quantity, speedup_text
 from waveletgpt.runs.folder import RunFolder, write_atomically, write_json
 from waveletgpt.runs.records import RunRecord

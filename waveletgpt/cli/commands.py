@@ -354,7 +354,7 @@ class Info:
 
 def options(recipe: Recipe) -> list[str]:
     """The options of `waveletgpt train` that give this recipe."""
-    from waveletgpt.report.summary import flatten
+    from waveletgpt.report.reading import flatten
 
     default, known = flatten(Recipe().as_dict()), wording.options(Train)
     changed = {name: value for name, value in flatten(recipe.as_dict()).items() if value != default[name]}

@@ -21,8 +21,8 @@ from waveletgpt.report.charts import (
     swatch,
 )
 from waveletgpt.report.probing import Insight, Kernel, Mixed, frequency_response
+from waveletgpt.report.reading import Record, interpolate
 from waveletgpt.report.records import LossArm, LossSummary, baseline_arm
-from waveletgpt.report.summary import Record, interpolate
 from waveletgpt.report.wording import duration
 from waveletgpt.runs.records import LossAtPositions, ModelRecord, NearAttention
 

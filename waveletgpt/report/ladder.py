@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from waveletgpt.errors import UserError, suggest
+from waveletgpt.report.reading import Record, check_comparable, read_records
 from waveletgpt.report.records import LossSummary, baseline_arm
 from waveletgpt.report.scaling import PARAMETERS, Estimates, Point, can_fit, can_fit_tokens, estimate
-from waveletgpt.report.summary import SWEEP_FILE, Record, check_comparable, read_records, summarize_records
+from waveletgpt.report.summary import SWEEP_FILE, summarize_records
 from waveletgpt.report.wording import plural, plus_minus
 from waveletgpt.runs.folder import find_runs
 from waveletgpt.runs.records import RunRecord

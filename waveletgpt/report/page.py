@@ -26,8 +26,9 @@ from waveletgpt.report.figures import (
     loss_figures,
     schedule_figure,
 )
+from waveletgpt.report.reading import Record, flatten, read_records, settings_of
 from waveletgpt.report.records import LossArm, LossSummary, Summary, baseline_arm
-from waveletgpt.report.summary import Record, flatten, read_records, settings_of, summarize_records, with_sweep
+from waveletgpt.report.summary import summarize_records, with_sweep
 from waveletgpt.report.wording import (
     TABLE_HEADER,
     arm_sentence,

@@ -18,7 +18,7 @@ from waveletgpt.data.parallel import cores
 from waveletgpt.errors import UserError, tell
 from waveletgpt.recipes import filter_names, load_recipe
 from waveletgpt.report import write_results
-from waveletgpt.report.summary import windows_of
+from waveletgpt.report.reading import windows_of
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.settings import check_choice
 from waveletgpt.training import processes
