@@ -107,6 +107,25 @@ def test_arms_are_the_same_at_all_sizes_whatever_rate_they_have(tmp_path: Path) 
     assert ladder["arms"]["none"]["law"] is not None
 
 
+def test_runs_of_settings_that_a_sweep_has_not_chosen_do_not_count(tmp_path: Path) -> None:
+    """A rung that got a sweep of its own after it was trained with what the sweep of its size had chosen."""
+    make_ladder(tmp_path, rates=True)
+    before = write_ladder(tmp_path, replicates=0)["rungs"][0]
+    trials = [{"settings": {"lr": value}, "loss": loss} for value, loss in (("1e-3", 9.0), ("4e-3", 2.0))]
+    entry = {"best": {"lr": "4e-3"}, "edges": ["lr"], "trials": trials}
+    record = {"grid": {"lr": ["1e-3", "4e-3"]}, "steps": 1, "seed": 0, "fingerprint": "abc123"}
+    record["arms"] = {"none:lr=4e-3": entry, "fixed:lr=4e-3": entry}
+    (tmp_path / "0.3M-5M-sweep").mkdir()
+    (tmp_path / "0.3M-5M-sweep/sweep.json").write_text(json.dumps(record))
+    make_run(tmp_path / "0.3M-5M" / "other-seed0", "fixed:lr=1e-3", 0, [(0, 10.0), (1220, 9.0)], max_steps=1220)
+    ladder = write_ladder(tmp_path, replicates=0)
+    assert list(ladder["arms"]) == ["none", "fixed"]
+    assert ladder["rungs"][0]["arms"]["fixed"]["settings"] == "lr=4e-3"
+    assert ladder["rungs"][0]["arms"]["fixed"]["final_nll"] == before["arms"]["fixed"]["final_nll"]
+    assert "0.3M-5M: `fixed:lr=1e-3` does not count, because a sweep has chosen" in " ".join(ladder["notes"])
+    assert "At 0.3M-5M the best setting of `fixed`, lr 4e-3, is at the edge" in " ".join(ladder["notes"])
+
+
 def test_a_busy_machine_does_not_make_an_arm_slow(tmp_path: Path) -> None:
     """One rung's run at a tenth of the speed: at its size the arm is as fast as it was at its best."""
     make_ladder(tmp_path)

@@ -120,6 +120,25 @@ def test_each_arm_has_its_best_rate_at_each_size(out: Path) -> None:
     assert "is at the edge of the grid" in " ".join(ladder["notes"])
 
 
+def test_a_rung_may_have_a_sweep_of_its_own(store: TokenStore, out: Path, tmp_path: Path) -> None:
+    """A ladder that was swept at each size is swept at each rung, too."""
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    settings = {"data": "words.txt", "arms": ARMS, "sizes": ["20k"], "tokens": ["256", "640"], "grid": GRID}
+    ladder = train_ladder(RECIPE, store, copy, sweep_every="rung", resume=True, **settings)
+    assert [sweep["rung"] for sweep in ladder["sweeps"]] == ["20k-256", "20k-640", "60k-256"]
+    rung, sweep = ladder["rungs"][1], ladder["sweeps"][1]
+    assert rung["rung"] == sweep["rung"] == "20k-640"
+    assert [arm["settings"] for arm in rung["arms"].values()] == [
+        f"lr={entry['best']['lr']}" for entry in sweep["arms"].values()
+    ]
+    for arm, entry in zip(rung["arms"].values(), sweep["arms"].values(), strict=True):
+        assert arm["final_nll"]["per_seed"] == [min(trial["loss"] for trial in entry["trials"])]
+    # Without the flag, what was swept stays.
+    again = train_ladder(RECIPE, store, copy, resume=True, **settings)
+    assert again["rungs"][:2] == ladder["rungs"][:2]
+
+
 def test_too_few_rungs_are_said_to_be_and_the_rest_is_told(out: Path) -> None:
     ladder = json.loads((out / "ladder.json").read_text())
     assert "4 rungs of 2 sizes and 2 numbers of tokens do not determine" in ladder["notes"][0]

@@ -183,7 +183,10 @@ class Ladder:
     seeds: int = 1
     """Seeds per arm and rung, from --seed on."""
     sweep: tuple[str, ...] = ()
-    """Settings to try with every arm at every size, on the fewest tokens, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3."""
+    """Settings to try with every arm, each as NAME=V1,V2,...: lr=2e-3,4e-3,8e-3."""
+    sweep_every: Literal["size", "rung"] = "size"
+    """Where --sweep tries them: at each size, on its fewest tokens, or at each rung. Longer runs are best at lower
+    rates, which only `rung` sees; it takes so many times as long as there are values."""
     resume: bool = False
     """Go on with the ladder in --out, or make it larger."""
     workers: Workers = "auto"
@@ -197,6 +200,8 @@ class Ladder:
         from waveletgpt.training.sweep import parse_grid
 
         recipe = plain(self.settings)
+        if self.sweep_every == "rung" and not self.sweep:
+            raise UserError("--sweep-every has no effect without --sweep")
         grid = processes.from_first(lambda: parse_grid(self.sweep))
         planned: dict[str, Any] = {"arms": self.arms, "sizes": self.sizes, "tokens": self.tokens, "seeds": self.seeds}
         planned |= {"grid": grid, "resume": self.resume}
@@ -209,7 +214,7 @@ class Ladder:
             for rung in rungs:
                 shape = rung.shape
                 say(f"{rung.name}: {shape.n_layer} blocks of {shape.n_embd}, {rung.recipe.max_steps:,} steps")
-        planned |= {"workers": self.workers, "engine": self.engine}
+        planned |= {"sweep_every": self.sweep_every, "workers": self.workers, "engine": self.engine}
         ladder = train_ladder(recipe, store, self.out, data=named(self.data), **planned)
         if processes.first():
             print_ladder(ladder, Path(self.out))

@@ -90,7 +90,9 @@ class Rung:
     records: list[Record]
     summary: LossSummary
     settings: dict[str, str]
-    """Arm -> the settings that a sweep chose at this size, such as "lr=4e-3"; "" without a sweep."""
+    """Arm -> the settings that a sweep chose here or at this size, such as "lr=4e-3"; "" without a sweep."""
+    passed_over: list[str]
+    """Arms as they were trained, with other settings than the sweep has chosen since; they do not count."""
 
     @property
     def name(self) -> str:
@@ -110,7 +112,7 @@ class Rung:
     def tokens(self) -> int:
         """Tokens that a finished run has trained on."""
         tokens = [r.info["result"]["tokens"] for r in self.records if r.usable]
-        return int(max(tokens, default=(parse_rung(self.name) or (0, 0))[1]))
+        return int(max(tokens, default=_tokens_of(self.name)))
 
 
 def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
@@ -129,7 +131,10 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
         raise UserError(f"{folder} holds no rungs of a ladder (folders such as 0.3M-5M with runs in them)")
     read = [(place, read_records(find_runs(place))) for place in places]
     check_comparable([record for _, records in read for record in records])
-    swept = {name for record in find_sweeps(folder).values() for name in record["grid"]}
+    sweeps = find_sweeps(folder)
+    swept = {name for record in sweeps.values() for name in record["grid"]}
+    passed_over = {place: _passed_over(place.name, records, sweeps) for place, records in read}
+    read = [(place, [r for r in records if r.arm not in passed_over[place]]) for place, records in read]
     everywhere = [{record.arm for record in records} for _, records in read]
     if not swept and any(names != everywhere[0] for names in everywhere):
         swept = {"lr"}  # no record of the sweep is left
@@ -150,8 +155,34 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
         own.sort(key=lambda r: (r.arm != baseline, order.index(r.arm) if r.arm in order else len(order), r.arm, r.seed))
         chosen = {names[record.arm][0]: names[record.arm][1] for record in records}
         here = baseline if any(record.arm == baseline for record in own) else None
-        rungs.append(Rung(place, own, summarize_records(own, here), chosen))
+        rungs.append(Rung(place, own, summarize_records(own, here), chosen, passed_over[place]))
     return rungs
+
+
+def _passed_over(rung: str, records: Sequence[Record], sweeps: dict[str, dict[str, Any]]) -> list[str]:
+    """The arms at a rung that were trained twice and are not what the sweep there, or at its size, has chosen.
+
+    So it is where a rung got a sweep of its own after it was trained with the settings of its size.
+    """
+    size = rung.partition("-")[0]
+    here = {name: record for name, record in sweeps.items() if name.partition("-")[0] == size}
+    record = here.get(rung) or next((here[name] for name in sorted(here, key=_tokens_of)), None)
+    if record is None:
+        return []
+    named: dict[str, list[str]] = {}
+    for arm in dict.fromkeys(r.arm for r in records):
+        named.setdefault(_without(arm, record["grid"])[0], []).append(arm)
+    return [
+        arm
+        for group in named.values()
+        if any(chosen in record["arms"] for chosen in group)
+        for arm in group
+        if arm not in record["arms"]
+    ]
+
+
+def _tokens_of(rung: str) -> int:
+    return (parse_rung(rung) or (0, 0))[1]
 
 
 def _without(arm: str, swept: Iterable[str]) -> tuple[str, str]:
@@ -366,7 +397,7 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
             if entry["edges"]:
                 names = ", ".join(f"{name} {entry['best'][name]}" for name in entry["edges"])
                 notes.append(
-                    f"At size {sweep['size']} the best setting of `{_without(arm, sweep['grid'])[0]}`, {names}, is at "
+                    f"At {sweep['rung']} the best setting of `{_without(arm, sweep['grid'])[0]}`, {names}, is at "
                     "the edge of the grid; a wider sweep may find a better one."
                 )
     for size in dict.fromkeys(rung.size for rung in rungs):
@@ -376,6 +407,9 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
                 f"Runs of size {size} were made on different machines: do not use the compute multipliers of this size."
             )
     for rung in rungs:
+        if rung.passed_over:
+            names = ", ".join(f"`{arm}`" for arm in rung.passed_over)
+            notes.append(f"{rung.name}: {names} does not count, because a sweep has chosen other settings since.")
         notes += [f"{rung.name}: {note}" for note in rung.summary["notes"] if not note.startswith("One seed only")]
     return notes
 

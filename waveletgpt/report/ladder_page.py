@@ -313,7 +313,7 @@ def _law(ladder: Ladder, styles: Styles) -> str:
 
 
 def _sweeps(ladder: Ladder) -> str:
-    """Loss of each trial, one row for each size and arm, the best in bold."""
+    """Loss of each trial, one row for each sweep and arm, the best in bold."""
     html = ""
     for sweep in ladder["sweeps"]:
         head, rows = [], []
@@ -327,12 +327,12 @@ def _sweeps(ladder: Ladder) -> str:
                 cells.append(f"<strong>{loss}</strong>" if trial["settings"] == entry["best"] else loss)
             edge = f" (best {escape(', '.join(entry['edges']))} at the edge)" if entry["edges"] else ""
             rows.append([escape(arm) + edge, *cells])
-        html += f"<h3>Size {escape(sweep['size'])}</h3>" + table(
-            ["chosen", *map(escape, head)], rows, "arms", f"Settings tried at size {sweep['size']}"
+        html += f"<h3>{escape(sweep['rung'])}</h3>" + table(
+            ["chosen", *map(escape, head)], rows, "arms", f"Settings tried at {sweep['rung']}"
         )
     text = (
-        "<p>At each size every arm was tried with every setting below, on the smallest number of tokens and with one "
-        "seed. All rungs of that size use the setting with the lowest validation loss (bold).</p>"
+        "<p>At these rungs every arm was tried with every setting below, with one seed. The rung, and those of its "
+        "size without a sweep of their own, use the setting with the lowest validation loss (bold).</p>"
     )
     return html and text + html
 

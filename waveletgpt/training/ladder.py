@@ -2,7 +2,7 @@
 
 One comparison tells how far an arm is ahead at one size; a ladder, how the lead changes as models and data grow.
 A rung is a comparison in a folder of its own, SIZE-TOKENS. With a sweep every arm gets its settings (a learning rate)
-at every size, by validation loss after the shortest training; `report/ladder.py` has the figures.
+at every size, by validation loss after the shortest training, or at every rung; `report/ladder.py` has the figures.
 """
 
 from __future__ import annotations
@@ -230,6 +230,7 @@ def train_ladder(
     tokens: Sequence[str],
     seeds: int = 1,
     grid: dict[str, list[str]] | None = None,
+    sweep_every: str = "size",
     resume: bool = False,
     workers: str | int = 1,
     engine: str = "local",
@@ -242,7 +243,8 @@ def train_ladder(
 
     Args:
         sizes, tokens: such as "1.2M"; see `shape_of` for what a size is.
-        grid: settings to try with every arm at every size, as of `sweep.parse_grid`.
+        grid: settings to try with every arm, as of `sweep.parse_grid`.
+        sweep_every: "size", on its fewest tokens, for all its rungs; or "rung". A rung that was swept keeps its own.
         workers, engine: runs of a rung, or trials of a sweep, at a time, and where; see `compare`.
 
     Returns:
@@ -263,8 +265,8 @@ def train_ladder(
     ladder: dict[str, Any] = {}
     for size in dict.fromkeys(rung.size for rung in rungs):
         own = [rung for rung in rungs if rung.size == size]
-        chosen = _tuned(own[0], store, out, data, list(arms), grid, at_once) if grid else list(arms)
         for rung in own:
+            chosen = _tuned(rung, store, out, data, list(arms), grid, sweep_every, at_once) if grid else list(arms)
             folder = out / rung.name
             if not processes.from_first(lambda f=folder, r=rung, c=chosen: _finished(r, store, f, c, seeds)):  # type: ignore[misc]
                 try:
@@ -303,29 +305,36 @@ def _tuned(
     data: str | Sequence[str],
     arms: list[str],
     grid: dict[str, list[str]],
+    every: str,
     at_once: dict[str, Any],
 ) -> list[str]:
-    """The arms with the best of `grid` at a rung's size: that of its shortest training, which is swept once.
+    """The arms with the best of `grid` for a rung: by a sweep of its own, or by one for each size, made once.
 
     A ladder that is resumed has its sweep already, perhaps at another number of tokens than the smallest one now.
     """
 
-    def look() -> tuple[Rung, list[str] | None]:
-        """The rung to sweep, and what its sweep has found if there was one."""
-        swept = [parse_rung(folder.name.removesuffix("-sweep")) for folder in out.glob("*-sweep")]
-        tokens = [place[1] for place in swept if place is not None and place[0] == rung.size]
-        place = make_rung(rung.recipe, rung.size, min(tokens)) if tokens else rung
+    def found_at(place: Rung) -> list[str] | None:
         try:
             record = json.loads((sweep_folder(out / place.name) / SWEEP_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return place, None
+            return None
         if record["grid"] != grid or record["fingerprint"] != store.fingerprint:
-            return place, None
+            return None
         known = [
             [arm for arm in variants(name, grid).values() if parse_arms([arm], rung.recipe)[0].name in record["arms"]]
             for name in arms
         ]
-        return place, [found[0] for found in known] if all(known) else None
+        return [found[0] for found in known] if all(known) else None
+
+    def look() -> tuple[Rung, list[str] | None]:
+        """The rung to sweep, and what its sweep has found if there was one."""
+        own = found_at(rung)
+        if own is not None or every == "rung":
+            return rung, own
+        swept = [parse_rung(folder.name.removesuffix("-sweep")) for folder in out.glob("*-sweep")]
+        tokens = [place[1] for place in swept if place is not None and place[0] == rung.size]
+        place = make_rung(rung.recipe, rung.size, min(tokens)) if tokens else rung
+        return place, found_at(place)
 
     place, found = processes.from_first(look)
     if found is not None:
