@@ -4,7 +4,8 @@
     store.split("train")            # tokens, memory-mapped
     prepare(["a/=0.7", "b/=0.3"])   # a mixture
 
-A further kind of data is one file in this package, with a class like `Modality`, and one line in `MODALITIES`.
+A further kind of data is one file in this package, with a class like `Modality`, one line in `MODALITIES`, and its name
+in `settings.ModalityName`.
 """
 
 from __future__ import annotations
