@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]
 Seed = Annotated[int, Interval(ge=0, le=2**31)]  # NumPy takes up to 2^32, and every further seed is one more
+PositiveNumber = Annotated[float, Interval(gt=0, lt=math.inf)]
+NotNegativeNumber = Annotated[float, Interval(ge=0, lt=math.inf)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 SampleRate = Annotated[int, Interval(ge=1000, le=192_000)]
 

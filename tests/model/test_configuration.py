@@ -68,6 +68,7 @@ def test_equal_windows_are_a_single_scale() -> None:
         ({"mix_allocation": "random"}, "mix_allocation='random'"),
         ({"mix_layers": "outer"}, "mix_layers='outer' is unknown; use one of all, inner"),
         ({"mix_layers": [0, 2]}, r"mix_layers=\[0, 2\] names a block outside 0 ... 1"),
+        ({"mix_layers": "inner", "n_layer": 1}, "mix_layers='inner' leaves no block"),
         ({"mix_layers": [-1]}, r"mix_layers=\[-1\]"),
         ({"mix_fraction": 0.0}, "mix_fraction=0.0"),
         ({"mix_fraction": 1.5}, "mix_fraction=1.5"),

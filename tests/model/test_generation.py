@@ -261,6 +261,11 @@ def test_a_sample_stops_at_the_end_token() -> None:
     assert any(len(row) < 60 for row in short)
 
 
+def test_a_temperature_that_is_too_small_is_named() -> None:
+    with pytest.raises(UserError, match="temperature 1e-40 is too small"):
+        generate_tokens(tiny_model(), [1, 2], tokens=3, temperature=1e-40)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"samples": 0}, {"tokens": 0}]
 )

@@ -249,6 +249,22 @@ def test_every_way_to_say_where_documents_begin() -> None:
     assert reach_of(18) is None
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 6))
+def test_a_mask_that_numbers_documents_may_come_in_chunks(lengths: list[int], size: int) -> None:
+    """Also where a document begins with a chunk. A reach beyond the chunk's first token is unlimited."""
+    numbers = torch.tensor([[n + 1 for n, length in enumerate(lengths) for _ in range(length)]])
+    whole = reach_of(numbers.shape[1], mask=numbers)
+    assert whole is not None
+    for first in range(0, numbers.shape[1], size):
+        last = min(first + size, numbers.shape[1])
+        part = reach_of(last - first, mask=numbers[:, :last])
+        assert part is not None
+        wanted = whole[:, first:last]
+        inside = wanted <= torch.arange(last - first)
+        torch.testing.assert_close(part[inside], wanted[inside])
+        assert (part[~inside] > 1 << 29).all()
+
+
 def test_padding_looks_at_nothing() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     reach = reach_of(5, mask=mask)

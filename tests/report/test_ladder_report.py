@@ -115,6 +115,8 @@ def test_runs_of_settings_that_a_sweep_has_not_chosen_do_not_count(tmp_path: Pat
     entry = {"best": {"lr": "4e-3"}, "edges": ["lr"], "trials": trials}
     record = {"grid": {"lr": ["1e-3", "4e-3"]}, "steps": 1, "seed": 0, "fingerprint": "abc123"}
     record["arms"] = {"none:lr=4e-3": entry, "fixed:lr=4e-3": entry}
+    summary = {"baseline": "none:lr=4e-3", "arms": record["arms"]}
+    (tmp_path / "0.3M-5M" / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "0.3M-5M-sweep").mkdir()
     (tmp_path / "0.3M-5M-sweep/sweep.json").write_text(json.dumps(record))
     make_run(tmp_path / "0.3M-5M" / "other-seed0", "fixed:lr=1e-3", 0, [(0, 10.0), (1220, 9.0)], max_steps=1220)
@@ -124,6 +126,42 @@ def test_runs_of_settings_that_a_sweep_has_not_chosen_do_not_count(tmp_path: Pat
     assert ladder["rungs"][0]["arms"]["fixed"]["final_nll"] == before["arms"]["fixed"]["final_nll"]
     assert "0.3M-5M: `fixed:lr=1e-3` does not count, because a sweep has chosen" in " ".join(ladder["notes"])
     assert "At 0.3M-5M the best setting of `fixed`, lr 4e-3, is at the edge" in " ".join(ladder["notes"])
+
+
+def test_a_ladder_that_still_trains_does_not_mix_arms_that_differ_in_the_rate(tmp_path: Path) -> None:
+    """One run of a third arm is missing: the rates were compared, no sweep chose them."""
+    make_ladder(tmp_path, arm="fixed:lr=1e-3")
+    for rung in list(SIZES)[:2]:
+        for budget, tokens in TOKENS.items():
+            steps = tokens // 4096
+            make_run(
+                tmp_path / f"{rung}-{budget}/more-seed0", "fixed:lr=2e-3", 0, [(0, 9.0), (steps, 1.5)], max_steps=steps
+            )
+    ladder = write_ladder(tmp_path, replicates=0)
+    assert list(ladder["arms"]) == ["none", "fixed:lr=1e-3", "fixed:lr=2e-3"]
+    assert all(len(arm["seeds"]) <= 1 for rung in ladder["rungs"] for arm in rung["arms"].values())
+
+
+def test_a_baseline_that_failed_with_one_seed(tmp_path: Path) -> None:
+    """And an arm that failed with the other: nothing is left to compare at that rung, and the page says so."""
+    make_ladder(tmp_path, seeds=2)
+    for run in find_runs(tmp_path / "0.3M-5M"):
+        if (run.info["arm"], run.info["seed"]) in (("none", 0), ("fixed", 1)):
+            run.update_info(status="failed")
+    ladder = write_ladder(tmp_path, replicates=0)
+    arms = ladder["rungs"][0]["arms"]
+    assert arms["none"]["final_nll"]["mean"] is not None
+    assert arms["fixed"]["final_nll"]["mean"] is None
+    assert "None" not in (tmp_path / "report.html").read_text()
+    assert "`fixed` seed 1 failed" in " ".join(ladder["notes"])
+
+
+def test_a_broken_record_of_a_sweep_is_none(tmp_path: Path) -> None:
+    make_ladder(tmp_path, rates=True)
+    (tmp_path / "0.3M-5M-sweep").mkdir()
+    for text in ("{}", "[]", "null", "{"):
+        (tmp_path / "0.3M-5M-sweep/sweep.json").write_text(text)
+        assert write_ladder(tmp_path, replicates=0)["sweeps"] == []
 
 
 def test_a_busy_machine_does_not_make_an_arm_slow(tmp_path: Path) -> None:

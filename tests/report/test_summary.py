@@ -85,6 +85,19 @@ def two_arms(folder: Path) -> list[RunFolder]:
     ]
 
 
+def test_many_seeds_have_the_interval_of_their_number(tmp_path: Path) -> None:
+    """Of tables of Student's t: 2.262, 2.228, 2.093 for 9, 10, 19 degrees of freedom."""
+    for seeds, t in ((10, 2.262), (11, 2.228), (20, 2.093)):
+        ends = [1.0 + 0.01 * (seed % 3) for seed in range(seeds)]
+        runs = [make_run(tmp_path / f"b{seeds}-{seed}", "none", seed, [(0, 3.0), (200, 1.5)]) for seed in range(seeds)]
+        runs += [
+            make_run(tmp_path / f"f{seeds}-{seed}", "fixed", seed, [(0, 3.0), (200, end)])
+            for seed, end in enumerate(ends)
+        ]
+        found = summarize(runs, "none")["arms"]["fixed"]["final_nll_difference"]["ci95"]
+        assert found == pytest.approx(t * statistics.stdev(ends) / math.sqrt(seeds), rel=1e-3)
+
+
 def test_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     summary = summarize(two_arms(tmp_path), "none")
     none, fixed = summary["arms"]["none"], summary["arms"]["fixed"]
@@ -100,7 +113,7 @@ def test_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     assert fixed["final_nll_difference"]["per_seed"] == pytest.approx([-0.5, -0.6])
     # Student's t for one degree of freedom is 12.706.
     half = 12.706 * statistics.stdev([-0.5, -0.6]) / math.sqrt(2)
-    assert fixed["final_nll_difference"]["ci95"] == pytest.approx(half)
+    assert fixed["final_nll_difference"]["ci95"] == pytest.approx(half, rel=1e-4)
     assert "same_performance_step" not in none
     assert list(summary["arms"]) == ["none", "fixed"]
     assert headline(summary) == (

@@ -79,7 +79,8 @@ def test_resume_writes_in_no_folder_of_other_things(store: TokenStore, tmp_path:
     with pytest.raises(UserError, match=r"holds no comparison to go on with, but summary\.json"):
         compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)
     assert (tmp_path / "summary.json").read_text() == "mine"
-    (tmp_path / "summary.json").unlink()  # what is left is what a kill at the start leaves
+    (tmp_path / "summary.json").unlink()  # what is left is what a kill at the start, or in a sweep's copying, leaves
+    (tmp_path / ".none_lr=4e-3-seed0.copy").mkdir()
     assert compare(tiny_recipe(), store, tmp_path, data="words.txt", arms=["none"], resume=True)["arms"]
 
 

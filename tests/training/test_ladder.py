@@ -86,6 +86,9 @@ def test_counts_are_read_and_named() -> None:
     for size in (256, 20_000, 300_000, 1_234_567, 2_000_000_000):
         assert parse_rung(rung_name(size, 10 * size)) == (size, 10 * size)
     assert parse_rung("none-seed0") is None
+    for text in ("1e400", "1e9M", "0", "-5", "many"):
+        with pytest.raises(UserError, match="give a number such as 60k"):
+            parse_count(text, "sizes")
 
 
 def test_every_rung_is_a_run_of_its_own_with_its_size_and_tokens(out: Path) -> None:
@@ -198,6 +201,17 @@ def test_goes_on_where_it_was_stopped(
     other = RECIPE.override({"weight_decay": 0.5}, "test")
     with pytest.raises(UserError, match=r"weight_decay is 0\.5, the run in"):
         train_ladder(other, store, tmp_path, resume=True, **settings)
+
+
+def test_a_report_that_a_kill_left_behind_is_renewed(store: TokenStore, out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    whole = json.loads((copy / "20k-640" / "summary.json").read_text())
+    cut = {**whole, "arms": {name: {**arm, "seeds": []} for name, arm in whole["arms"].items()}}
+    (copy / "20k-640" / "summary.json").write_text(json.dumps(cut))
+    train_ladder(RECIPE, store, copy, data="words.txt", grid=GRID, resume=True, **LADDER)
+    again = json.loads((copy / "20k-640" / "summary.json").read_text())
+    assert [arm["seeds"] for arm in again["arms"].values()] == [[0], [0]]
 
 
 def test_grows_by_a_rung(store: TokenStore, out: Path, tmp_path: Path) -> None:

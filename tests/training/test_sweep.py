@@ -103,6 +103,33 @@ def test_the_choice_is_the_lowest_loss_and_tells_of_edges(losses: dict[str, floa
     assert bool(found["edges"]) == (float(value) in (min(map(float, losses)), max(map(float, losses))))
 
 
+def test_words_have_no_edges() -> None:
+    losses = {("zero",): 2.0, ("partial",): 1.0}
+    found = choose(losses, {"mix_edge": ["zero", "partial"]})  # type: ignore[arg-type]
+    assert found["best"] == {"mix_edge": "partial"}
+    assert found["edges"] == []
+
+
+def test_the_folder_of_trials_of_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert sweep_folder(".") == sweep_folder(tmp_path / "out") == tmp_path / "out-sweep"
+
+
+def test_a_report_leaves_out_what_a_wider_sweep_passed_over(out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    run = next(run for run in find_runs(copy) if run.info["arm"].startswith("none"))
+    shutil.copytree(run.path, copy / "before-seed0")
+    RunFolder(copy / "before-seed0").update_info(arm="none:lr=7e-3")
+    shutil.copytree(sweep_folder(out), sweep_folder(copy))
+    before = json.loads((copy / "summary.json").read_text())
+    done = waveletgpt("report", copy)
+    assert done.returncode == 0, done.stderr
+    assert "left out, as a sweep has chosen other settings since: none:lr=7e-3" in done.stdout + done.stderr
+    assert json.loads((copy / "summary.json").read_text()) == before
+
+
 def test_diverged_trials_are_never_chosen() -> None:
     assert choose({("1",): None, ("2",): 3.0, ("3",): float("nan")}, {"lr": ["1", "2", "3"]})["best"] == {"lr": "2"}
     with pytest.raises(UserError, match="diverged"):
@@ -116,6 +143,9 @@ def test_settings_of_an_arm_stay_and_combine() -> None:
     assert found["2e-3", "0"] == "fixed:max_window=4,lr=2e-3,weight_decay=0"
     with pytest.raises(UserError, match="sets lr itself"):
         variants("fixed:lr=1e-3", grid)
+    for name in ("weight-decay", "training.weight_decay"):
+        with pytest.raises(UserError, match="sets weight_decay itself"):
+            variants(f"none:{name}=0.5", grid)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -234,6 +235,27 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed: RunFolder, store: 
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.path.rglob("*") if path.is_file()}
 
 
+def test_a_finished_run_needs_no_checkpoint(undisturbed: RunFolder, store: TokenStore, tmp_path: Path) -> None:
+    """Who has removed the optimiser's state to save disk is not told to train again."""
+    shutil.copytree(undisturbed.path, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    (run.checkpoints()[-1][1] / "optimizer.pt").unlink()
+    assert train(tiny_recipe(), store, run.path, data=DATA, resume=True, show_progress=False).finished
+
+
+def test_a_copy_of_a_checkpoint_is_the_users(undisturbed: RunFolder, store: TokenStore, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.path, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    for name in ("best-checkpoint-2", "my_checkpoint-99"):
+        shutil.copytree(run.checkpoints()[-1][1], run.path / name)
+    assert [folder.name for _, folder in run.checkpoints()] == ["checkpoint-9", "checkpoint-12"]
+    shutil.rmtree(run.path / "checkpoint-12")
+    run.update_info(status="interrupted")
+    train(tiny_recipe(), store, run.path, data=DATA, resume=True, show_progress=False)
+    assert (run.path / "best-checkpoint-2").is_dir()
+    assert (run.path / "my_checkpoint-99").is_dir()
+
+
 def go_on(store: Path, out: Path, steps: int) -> None:
     recipe = tiny_recipe(max_steps=steps, save_every=2, eval_every=4)
     train(recipe, TokenStore.open(store), out, data="words.txt", resume=True, show_progress=False)
@@ -334,6 +356,12 @@ def test_refuses_folders_and_files_that_are_no_run(store: TokenStore, tmp_path: 
     with pytest.raises(UserError, match="not empty"):
         train(tiny_recipe(), store, tmp_path / "full", data=DATA, show_progress=False)
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+
+
+def test_what_a_kill_at_the_first_write_leaves_is_no_other_run(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.4711.tmp").write_text('{"sch')
+    assert train(tiny_recipe(), store, tmp_path / "run", data=DATA, resume=True, show_progress=False).finished
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "optimizer.bin", "trainer_state.json"])

@@ -170,3 +170,11 @@ def test_printed_commands_train_the_runs_of_the_comparison() -> None:
         assert plain(parsed.settings) == arm_recipe
         assert (parsed.data, parsed.arm, parsed.resume) == (("my words.txt",), arm.name, True)
         assert parsed.out == f"runs/mine/{arm.folder(arm_recipe.seed)}"
+
+
+def test_printed_runs_are_measured_alike() -> None:
+    """As those of a comparison, also where their steps and batches differ and nothing says on how many windows."""
+    arms = ("none", "fixed:max_steps=20", "fixed:batch_size=4")
+    comparison = Compare(data=("words.txt",), arms=arms, settings=Settings(max_steps=400))
+    recipes = [plain(parse("train", shlex.split(line)[2:]).settings) for line in comparison.commands()]
+    assert len({(recipe.eval_windows, recipe.eval_every) for recipe in recipes}) == 1

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Gt, Interval
+from annotated_types import Interval
 
 from waveletgpt.data.settings import ModalityName
 from waveletgpt.errors import UserError
-from waveletgpt.settings import NotNegative, Positive, SampleRate, Settings, Share
+from waveletgpt.settings import NotNegative, Positive, PositiveNumber, SampleRate, Settings, Share
 from waveletgpt.training.recipe import ModelSettings, Recipe, TrainingSettings
 
 _SINUSOIDAL = {"position_embedding": "sinusoidal", "pooling": "mean"}
@@ -124,7 +124,7 @@ class ClassifierRecipe(Recipe):
     """Optimiser steps."""
     batch_size: Positive = 32
     """Examples per batch and process."""
-    lr: Annotated[float, Gt(0)] = 1e-3
+    lr: PositiveNumber = 1e-3
     """Peak learning rate."""
     model: ClassifierSettings = field(default_factory=ClassifierSettings)
     training: ClassifierTraining = field(default_factory=ClassifierTraining)

@@ -151,9 +151,12 @@ class Compare:
 
         if self.sweep:
             raise UserError("--print-runs does not go with --sweep: the arms are known when the trials have ended")
-        arms = parse_arms(self.arms, plain(self.settings))
+        # As `compare` does it: all arms are measured on the same windows, whatever their steps and batches.
+        measured = plain(self.settings).with_evaluations()
+        arms = parse_arms(self.arms, plain(self.settings).override({"eval_windows": measured.eval_windows}, "compare"))
         lines = []
-        for arm, recipe in with_seeds(arms, self.seeds):
+        for arm, settings in with_seeds(arms, self.seeds):
+            recipe = settings.with_evaluations(measured.as_dict())
             out = str(Path(self.out) / arm.folder(recipe.seed))
             words = ["waveletgpt", "train", *self.data, "--out", out, "--arm", arm.name, "--resume"]
             lines.append(shlex.join(words + options(recipe)))
@@ -320,6 +323,8 @@ class Report:
         from waveletgpt.report import write_results
         from waveletgpt.report.ladder import find_rungs
         from waveletgpt.report.ladder_page import write_ladder
+        from waveletgpt.report.reading import arm_of
+        from waveletgpt.report.summary import arms_compared, passed_over, read_sweep, sweep_folder
         from waveletgpt.runs.folder import RunFolder, find_runs
 
         if not self.runs:
@@ -329,13 +334,21 @@ class Report:
             return
         # Where there is no run, `open` says why.
         found = [run for folder in self.runs for run in list(find_runs(folder)) or [RunFolder.open(folder)]]
-        arms = list(dict.fromkeys(run.info["arm"] for run in found))
-        baseline = self.baseline or next((arm for arm in arms if arm.split(":")[0] == "none"), arms[0])
+        arms, compared = list(dict.fromkeys(map(arm_of, found))), []
+        if len(self.runs) == 1:
+            folder = Path(self.runs[0])
+            older = passed_over(folder, arms, (read_sweep(sweep_folder(folder)) or {"grid": {}})["grid"])
+            found = [run for run in found if arm_of(run) not in older]
+            arms, compared = [arm for arm in arms if arm not in older], arms_compared(folder)
+            if older:
+                say(f"left out, as a sweep has chosen other settings since: {', '.join(older)}")
+        first = [arm for arm in (*compared[:1], *arms) if arm in arms and arm.split(":")[0] == "none"]
+        baseline = self.baseline or (first or arms)[0]
         if baseline not in arms:
             raise UserError(
                 f'--baseline: no arm "{baseline}" in these runs; there are {", ".join(arms)}{suggest(baseline, arms)}'
             )
-        found.sort(key=lambda run: run.info["arm"] != baseline)
+        found.sort(key=lambda run: arm_of(run) != baseline)
         out = Path(self.out or self.runs[0])
         print_summary(write_results(out, found, baseline))
         say(f"report: {out / 'report.html'}")

@@ -274,6 +274,8 @@ class WaveletGPTConfig(PreTrainedConfig):
             self._check_choice("mix_layers", ("all", "inner"))
         elif any(not 0 <= layer < self.n_layer for layer in self.mix_layers):
             raise ValueError(f"mix_layers={self.mix_layers} names a block outside 0 ... {self.n_layer - 1}")
+        if self.mix_layers == "inner" and self.n_layer == 1 and self.sites and "embedding" not in self.sites:
+            raise ValueError("mix_layers='inner' leaves no block of 1 to mix in; mixing=\"none\" turns mixing off")
         self._check_choice("pooling", POOLINGS)
         if self.n_inputs not in (1, 2):
             raise ValueError(f"n_inputs={self.n_inputs} must be 1 or 2")

@@ -199,7 +199,7 @@ def reach_told(inputs: Tensor, attention_mask: Any, told: dict[str, Any]) -> Ten
         if mask.shape[1] < tokens:
             raise UserError(f"attention_mask has {mask.shape[1]} tokens: give at least the {tokens} of this call")
         # Asking costs less than mixing with limits, but would break a graph in two.
-        if torch.compiler.is_compiling() or not bool((mask[:, -tokens:] == 1).all()):
+        if torch.compiler.is_compiling() or not bool((mask[:, -tokens - 1 :] == 1).all()):
             bounds["mask"] = mask
     return reach_of(tokens, **bounds)  # type: ignore[arg-type]
 

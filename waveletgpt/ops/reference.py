@@ -126,7 +126,8 @@ def reach_of(
     - `seq_idx` (B, T): a document begins where the number changes.
     - `cu_seqlens` (documents + 1,): the first token of each document, then the total length; for a batch of one row.
     - `mask` (B, at least T; the last T columns count): 0 marks padding. A padding token uses no other token, and its
-      reach is -1, so that a state made of padding is empty. Other values may number the documents.
+      reach is -1, so that a state made of padding is empty. Other values may number the documents; the column before
+      the last T tells whether one begins with the first token.
 
     A document that began before the first token gets a reach of about `UNLIMITED`: it continues into the state, or
     takes all earlier tokens if there is no state. None if no form is given. Nothing is copied to the host.
@@ -141,8 +142,11 @@ def reach_of(
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] < tokens:
             raise ValueError(f"mask has shape {tuple(mask.shape)}: give (batch, {tokens}), 0 for padding")
-        mask = mask[:, mask.shape[1] - tokens :]
+        earlier, mask = mask[:, : mask.shape[1] - tokens][:, -1:], mask[:, mask.shape[1] - tokens :]
         begins.append(_changes(mask) | (mask == 0))
+        if earlier.shape[1]:  # a document may begin with the first of these tokens
+            first = (mask[:, :1] != earlier) & (earlier != 0)
+            begins.append(torch.cat([first, torch.zeros_like(mask[:, 1:], dtype=torch.bool)], 1))
     if seq_idx is not None:
         begins.append(_changes(seq_idx))
     if positions is not None:

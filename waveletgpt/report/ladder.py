@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from waveletgpt.errors import UserError, suggest
 from waveletgpt.report.reading import Record, check_comparable, read_records
 from waveletgpt.report.records import LossSummary, baseline_arm
 from waveletgpt.report.scaling import PARAMETERS, Estimates, Point, can_fit, can_fit_tokens, estimate
-from waveletgpt.report.summary import SWEEP_FILE, summarize_records
+from waveletgpt.report.summary import SWEEP_FILE, arms_compared, passed_over, read_sweep, summarize_records, without
 from waveletgpt.report.wording import plural, plus_minus
 from waveletgpt.runs.folder import find_runs
 from waveletgpt.runs.records import RunRecord
@@ -73,12 +72,9 @@ def find_sweeps(folder: Path) -> dict[str, dict[str, Any]]:
     """Rung where a sweep was made -> record of that sweep, as in `summary.with_sweep`."""
     found = {}
     for child in sorted(folder.glob(f"*-sweep/{SWEEP_FILE}")):
-        rung = child.parent.name.removesuffix("-sweep")
-        if parse_rung(rung) is not None:
-            try:
-                found[rung] = json.loads(child.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
+        rung, record = child.parent.name.removesuffix("-sweep"), read_sweep(child.parent)
+        if parse_rung(rung) is not None and record is not None:
+            found[rung] = record
     return found
 
 
@@ -131,15 +127,14 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
         raise UserError(f"{folder} holds no rungs of a ladder (folders such as 0.3M-5M with runs in them)")
     read = [(place, read_records(find_runs(place))) for place in places]
     check_comparable([record for _, records in read for record in records])
-    sweeps = find_sweeps(folder)
-    swept = {name for record in sweeps.values() for name in record["grid"]}
-    passed_over = {place: _passed_over(place.name, records, sweeps) for place, records in read}
-    read = [(place, [r for r in records if r.arm not in passed_over[place]]) for place, records in read]
+    swept = {name for record in find_sweeps(folder).values() for name in record["grid"]}
+    dropped = {place: passed_over(place, [record.arm for record in records], swept) for place, records in read}
+    read = [(place, [r for r in records if r.arm not in dropped[place]]) for place, records in read]
     everywhere = [{record.arm for record in records} for _, records in read]
     if not swept and any(names != everywhere[0] for names in everywhere):
         swept = {"lr"}  # no record of the sweep is left
-    names = {arm: _without(arm, swept) for arms in everywhere for arm in arms}
-    if any(len({names[arm] for arm in arms}) < len(arms) for arms in everywhere):
+    names = {arm: without(arm, swept) for arms in everywhere for arm in arms}
+    if any(len({names[arm][0] for arm in arms}) < len(arms) for arms in everywhere):
         names = {arm: (arm, "") for arm in names}  # these settings were compared, not chosen by a sweep
     order = _order(places, names)
     arms = list(dict.fromkeys(name for name, _ in names.values()))
@@ -155,55 +150,17 @@ def read_ladder(folder: str | Path, baseline: str | None = None) -> list[Rung]:
         own.sort(key=lambda r: (r.arm != baseline, order.index(r.arm) if r.arm in order else len(order), r.arm, r.seed))
         chosen = {names[record.arm][0]: names[record.arm][1] for record in records}
         here = baseline if any(record.arm == baseline for record in own) else None
-        rungs.append(Rung(place, own, summarize_records(own, here), chosen, passed_over[place]))
+        rungs.append(Rung(place, own, summarize_records(own, here), chosen, dropped[place]))
     return rungs
-
-
-def _passed_over(rung: str, records: Sequence[Record], sweeps: dict[str, dict[str, Any]]) -> list[str]:
-    """The arms at a rung that were trained twice and are not what the sweep there, or at its size, has chosen.
-
-    So it is where a rung got a sweep of its own after it was trained with the settings of its size.
-    """
-    size = rung.partition("-")[0]
-    here = {name: record for name, record in sweeps.items() if name.partition("-")[0] == size}
-    record = here.get(rung) or next((here[name] for name in sorted(here, key=_tokens_of)), None)
-    if record is None:
-        return []
-    named: dict[str, list[str]] = {}
-    for arm in dict.fromkeys(r.arm for r in records):
-        named.setdefault(_without(arm, record["grid"])[0], []).append(arm)
-    return [
-        arm
-        for group in named.values()
-        if any(chosen in record["arms"] for chosen in group)
-        for arm in group
-        if arm not in record["arms"]
-    ]
 
 
 def _tokens_of(rung: str) -> int:
     return (parse_rung(rung) or (0, 0))[1]
 
 
-def _without(arm: str, swept: Iterable[str]) -> tuple[str, str]:
-    """Splits an arm from the settings that a sweep chose: ("fixed:max_window=4", "lr=4e-3")."""
-    mixing, _, rest = arm.partition(":")
-    parts = [part for part in rest.split(",") if part]
-    chosen = [part for part in parts if part.partition("=")[0].strip() in set(swept)]
-    kept = ",".join(part for part in parts if part not in chosen)
-    return mixing + (f":{kept}" if kept else ""), ",".join(chosen)
-
-
 def _order(places: Sequence[Path], names: dict[str, tuple[str, str]]) -> list[str]:
     """Arms in the order in which they were compared, the baseline first; empty if that is not known."""
-    order: list[str] = []
-    for place in places:
-        try:
-            summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        order += [names[arm][0] for arm in [summary.get("baseline"), *summary.get("arms", {})] if arm in names]
-    return list(dict.fromkeys(order))
+    return list(dict.fromkeys(names[arm][0] for place in places for arm in arms_compared(place) if arm in names))
 
 
 def block_parameters(info: RunRecord) -> int:
@@ -397,7 +354,7 @@ def _notes(ladder: dict[str, Any], rungs: Sequence[Rung], points: Sequence[Point
             if entry["edges"]:
                 names = ", ".join(f"{name} {entry['best'][name]}" for name in entry["edges"])
                 notes.append(
-                    f"At {sweep['rung']} the best setting of `{_without(arm, sweep['grid'])[0]}`, {names}, is at "
+                    f"At {sweep['rung']} the best setting of `{without(arm, sweep['grid'])[0]}`, {names}, is at "
                     "the edge of the grid; a wider sweep may find a better one."
                 )
     for size in dict.fromkeys(rung.size for rung in rungs):

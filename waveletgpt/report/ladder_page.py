@@ -136,9 +136,9 @@ def _curves(rungs: Sequence[Rung], ladder: Ladder, styles: Styles) -> str:
                 curve = [(math.log10(step * per_step), loss) for step, _, loss in
                          mean_curve([[(s, 0.0, v) for s, v in r.losses] for r in usable]) if step]  # fmt: skip
                 lines.append(Line([p for p in curve if p[0] >= low], style, kind="seed"))
-                last.append(
-                    (math.log10(entries[rung.name]["tokens"]), entries[rung.name]["arms"][arm]["final_nll"]["mean"])
-                )
+                final = entries[rung.name]["arms"][arm]["final_nll"]["mean"]
+                if final is not None:  # there is none where the baseline has not finished with the arm's seeds
+                    last.append((math.log10(entries[rung.name]["tokens"]), final))
             arms = ladder["arms"][arm]
             law = _law_of(arms["law"]) or _law_of(arms["size_laws"].get(size))
             if law is not None and last:
@@ -154,7 +154,7 @@ def _curves(rungs: Sequence[Rung], ladder: Ladder, styles: Styles) -> str:
             f"{name} {arm} {entry['final_nll']['mean']:.3f}"
             for name in (rung.name for rung in own)
             for arm, entry in entries[name]["arms"].items()
-            if entry["seeds"]
+            if entry["final_nll"]["mean"] is not None
         )
         charts.append(
             chart(lines, HALF, Axis("tokens", low, high, log_ticks(low, high)),

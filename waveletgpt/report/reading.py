@@ -104,6 +104,11 @@ class Record:
         return self.info.get("status") == "finished" and bool(self.curve) and math.isfinite(self.final_nll)
 
 
+def arm_of(run: RunFolder) -> str:
+    """The name of a run's arm; of its folder, where run.json has none."""
+    return str(run.info.get("arm") or run.path.name)
+
+
 def read_records(runs: Iterable[RunFolder]) -> list[Record]:
     """Read run folders, grouped by arm in the order given, seeds ascending.
 
@@ -118,7 +123,7 @@ def read_records(runs: Iterable[RunFolder]) -> list[Record]:
         info = run.info
         if any(record.path.resolve() == run.path.resolve() for record in records):
             raise UserError(f"run folder {run.path} is named twice: name it once")
-        records.append(Record(str(info.get("arm") or run.path.name), int(info.get("seed") or 0), run.path, info,
+        records.append(Record(arm_of(run), int(info.get("seed") or 0), run.path, info,
                               run.metrics()))  # fmt: skip
     by_arm: dict[str, list[Record]] = {}
     for record in records:

@@ -20,10 +20,12 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from waveletgpt.errors import UserError
 from waveletgpt.report.reading import Record, interpolate, number, read_records, same_performance_step
@@ -52,9 +54,6 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = 1
-
-# Two-sided 95 % points of Student's t by degrees of freedom; beyond the table 2.0 is close enough.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def summarize(runs: Iterable[RunFolder], baseline: str | None) -> LossSummary:
@@ -202,6 +201,8 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
     Returns:
         The entries of `ArmSummary` for the comparison, and the difference in the final value.
     """
+    from scipy.special import stdtrit  # not at the top: importing takes a moment
+
     reached = [same_performance_step(measure.curve(r), measure.target(base[r.seed])) if base else None for r in counted]
     mean_step = mean(reached)
     baseline_steps = mean([float(base[r.seed].steps) for r in counted if base])
@@ -215,7 +216,7 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
     differences = [measure.final(r) - measure.final(base[r.seed]) for r in counted if base]
     difference = over_seeds(differences)
     n, std = len(differences), difference["std"]
-    ci95 = None if std is None else _T95.get(n - 1, 2.0) * std / math.sqrt(n)
+    ci95 = None if std is None else float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)  # Student's t, two-sided
     numbers: ArmSummary = {
         "same_performance_step": {
             "mean": mean_step,
@@ -364,21 +365,65 @@ def curves_csv(runs: Iterable[RunFolder] | Sequence[Record], scores: Sequence[st
     return out.getvalue()
 
 
+def newest_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of the newest comparison in `folder`; of none, one without arms."""
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) and isinstance(found.get("arms"), dict) else {"arms": {}}
+
+
+def arms_compared(folder: Path) -> list[str]:
+    """The arms of the newest comparison in `folder`, the baseline first."""
+    summary = newest_summary(folder)
+    return list(dict.fromkeys(arm for arm in (summary.get("baseline"), *summary["arms"]) if arm is not None))
+
+
+def without(arm: str, swept: Iterable[str]) -> tuple[str, str]:
+    """Splits an arm from the settings that a sweep chose: ("fixed:max_window=4", "lr=4e-3")."""
+    mixing, _, rest = arm.partition(":")
+    parts = [part for part in rest.split(",") if part]
+    chosen = [part for part in parts if part.partition("=")[0].strip() in set(swept)]
+    kept = ",".join(part for part in parts if part not in chosen)
+    return mixing + (f":{kept}" if kept else ""), ",".join(chosen)
+
+
+def passed_over(folder: Path, arms: Iterable[str], swept: Iterable[str]) -> list[str]:
+    """Which of `arms` differ in what was swept alone from one of the newest comparison in `folder`, and are not in it.
+
+    So it is with runs that were made before a sweep, or a wider one, chose other settings.
+    """
+    newest, here = arms_compared(folder), list(dict.fromkeys(arms))
+    kept = {without(arm, swept)[0] for arm in newest if arm in here}
+    return [arm for arm in here if arm not in newest and without(arm, swept)[0] in kept]
+
+
 SWEEP_FILE = "sweep.json"
 
 
 def sweep_folder(out: str | Path) -> Path:
     """The folder with the trials of a sweep for the comparison in `out`, and the record of the choice."""
-    return Path(out).with_name(Path(out).name + "-sweep")
+    place = Path(os.path.abspath(out))  # "." has no name
+    return place.with_name(place.name + "-sweep")
+
+
+def read_sweep(folder: Path) -> dict[str, Any] | None:
+    """The record of a sweep in the folder of its trials; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(found, dict) and {"grid", "steps", "seed", "fingerprint", "arms"} <= set(found)
+    return found if whole else None
 
 
 def with_sweep(summary: LossSummary, out: str | Path) -> LossSummary:
     """The summary, with "sweep": {"grid", "steps", "seed", "arms": {arm: {"best", "edges", "trials"}}} if a sweep
     chose settings for the comparison in `out`. A record of other arms or other data is ignored: it is left from an
     earlier comparison."""
-    try:
-        found = json.loads((sweep_folder(out) / SWEEP_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = read_sweep(sweep_folder(out))
+    if found is None:
         return summary
     same = found["fingerprint"] == summary["data"].get("fingerprint") and set(found["arms"]) <= set(summary["arms"])
     return {**summary, "sweep": found} if same else summary

@@ -28,7 +28,16 @@ SCHEMA = 1
 STAGING = ".saving"
 _KINDS = {"recipe": dict, "data": dict, "model": dict, "environment": dict, "result": dict, "arm": str, "seed": int}
 """What entries of run.json are."""
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+COPY = ".copy"
+"""How the name of a run folder ends while it is copied."""
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file or folder is what a process leaves behind that was killed while it wrote one."""
+    return name.startswith(".") and name.endswith((".tmp", COPY))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -152,7 +161,7 @@ class RunFolder:
         found = []
         if self.path.is_dir():
             for folder in self.path.iterdir():
-                match = _CHECKPOINT.search(folder.name)
+                match = _CHECKPOINT.fullmatch(folder.name)  # not a copy such as best-checkpoint-5
                 if match and folder.is_dir():
                     found.append((int(match[1]), folder))
         return sorted(found)

@@ -18,6 +18,9 @@ from waveletgpt.data.progress import bar
 from waveletgpt.errors import UserError
 from waveletgpt.integrations.architecture import context_of, end_tokens
 
+LEAST_TEMPERATURE = 1e-3
+"""Below it logits divided by the temperature may be too large for their numbers."""
+
 
 def generate_tokens(model: Any, prompt: list[int], *, samples: int = 1, **settings: Any) -> list[list[int]]:
     """Continue `prompt` several times; settings, result and errors: `continue_prompts`."""
@@ -81,6 +84,9 @@ def continue_prompts(
             except RuntimeError as error:
                 if "probability tensor" not in str(error):
                     raise
+                if temperature < LEAST_TEMPERATURE:
+                    problem = f"temperature {temperature} is too small for its numbers; give 0 for the likeliest tokens"
+                    raise UserError(problem) from None
                 raise UserError(
                     "the model gives no probabilities (inf or nan): its weights are damaged, or it diverged"
                 ) from None

@@ -8,7 +8,6 @@ at every size, by validation loss after the shortest training, or at every rung;
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from waveletgpt.data.mixture import Mixture, parts_of
 from waveletgpt.errors import UserError, tell
 from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name
 from waveletgpt.report.ladder_page import write_ladder
-from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
+from waveletgpt.report.summary import newest_summary, read_sweep, sweep_folder
 from waveletgpt.runs.folder import RunFolder
 from waveletgpt.training import processes
 from waveletgpt.training.compare import compare, parse_arms
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 # Up to four times through the data is about as good as new data: Muennighoff et al. 2023, arXiv 2305.16264.
 MOST_EPOCHS = 4
+MOST = 1e13
+"""No ladder has as many parameters or tokens."""
 EVAL_WINDOWS = 128
 """Held-out windows that all rungs are measured on, unless the recipe says how many."""
 
@@ -48,10 +49,10 @@ def parse_count(text: str, what: str) -> int:
         UserError: not a number such as 60k, 1.2M, 1e6; less than 1.
     """
     found = _COUNT.match(text.strip())
-    value = round(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if value < 1:
+    value = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0.5 < value < MOST:
         raise UserError(f"{what} {text}: give a number such as 60k, 1.2M or 1e6")
-    return value
+    return round(value)
 
 
 @dataclass(frozen=True)
@@ -288,10 +289,11 @@ def _finished(rung: Rung, store: TokenStore | Mixture, folder: Path, arms: Seque
     """
     if not (folder / "report.html").is_file():  # a sweep has put runs there
         return False
+    reported = {arm: entry.get("seeds") or [] for arm, entry in newest_summary(folder)["arms"].items()}
     for seed in range(rung.recipe.seed, rung.recipe.seed + seeds):
         for arm in parse_arms(list(arms), rung.recipe):
             run = RunFolder(folder / arm.folder(seed))
-            if not run.finished:
+            if not run.finished or seed not in reported.get(arm.name, ()):
                 return False
             then = arm.recipe.override({"seed": seed}, "`seeds`").with_evaluations(run.info["recipe"])
             find_start(run, then, store.fingerprint, True)
@@ -314,11 +316,8 @@ def _tuned(
     """
 
     def found_at(place: Rung) -> list[str] | None:
-        try:
-            record = json.loads((sweep_folder(out / place.name) / SWEEP_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if record["grid"] != grid or record["fingerprint"] != store.fingerprint:
+        record = read_sweep(sweep_folder(out / place.name))
+        if record is None or record["grid"] != grid or record["fingerprint"] != store.fingerprint:
             return None
         known = [
             [arm for arm in variants(name, grid).values() if parse_arms([arm], rung.recipe)[0].name in record["arms"]]

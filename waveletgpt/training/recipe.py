@@ -16,11 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Gt, Interval
 
 from waveletgpt.data.settings import DataSettings, ModalityName
 from waveletgpt.errors import UserError, suggest
-from waveletgpt.settings import NotNegative, Positive, Seed, Settings, Share, check_choice
+from waveletgpt.settings import (
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Seed,
+    Settings,
+    Share,
+    check_choice,
+)
 
 # Sizes of the model by name; comments say what for. Windows of 2 and 4 tokens are what learned soonest on text
 # (docs/results.md, "Windows"); the paper's, up to the context, are those of `paper` and of the configuration.
@@ -166,13 +175,13 @@ class TrainingSettings(Settings):
     not fallen for 3 evaluations, the paper's)."""
     warmup_steps: NotNegative | None = None
     """Linear warm-up; default: 5 % of the steps, at most 1000."""
-    weight_decay: Annotated[float, Ge(0)] = 0.1
+    weight_decay: NotNegativeNumber = 0.1
     """AdamW's decay, on matrices only."""
     beta2: Annotated[float, Interval(ge=0, le=0.999999)] = 0.95
     """AdamW's second-moment decay."""
     clip: Annotated[float, Gt(0)] = 1.0
     """Largest gradient norm."""
-    kernel_lr_scale: Annotated[float, Gt(0)] | None = None
+    kernel_lr_scale: PositiveNumber | None = None
     """Learning rate of learned kernels in multiples of lr (1); long ones, which start at 1/window, may want less."""
     packing: bool = False
     """Keep the documents in a sequence apart: no attention, positions or mixing beyond where one begins."""
@@ -229,7 +238,7 @@ class Recipe(Settings):
     """Optimiser steps."""
     batch_size: Positive = 16
     """Sequences per batch and process."""
-    lr: Annotated[float, Gt(0)] = 2e-3
+    lr: PositiveNumber = 2e-3
     """Peak learning rate."""
     seed: Seed = 0
     """Initial weights, order of the batches, samples."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from waveletgpt.errors import UserError
-from waveletgpt.runs.folder import STAGING, RunFolder, broken_checkpoint, disk_errors, find_runs
+from waveletgpt.runs.folder import STAGING, RunFolder, broken_checkpoint, disk_errors, find_runs, is_unfinished
 from waveletgpt.runs.locks import locked
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe
@@ -22,7 +22,8 @@ def check_run_folder(run: RunFolder, resume: bool) -> None:
     """
     _refuse_file(run.path)
     if not run.exists():
-        if run.path.is_dir() and any(child.name not in (STAGING, "tensorboard") for child in run.path.iterdir()):
+        there = [child.name for child in run.path.iterdir()] if run.path.is_dir() else []
+        if any(name not in (STAGING, "tensorboard") and not is_unfinished(name) for name in there):
             raise UserError(f"`out={run.path}` is not empty and holds no run; name another folder")
     elif not resume:
         raise UserError(
@@ -39,7 +40,8 @@ def check_comparison_folder(out: Path, runs: set[str], resume: bool) -> None:
     _refuse_file(out)
     if not out.exists():
         return
-    there, begun = sorted(child.name for child in out.iterdir()), any(find_runs(out))
+    there = sorted(child.name for child in out.iterdir() if not is_unfinished(child.name))
+    begun = any(find_runs(out))
     if there and not resume:
         what = "a comparison" if begun else "other files"
         raise UserError(f"`out={out}` already holds {what}; add `resume=True` to go on with it, or name another folder")
@@ -81,7 +83,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -> tuple[int, Path] | None:
-    """The newest checkpoint (step, folder) to go on from; None: from the start.
+    """The newest checkpoint (step, folder) to go on from; None: from the start, or not at all, as the run is finished.
 
     Raises:
         UserError: see `check_run_folder`; a run with other settings or data; a broken checkpoint.
@@ -113,7 +115,7 @@ def find_start(run: RunFolder, recipe: Recipe, fingerprint: str, resume: bool) -
             f"({info['data']['fingerprint'][:12]}), this is {fingerprint[:12]}; use another `out`"
         )
     checkpoints = run.checkpoints()
-    if not checkpoints:
+    if not checkpoints or run.finished:  # a finished run needs none
         return None
     step, folder = checkpoints[-1]
     problem = checkpoint_problem(folder, recipe.training.fsdp)

@@ -15,7 +15,7 @@ from typing import Any
 
 from waveletgpt.errors import UserError
 from waveletgpt.report.summary import SWEEP_FILE, sweep_folder
-from waveletgpt.runs.folder import write_json
+from waveletgpt.runs.folder import COPY, write_json
 from waveletgpt.training import processes
 from waveletgpt.training.compare import compare, parse_arms
 from waveletgpt.training.recipe import Recipe
@@ -48,13 +48,18 @@ def variants(arm: str, grid: dict[str, list[str]]) -> dict[tuple[str, ...], str]
     """
     mixing, _, own = arm.partition(":")
     parts = [part for part in own.split(",") if part]
-    taken = {part.partition("=")[0].strip() for part in parts} & set(grid)
+    taken = {bare_name(part.partition("=")[0]) for part in parts} & set(map(bare_name, grid))
     if taken:
         raise UserError(f"arm {arm} sets {', '.join(sorted(taken))} itself, which is also swept; leave one of them out")
     return {
         combination: f"{mixing}:" + ",".join([*parts, *map("=".join, zip(grid, combination, strict=True))])
         for combination in itertools.product(*grid.values())
     }
+
+
+def bare_name(name: str) -> str:
+    """A setting's name without its group: `training.weight-decay` is `weight_decay`."""
+    return name.strip().replace("-", "_").rpartition(".")[2]
 
 
 def choose(losses: dict[tuple[str, ...], float | None], grid: dict[str, list[str]]) -> dict[str, Any]:
@@ -72,8 +77,8 @@ def choose(losses: dict[tuple[str, ...], float | None], grid: dict[str, list[str
     best = min(finite, key=lambda key: finite[key])
     edges = []
     for (name, values), value in zip(grid.items(), best, strict=True):
-        ordered = sorted(values, key=_as_number)
-        if value in (ordered[0], ordered[-1]):
+        numbers = [number for one in values if (number := _as_number(one)) is not None]
+        if len(numbers) == len(values) and _as_number(value) in (min(numbers), max(numbers)):
             edges.append(name)
     return {
         "best": dict(zip(grid, best, strict=True)),
@@ -82,11 +87,11 @@ def choose(losses: dict[tuple[str, ...], float | None], grid: dict[str, list[str
     }
 
 
-def _as_number(value: str) -> float:
+def _as_number(value: str) -> float | None:
     try:
         return float(value)
     except ValueError:
-        return 0.0  # words have no order: they stay in the order in which they were given
+        return None  # words have no order, and no edge
 
 
 def sweep(
@@ -156,7 +161,7 @@ def _copy_run(source: Path, target: Path) -> None:
     """Copy a run folder, whole or not at all, where there is none."""
     if target.exists():
         return
-    partial = target.with_name(f".{target.name}.copy")
+    partial = target.with_name(f".{target.name}{COPY}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     partial.rename(target)
