@@ -86,9 +86,12 @@ def test_counts_are_read_and_named() -> None:
     for size in (256, 20_000, 300_000, 1_234_567, 2_000_000_000):
         assert parse_rung(rung_name(size, 10 * size)) == (size, 10 * size)
     assert parse_rung("none-seed0") is None
-    for text in ("1e400", "1e9M", "0", "-5", "many"):
+    for text in ("1e400", "0", "-5", "many"):
         with pytest.raises(UserError, match="give a number such as 60k"):
             parse_count(text, "sizes")
+    for size, which in ((100, "smallest"), (10**15, "largest")):
+        with pytest.raises(UserError, match=f"the {which} model has"):
+            shape_of(size, "gpt2")
 
 
 def test_every_rung_is_a_run_of_its_own_with_its_size_and_tokens(out: Path) -> None:
@@ -137,6 +140,8 @@ def test_a_rung_may_have_a_sweep_of_its_own(store: TokenStore, out: Path, tmp_pa
     ]
     for arm, entry in zip(rung["arms"].values(), sweep["arms"].values(), strict=True):
         assert arm["final_nll"]["per_seed"] == [min(trial["loss"] for trial in entry["trials"])]
+    with pytest.raises(UserError, match='`sweep_every`: no "rungs"; use one of size, rung'):
+        train_ladder(RECIPE, store, copy, sweep_every="rungs", resume=True, **settings)
     # Without the flag, what was swept stays.
     again = train_ladder(RECIPE, store, copy, resume=True, **settings)
     assert again["rungs"][:2] == ladder["rungs"][:2]

@@ -147,16 +147,12 @@ class Compare:
 
     def commands(self) -> list[str]:
         """The command of each run; all can go on where they were stopped."""
-        from waveletgpt.training.compare import parse_arms, with_seeds
+        from waveletgpt.training.compare import runs_of
 
         if self.sweep:
             raise UserError("--print-runs does not go with --sweep: the arms are known when the trials have ended")
-        # As `compare` does it: all arms are measured on the same windows, whatever their steps and batches.
-        measured = plain(self.settings).with_evaluations()
-        arms = parse_arms(self.arms, plain(self.settings).override({"eval_windows": measured.eval_windows}, "compare"))
         lines = []
-        for arm, settings in with_seeds(arms, self.seeds):
-            recipe = settings.with_evaluations(measured.as_dict())
+        for arm, recipe in runs_of(plain(self.settings), Path(self.out), self.arms, self.seeds):
             out = str(Path(self.out) / arm.folder(recipe.seed))
             words = ["waveletgpt", "train", *self.data, "--out", out, "--arm", arm.name, "--resume"]
             lines.append(shlex.join(words + options(recipe)))
@@ -324,7 +320,7 @@ class Report:
         from waveletgpt.report.ladder import find_rungs
         from waveletgpt.report.ladder_page import write_ladder
         from waveletgpt.report.reading import arm_of
-        from waveletgpt.report.summary import arms_compared, passed_over, read_sweep, sweep_folder
+        from waveletgpt.report.summary import passed_over, read_sweep, sweep_folder
         from waveletgpt.runs.folder import RunFolder, find_runs
 
         if not self.runs:
@@ -334,16 +330,14 @@ class Report:
             return
         # Where there is no run, `open` says why.
         found = [run for folder in self.runs for run in list(find_runs(folder)) or [RunFolder.open(folder)]]
-        arms, compared = list(dict.fromkeys(map(arm_of, found))), []
-        if len(self.runs) == 1:
-            folder = Path(self.runs[0])
-            older = passed_over(folder, arms, (read_sweep(sweep_folder(folder)) or {"grid": {}})["grid"])
+        sweep = read_sweep(sweep_folder(self.runs[0])) if len(self.runs) == 1 else None
+        if sweep is not None:
+            older = passed_over(Path(self.runs[0]), map(arm_of, found), sweep["grid"])
             found = [run for run in found if arm_of(run) not in older]
-            arms, compared = [arm for arm in arms if arm not in older], arms_compared(folder)
             if older:
                 say(f"left out, as a sweep has chosen other settings since: {', '.join(older)}")
-        first = [arm for arm in (*compared[:1], *arms) if arm in arms and arm.split(":")[0] == "none"]
-        baseline = self.baseline or (first or arms)[0]
+        arms = list(dict.fromkeys(map(arm_of, found)))
+        baseline = self.baseline or next((arm for arm in arms if arm.split(":")[0] == "none"), arms[0])
         if baseline not in arms:
             raise UserError(
                 f'--baseline: no arm "{baseline}" in these runs; there are {", ".join(arms)}{suggest(baseline, arms)}'

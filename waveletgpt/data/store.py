@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO, Self, TypeVar
 import numpy as np
 
 from waveletgpt.errors import UserError, suggest
-from waveletgpt.runs.locks import locked
+from waveletgpt.locks import locked
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")

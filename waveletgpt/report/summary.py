@@ -201,8 +201,6 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
     Returns:
         The entries of `ArmSummary` for the comparison, and the difference in the final value.
     """
-    from scipy.special import stdtrit  # not at the top: importing takes a moment
-
     reached = [same_performance_step(measure.curve(r), measure.target(base[r.seed])) if base else None for r in counted]
     mean_step = mean(reached)
     baseline_steps = mean([float(base[r.seed].steps) for r in counted if base])
@@ -215,8 +213,6 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
     )
     differences = [measure.final(r) - measure.final(base[r.seed]) for r in counted if base]
     difference = over_seeds(differences)
-    n, std = len(differences), difference["std"]
-    ci95 = None if std is None else float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)  # Student's t, two-sided
     numbers: ArmSummary = {
         "same_performance_step": {
             "mean": mean_step,
@@ -227,7 +223,16 @@ def compared(counted: Sequence[Record], base: dict[int, Record], measure: Measur
         "step_speedup": _ratio(baseline_steps, mean_step),
         "time_speedup": _ratio(baseline_seconds, own_seconds),
     }
-    return numbers, {**difference, "ci95": ci95}
+    return numbers, {**difference, "ci95": _half_interval(difference["std"], len(differences))}
+
+
+def _half_interval(std: float | None, n: int) -> float | None:
+    """Half of the two-sided 95 % interval of a mean over n values by Student's t; None where one value has no `std`."""
+    if std is None:
+        return None
+    from scipy.special import stdtrit  # not at the top: importing takes a moment, and most comparisons have one seed
+
+    return float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
 
 
 def _against(counted: Sequence[Record], base: dict[int, Record]) -> LossArm:

@@ -104,6 +104,24 @@ def with_seeds(arms: list[Arm], seeds: int) -> list[tuple[Arm, Recipe]]:
     ]
 
 
+def runs_of(recipe: Recipe, out: Path, arms: list[str] | tuple[str, ...], seeds: int) -> list[tuple[Arm, Recipe]]:
+    """The runs of a comparison in `out`, in the order in which they are trained.
+
+    All are evaluated on the same windows, also those whose steps or batches differ, and as runs that are there already.
+
+    Raises:
+        UserError: see `parse_arms` and `with_seeds`.
+    """
+    begun = [run for arm in parse_arms(arms, recipe) if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
+    measured = recipe.with_evaluations(begun[0].info["recipe"] if begun else None)
+    parsed = parse_arms(arms, recipe.override({"eval_windows": measured.eval_windows}, "compare"))
+    return [
+        (arm, r.with_evaluations(there.info["recipe"] if there.exists() else measured.as_dict()))
+        for arm, r in with_seeds(parsed, seeds)
+        for there in [RunFolder(out / arm.folder(r.seed))]
+    ]
+
+
 def plan(
     recipe: Recipe,
     out: str | Path,
@@ -179,17 +197,10 @@ def compare(
     from waveletgpt.training.trainer import Diverged
 
     out = Path(out)
-    planned = plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers, engine=engine)
-    # All arms are evaluated on the same windows, also those whose steps or batches differ, and as runs that exist
-    # already.
-    begun = [run for arm in planned if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
-    measured = recipe.with_evaluations(begun[0].info["recipe"] if begun else None)
-    parsed = parse_arms(arms, recipe.override({"eval_windows": measured.eval_windows}, "compare"))
-    runs = [
-        (arm, r.with_evaluations(there.info["recipe"] if there.exists() else measured.as_dict()))
-        for arm, r in with_seeds(parsed, seeds)
-        for there in [RunFolder(out / arm.folder(r.seed))]
-    ]
+    plan(recipe, out, arms=arms, seeds=seeds, resume=resume, workers=workers, engine=engine)
+    runs = runs_of(recipe, out, arms, seeds)
+    parsed = [arm for arm, _ in runs[: len(arms)]]
+    begun = [run for arm in parsed if (run := RunFolder(out / arm.folder(recipe.seed))).exists()]
     processes.from_first(lambda: check_models(parsed, task_of(store), begun))
     count = processes.from_first(lambda: worker_count(workers, recipe.device, len(runs)))
     if count > 1 and engine == "local":  # runs that share the machine share its cores, too

@@ -21,6 +21,7 @@ from waveletgpt.report.ladder import FILES, count_name, parse_rung, rung_name
 from waveletgpt.report.ladder_page import write_ladder
 from waveletgpt.report.summary import newest_summary, read_sweep, sweep_folder
 from waveletgpt.runs.folder import RunFolder
+from waveletgpt.settings import check_choice
 from waveletgpt.training import processes
 from waveletgpt.training.compare import compare, parse_arms
 from waveletgpt.training.recipe import Recipe
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 # Up to four times through the data is about as good as new data: Muennighoff et al. 2023, arXiv 2305.16264.
 MOST_EPOCHS = 4
-MOST = 1e13
-"""No ladder has as many parameters or tokens."""
 EVAL_WINDOWS = 128
 """Held-out windows that all rungs are measured on, unless the recipe says how many."""
 
@@ -50,7 +49,7 @@ def parse_count(text: str, what: str) -> int:
     """
     found = _COUNT.match(text.strip())
     value = float(found[1]) * _UNITS[found[2]] if found else 0.0
-    if not 0.5 < value < MOST:
+    if not 0.5 < value < math.inf:
         raise UserError(f"{what} {text}: give a number such as 60k, 1.2M or 1e6")
     return round(value)
 
@@ -74,7 +73,7 @@ def shape_of(size: int, architecture: str) -> Shape:
     size)| + |log(depth / that)| / 2. Heads are as close as can be to 32 wide, from 512 on to 64, and at least two.
 
     Raises:
-        UserError: too small for two blocks of width 8.
+        UserError: too small for two blocks of width 8; more than width 16,384 gives.
     """
     depth = 6 * (size / 1.18e6) ** (math.log(2) / math.log(72))
 
@@ -93,6 +92,9 @@ def shape_of(size: int, architecture: str) -> Shape:
         raise UserError(
             f"sizes {count_name(size)}: the smallest model has {parameters(2, 8):,} parameters in its blocks"
         )
+    if parameters(n_layer, n_embd) < size / 1.5:
+        largest = count_name(parameters(n_layer, n_embd))
+        raise UserError(f"sizes {count_name(size)}: the largest model has {largest} parameters in its blocks")
     wanted = max(2, n_embd / (32 if n_embd < 512 else 64))
     # Rotary positions need an even head width.
     heads = [h for h in range(1, n_embd // 2 + 1) if n_embd % h == 0 and n_embd // h % 2 == 0]
@@ -258,6 +260,7 @@ def train_ladder(
     """
     from waveletgpt.training.trainer import Diverged
 
+    check_choice("`sweep_every`", sweep_every, ("size", "rung"))
     out = Path(out)
     at_once: dict[str, Any] = {"workers": workers, "engine": engine}
     planned: dict[str, Any] = {"arms": arms, "sizes": sizes, "tokens": tokens, "seeds": seeds, "grid": grid}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from waveletgpt.errors import UserError
+from waveletgpt.locks import locked
 from waveletgpt.runs.folder import STAGING, RunFolder, broken_checkpoint, disk_errors, find_runs, is_unfinished
-from waveletgpt.runs.locks import locked
 from waveletgpt.training import processes
 from waveletgpt.training.recipe import Recipe
 

@@ -12,8 +12,8 @@ import pytest
 
 from tests.helpers import tiny_recipe
 from waveletgpt.errors import UserError
+from waveletgpt.locks import locked
 from waveletgpt.runs.folder import RunFolder, find_runs
-from waveletgpt.runs.locks import locked
 from waveletgpt.training.resuming import claimed, find_start
 
 
